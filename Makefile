@@ -1,0 +1,30 @@
+# make demo   install, make Carvana-like pairs, train, evaluate, draw: everything from nothing
+# make test   install, run the tests            make lint   ruff and mypy
+# make install   only the virtual environment   make clean  remove what these made (data/ and runs/ stay)
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: demo test lint install clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastseg needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Run make PYTHON=/path/to/a/newer/python3.")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python scripts/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

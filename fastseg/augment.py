@@ -1,0 +1,146 @@
+"""Augmentation on the training device: one warp for image and mask, one colour matrix for the image.
+
+kornia's classes run each operation on its own and in turn; here its functions make the matrices, flip, rotation,
+scale and shift are composed into one of them and sampled once, and brightness, contrast, saturation and hue into
+another together with the normalisation. The pictures are those of kornia's `RandomHorizontalFlip`, `RandomAffine`
+and `ColorJitter` in that order, but that nothing is clipped between the colour steps and that hue turns about the grey
+axis (a linear operation) rather than in HSV.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from kornia.geometry.transform import get_affine_matrix2d
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from fastseg.config import Config
+
+__all__ = ["AugmentParams", "augment", "normalise", "sample_params"]
+
+# The network sees (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2].
+GAIN, OFFSET = 4 / 255, -2.0
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as kornia's rgb_to_grayscale
+
+
+@dataclass(frozen=True)
+class AugmentParams:
+    """One set of parameters an image; float32 tensors on the CPU."""
+
+    flip: Tensor  # (B,) 0 or 1
+    angle: Tensor  # (B,) degrees, counter-clockwise
+    scale: Tensor  # (B,) factor
+    shift: Tensor  # (B, 2) pixels, x and y
+    brightness: Tensor  # (B,) factor
+    contrast: Tensor  # (B,) factor about the image's mean grey
+    saturation: Tensor  # (B,) factor about each pixel's grey
+    hue: Tensor  # (B,) share of a full turn
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if len(getattr(self, field.name)) != len(self.flip):
+                raise ValueError(f"{field.name} must have one row an image, {len(self.flip)}")
+
+
+def sample_params(config: Config, batch_size: int, generator: torch.Generator) -> AugmentParams:
+    """Draw parameters uniformly within the strengths of `config`.
+
+    Args:
+        generator: on the CPU; a strength of 0 draws as many numbers as any other.
+    """
+    u = 2 * torch.rand(batch_size, 9, generator=generator) - 1  # in [-1, 1)
+    size = torch.tensor([config.image_width, config.image_height])
+    return AugmentParams(
+        flip=(u[:, 0] < 2 * config.flip - 1).float(),
+        angle=config.rotation * u[:, 1],
+        scale=1 + config.scale * u[:, 2],
+        shift=config.translation * u[:, 3:5] * size,
+        brightness=1 + config.brightness * u[:, 5],
+        contrast=1 + config.contrast * u[:, 6],
+        saturation=1 + config.saturation * u[:, 7],
+        hue=config.hue * u[:, 8],
+    )
+
+
+def normalise(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """What the network sees, without augmentation.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        masks: (B, H, W) uint8, coverage 0..255.
+
+    Returns:
+        Images (B, 3, H, W) float32 in [-2, 2], channels last without a copy, and targets (B, 1, H, W) in [0, 1].
+    """
+    return images.permute(0, 3, 1, 2).float().mul_(GAIN).add_(OFFSET), masks.unsqueeze(1).float().div_(255)
+
+
+def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+    """Augment and normalise a batch on its device; arguments and results as for `normalise`."""
+    height, width = masks.shape[1:]
+    matrix = geometry_matrix(params, height, width)
+    pixels = torch.cat([images, masks.unsqueeze(-1)], dim=-1).permute(0, 3, 1, 2).float()
+    if not torch.equal(matrix, torch.eye(3).expand_as(matrix)):
+        pixels = warp(pixels, matrix)
+    images, targets = pixels[:, :3], pixels[:, 3:]
+    matrix, contrast = colour_matrix(params)
+    matrix, contrast = _to(matrix, images), _to(contrast, images)
+    grey = images.mean(dim=(2, 3)) @ _to(torch.tensor(LUMA), images)  # (B,) of the warped image
+    grey = grey * _to(params.brightness, images)
+    offset = GAIN * (1 - contrast) * grey + OFFSET
+    colour = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), GAIN * matrix, images.flatten(2))
+    colour = colour.clamp_(OFFSET, OFFSET + 255 * GAIN).unflatten(2, (height, width))
+    return colour.contiguous(memory_format=torch.channels_last), targets.contiguous().div_(255)
+
+
+def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
+    """(B, 3, 3) on the CPU, from pixels of the source to pixels of the result: flip, then scale, rotate, shift."""
+    batch = len(params.flip)
+    flip = torch.eye(3).repeat(batch, 1, 1)
+    flip[:, 0, 0] = 1 - 2 * params.flip
+    flip[:, 0, 2] = params.flip * (width - 1)
+    center = torch.tensor([(width - 1) / 2, (height - 1) / 2]).expand(batch, 2)
+    scale = params.scale[:, None].expand(batch, 2)
+    return get_affine_matrix2d(params.shift, center, scale, params.angle) @ flip
+
+
+def warp(pixels: Tensor, matrix: Tensor) -> Tensor:
+    """Sample (B, C, H, W) bilinearly where the inverse of `matrix` (B, 3, 3) points; the edge is repeated.
+
+    Equals `kornia.geometry.warp_affine` with `padding_mode="border"`, whose grid costs as much as the sampling.
+    """
+    height, width = pixels.shape[2:]
+    inverse = _to(torch.linalg.inv(matrix), pixels)
+    # Pixel (x, y) is at (2x / (width - 1) - 1, ...) in grid_sample's coordinates with align_corners=True.
+    x = torch.arange(width, device=pixels.device, dtype=pixels.dtype)
+    y = torch.arange(height, device=pixels.device, dtype=pixels.dtype)[:, None]
+    row = inverse[:, :2, :, None, None]
+    grid = row[:, :, 0] * x + (row[:, :, 1] * y + row[:, :, 2])  # (B, 2, H, W)
+    grid[:, 0].mul_(2 / max(width - 1, 1)).sub_(1)
+    grid[:, 1].mul_(2 / max(height - 1, 1)).sub_(1)
+    return grid_sample(pixels, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=True)
+
+
+def colour_matrix(params: AugmentParams) -> tuple[Tensor, Tensor]:
+    """(B, 3, 3) of brightness, contrast, saturation and hue, and the contrast (B,) whose offset is still to add.
+
+    Saturation and hue leave greys alone, so the grey offset of the contrast passes through them unchanged.
+    """
+    luma = torch.tensor(LUMA).expand(3, 3)
+    saturation = params.saturation[:, None, None]
+    saturate = saturation * torch.eye(3) + (1 - saturation) * luma
+    # Rodrigues' rotation about the grey axis, then luma restored: greys and brightness stay.
+    angle = (2 * math.pi * params.hue)[:, None, None]
+    k = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
+    turn = torch.eye(3) + angle.sin() * k + (1 - angle.cos()) * (k @ k)
+    turn = turn + luma @ (torch.eye(3) - turn)
+    gain = (params.brightness * params.contrast)[:, None, None]
+    return gain * (turn @ saturate), params.contrast
+
+
+def _to(tensor: Tensor, like: Tensor) -> Tensor:
+    """Onto `like`'s device without waiting for it."""
+    if like.device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(like.device, like.dtype, non_blocking=True)

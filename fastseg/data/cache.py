@@ -1,0 +1,268 @@
+"""Decoded pairs, kept as uint8 after the first epoch: in GPU memory, in RAM, or in a memory-mapped file.
+
+Carvana's training set at 160x240 is 0.8 GB. Decoding it once is all the decoding there is.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastseg.data.batch import Batch
+from fastseg.data.pairs import Pairs
+from fastseg.errors import ConfigError
+
+__all__ = ["Cache", "DiskCache", "open_cache"]
+
+FORMAT = 1  # of the file; raise it when the layout or the decoded pixels change
+HEADER_BYTES = 4096
+STAMP_BYTES = 16
+
+log = logging.getLogger(__name__)
+
+
+class Cache:
+    """Rows of decoded pairs and which of them are there.
+
+    Args:
+        images: (N, H, W, 3) uint8, storage.
+        masks: (N, H, W) uint8, storage on the same device.
+    """
+
+    def __init__(self, images: torch.Tensor, masks: torch.Tensor) -> None:
+        self.images, self.masks = images, masks
+        self.filled = np.zeros(len(images), bool)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def has(self, indices: NDArray[np.int64]) -> bool:
+        """Whether all of `indices` are there."""
+        return bool(self.filled[indices].all())
+
+    def put(self, batch: Batch) -> None:
+        """Keep a decoded batch."""
+        rows = torch.from_numpy(batch.indices).to(self.device)
+        self.images.index_copy_(0, rows, batch.images.to(self.device))
+        self.masks.index_copy_(0, rows, batch.masks.to(self.device))
+        self.filled[batch.indices] = True
+
+    def gather(self, indices: NDArray[np.int64], pin_memory: bool = False) -> Batch:
+        """A new batch of the rows `indices`."""
+        rows = torch.from_numpy(indices).to(self.device)
+        out = [
+            torch.empty((len(indices), *storage.shape[1:]), dtype=torch.uint8, device=self.device, pin_memory=pin_memory)
+            for storage in (self.images, self.masks)
+        ]
+        torch.index_select(self.images, 0, rows, out=out[0])
+        torch.index_select(self.masks, 0, rows, out=out[1])
+        return Batch(*out, indices)
+
+    def publish(self, bad: list[int]) -> None:
+        """Make the cache available to later runs, where it can be and all but the `bad` rows are there."""
+
+
+class DiskCache(Cache):
+    """A cache in one file, reused by later runs.
+
+    The file is written beside its final name and renamed when it is complete, so a run that dies leaves the last
+    complete file untouched. Each row carries a stamp of its two files (names, sizes, times); rows whose stamp still
+    holds are taken over, the others are decoded again. Processes that map the old file keep it.
+    """
+
+    def __init__(self, pairs: Pairs, height: int, width: int, key: str, folder: Path) -> None:
+        names = hashlib.sha256("\0".join([*pairs.images, *pairs.masks]).encode()).hexdigest()[:16]
+        self.path = folder / f"{key}-{names}.fastseg"
+        self.stamps = _stamps(pairs)
+        self._draft: IO[bytes] | None = None
+        _remove_orphans(folder)
+        shape = (len(pairs), height, width)
+        published = _Rows.open(self.path, shape)
+        if published is not None and np.array_equal(published.stamps, self.stamps):
+            super().__init__(torch.from_numpy(published.images), torch.from_numpy(published.masks))
+            self.filled[:] = True
+            log.info("disk cache: %d pairs from %s", len(pairs), self.path)
+            return
+        self._draft, self._rows = _Rows.create(folder / f"{self.path.name}.{os.getpid()}.part", shape, self.stamps)
+        super().__init__(torch.from_numpy(self._rows.images), torch.from_numpy(self._rows.masks))
+        for other in sorted(folder.glob(f"{key}-*.fastseg")):  # the same files, perhaps split otherwise
+            self._take_over(_Rows.open(other, (None, height, width)))
+        log.info("disk cache: %d of %d pairs already in %s", self.filled.sum(), len(pairs), folder)
+
+    def _take_over(self, old: "_Rows | None") -> None:
+        if old is None:
+            return
+        row_of = {stamp.tobytes(): row for row, stamp in enumerate(old.stamps)}
+        for row in np.flatnonzero(~self.filled):
+            source = row_of.get(self.stamps[row].tobytes())
+            if source is not None:
+                self.images.numpy()[row] = old.images[source]
+                self.masks.numpy()[row] = old.masks[source]
+                self.filled[row] = True
+
+    def publish(self, bad: list[int]) -> None:
+        if self._draft is None or np.count_nonzero(self.filled) < len(self.filled) - len(bad):
+            return
+        self._rows.stamps[bad] = 0  # no file has this stamp, so the next run tries them again
+        for part in (self._rows.stamps, self._rows.images, self._rows.masks):
+            part.flush()
+        os.fsync(self._draft.fileno())
+        os.replace(self._draft.name, self.path)
+        self._draft.close()
+        self._draft = None
+        log.info("disk cache: wrote %s", self.path)
+
+
+class _Rows:
+    """A cache file mapped into memory: a JSON header, then stamps, images and masks."""
+
+    def __init__(self, file: IO[bytes], shape: tuple[int, int, int], mode: Any) -> None:
+        count, height, width = shape
+        offsets = np.cumsum([HEADER_BYTES, count * STAMP_BYTES, count * height * width * 3])
+        shapes = [(count, STAMP_BYTES), (count, height, width, 3), shape]
+        self.stamps, self.images, self.masks = (
+            np.memmap(file, np.uint8, mode, offset, part) for offset, part in zip(offsets, shapes, strict=True)
+        )
+
+    @classmethod
+    def create(
+        cls, path: Path, shape: tuple[int, int, int], stamps: NDArray[np.uint8]
+    ) -> tuple[IO[bytes], "_Rows"]:
+        file = open(path, "w+b")  # noqa: SIM115 (stays open, and locked, until it is published)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
+        file.flush()
+        os.posix_fallocate(file.fileno(), 0, _file_bytes(shape))  # a full disk is met here, not while it is filled
+        rows = cls(file, shape, "r+")
+        rows.stamps[:] = stamps
+        return file, rows
+
+    @classmethod
+    def open(cls, path: Path, shape: tuple[int | None, int, int]) -> "_Rows | None":
+        """The rows of a published file of this shape (None: any number of rows); None if there is none."""
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(HEADER_BYTES))
+                found = tuple(header["shape"])
+                fits = header["format"] == FORMAT and found[1:] == shape[1:] and shape[0] in (None, found[0])
+                if not fits or os.fstat(file.fileno()).st_size != _file_bytes(found):
+                    return None
+                return cls(file, found, "c")  # copy on write: torch wants writable memory, nobody writes
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+def _file_bytes(shape: tuple[int, int, int]) -> int:
+    count, height, width = shape
+    return HEADER_BYTES + count * (STAMP_BYTES + height * width * 4)
+
+
+def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
+    """(N, 16): a hash of the names, sizes and modification times of each pair's files."""
+
+    def stamp(path: str) -> str:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return f"{path} is missing"
+        return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+    def rows() -> Iterator[bytes]:
+        for index in range(len(pairs)):
+            text = stamp(pairs.image_path(index)) + "\0" + stamp(pairs.mask_path(index))
+            yield hashlib.blake2b(text.encode(), digest_size=STAMP_BYTES).digest()
+
+    return np.frombuffer(b"".join(rows()), np.uint8).reshape(len(pairs), STAMP_BYTES)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """Delete drafts whose process is gone: a living one holds a lock on its draft."""
+    for path in folder.glob("*.part"):
+        try:
+            with open(path, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+        except OSError:  # locked, or another process was quicker
+            continue
+
+
+def open_cache(
+    kind: str,
+    pairs: Pairs,
+    height: int,
+    width: int,
+    mask_resize: str,
+    decoder: str,
+    device: torch.device,
+    cache_dir: str = "",
+) -> Cache | None:
+    """The cache for a loader; None for "off".
+
+    Args:
+        kind: "device", "memory", "disk", "off", or "auto": the fastest of which half the free space holds it.
+        decoder: name of the decoder whose pixels these are.
+        cache_dir: folder of disk caches; empty: `fastseg` in the user's cache folder.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    size = len(pairs) * height * width * 4
+    if kind == "auto":
+        kind, reason = _choose_cache(size, device, _folder(cache_dir))
+    else:
+        reason = "as asked"
+    log.info("cache: %s (%s)", kind, reason)
+    if kind == "off":
+        return None
+    if kind == "disk":
+        parts = [FORMAT, os.path.realpath(pairs.image_dir), os.path.realpath(pairs.mask_dir)]
+        parts += [height, width, mask_resize, decoder]
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        folder = _folder(cache_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return DiskCache(pairs, height, width, key, folder)
+        except OSError as error:
+            raise ConfigError(
+                f"cache_dir: {folder} cannot be written ({error.strerror}). Give another folder, or cache=off."
+            ) from None
+    place = device if kind == "device" else torch.device("cpu")
+    shape = (len(pairs), height, width)
+    return Cache(
+        torch.empty((*shape, 3), dtype=torch.uint8, device=place), torch.empty(shape, dtype=torch.uint8, device=place)
+    )
+
+
+def _choose_cache(size: int, device: torch.device, folder: Path) -> tuple[str, str]:
+    needs = f"{size / 2**20:.0f} MiB"
+    if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2:
+        return "device", f"{needs} fit half of the GPU's free memory"
+    if size <= _free_memory() / 2:
+        return "memory", f"{needs} fit half of the free memory"
+    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
+    if size <= shutil.disk_usage(existing).free / 2:
+        return "disk", f"{needs} fit half of the free disk"
+    return "off", f"{needs} fit nowhere"
+
+
+def _free_memory() -> int:
+    """Bytes that can be taken without swapping."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
+def _folder(cache_dir: str) -> Path:
+    if cache_dir:
+        return Path(cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastseg"

@@ -1,0 +1,603 @@
+"""Carvana-like pairs: cars in a photo studio, turned through 16 views, with exact masks.
+
+Carvana's rules forbid passing its pictures on, so tests, benchmarks and the demo use these: the same size, file
+parameters, names and views, and cars that no threshold finds. They say nothing about accuracy on real photos.
+
+    fastseg synth --out data --cars 6 --views 16 --seed 0
+
+A car is a mesh so fine (`STEP`) that each facet needs only one colour: numpy paints and lights the vertices, a z-buffer
+at twice the resolution finds who is in front. Metres; x forward, y left, z up from the floor under the car's middle;
+a "share" is one of the car's length, from nose to tail. Colours are linear light, 1 is white, until the last kernel.
+"""
+
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import lru_cache
+import errno
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import simplejpeg
+from numpy import ndarray
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastseg.errors import ConfigError, DataError
+
+__all__ = ["PAINTS", "STYLES", "encode_image", "encode_mask", "generate", "make_car", "make_studio", "render_pair"]
+
+STEP = 0.008  # metres between vertices: about three pixels of a full-size picture
+JPEG_QUALITY = 55  # its luma table starts 14 10 9 14 22 36 46 55, as Carvana's does
+GRAIN = 2.0  # grey levels, standard deviation
+DISTANCE, EYE_HEIGHT, PITCH = 6.5, 1.55, 0.115  # the camera: metres from the car, metres up, radians down
+TABLE_RADIUS, WALL_RADIUS = 3.15, 5.6  # metres: the turntable, the round wall
+DECK_SHARES = (0.0, 0.03, 0.22, 0.5, 0.8, 0.97, 1.0)
+# fmt: off
+# Side views. Metres: (length, width, wheel radius); heights of bonnet, belt line and boot at DECK_SHARES;
+# (share, height) of the roof from the foot of the windscreen to that of the rear window. Shares: front and rear axle;
+# top of the windscreen and of the rear window; gaps of the doors.
+STYLES: dict[str, tuple[Any, ...]] = {
+    "sedan": ((4.75, 1.84, 0.335), (0.58, 0.73, 0.92, 0.96, 1.02, 1.05, 0.85),
+              ((0.24, 0.90), (0.42, 1.37), (0.54, 1.45), (0.68, 1.42), (0.87, 1.0)),
+              (0.185, 0.785), (0.42, 0.70), (0.275, 0.49, 0.70)),
+    "hatchback": ((4.10, 1.76, 0.31), (0.60, 0.75, 0.98, 1.0, 1.05, 1.05, 0.85),
+                  ((0.20, 0.94), (0.39, 1.44), (0.55, 1.51), (0.86, 1.44), (0.99, 0.98)),
+                  (0.18, 0.80), (0.39, 0.875), (0.26, 0.52, 0.73)),
+    "suv": ((4.70, 1.92, 0.375), (0.72, 0.91, 1.10, 1.13, 1.16, 1.18, 0.95),
+            ((0.21, 1.06), (0.36, 1.65), (0.5, 1.73), (0.88, 1.68), (0.985, 1.1)),
+            (0.18, 0.79), (0.36, 0.905), (0.265, 0.48, 0.69)),
+    "van": ((5.10, 1.97, 0.345), (0.62, 0.82, 1.06, 1.10, 1.11, 1.12, 0.9),
+            ((0.13, 0.98), (0.33, 1.70), (0.46, 1.80), (0.92, 1.77), (0.99, 1.1)),
+            (0.175, 0.78), (0.33, 0.945), (0.25, 0.44, 0.68)),
+    "pickup": ((5.50, 1.97, 0.39), (0.80, 1.00, 1.15, 1.17, 1.19, 1.20, 0.9),
+               ((0.21, 1.1), (0.34, 1.72), (0.44, 1.82), (0.575, 1.80), (0.635, 1.1)),
+               (0.175, 0.765), (0.34, 0.59), (0.255, 0.43, 0.60)),
+    "coupe": ((4.50, 1.87, 0.34), (0.52, 0.65, 0.83, 0.89, 0.97, 1.0, 0.8),
+              ((0.27, 0.83), (0.46, 1.25), (0.57, 1.31), (0.68, 1.27), (0.92, 0.95)),
+              (0.18, 0.79), (0.46, 0.70), (0.29, 0.60, 0.60)),
+}
+# Materials: red, green, blue, share of light mirrored head-on, share of the mirrored light that takes the colour.
+PAINTS = {  # as on the road: mostly white, black and grey
+    "white": (0.60, 0.60, 0.58, 0.045, 0.0), "pearl": (0.52, 0.54, 0.56, 0.045, 0.2),
+    "silver": (0.42, 0.43, 0.44, 0.045, 0.5), "grey": (0.24, 0.245, 0.25, 0.045, 0.4),
+    "charcoal": (0.08, 0.08, 0.085, 0.045, 0.4), "black": (0.012, 0.012, 0.014, 0.045, 0.1),
+    "blue": (0.02, 0.05, 0.16, 0.045, 0.3), "red": (0.30, 0.012, 0.015, 0.045, 0.2),
+    "beige": (0.44, 0.38, 0.29, 0.045, 0.4), "green": (0.03, 0.07, 0.05, 0.045, 0.3),
+}
+GAP, BLACK, TYRE = (0.004, 0.004, 0.004, 0.0, 0.0), (0.018, 0.018, 0.019, 0.02, 0.0), (0.016, 0.016, 0.017, 0.012, 0.0)
+GLASS, SEAT, PLATE = (0.033, 0.037, 0.037, 0.075, 0.0), (0.006, 0.006, 0.006, 0.07, 0.0), (0.5, 0.5, 0.48, 0.04, 0.0)
+CHROME, LAMP, TAIL = (0.34, 0.34, 0.35, 0.25, 0.5), (0.5, 0.51, 0.53, 0.35, 0.3), (0.22, 0.005, 0.007, 0.12, 0.2)
+# fmt: on
+
+
+class Car(NamedTuple):
+    points: ndarray  # (V, 3) float32, metres
+    normals: ndarray  # (V, 3) float32, unit length, outward
+    materials: ndarray  # (V, 5) float32
+    quads: ndarray  # (Q, 4) int32 vertices, anticlockwise seen from outside
+    size: tuple[float, float]  # length, width, metres
+    axles: tuple[float, ...]  # x, metres
+
+
+class Studio(NamedTuple):
+    light: ndarray  # (h, w) float32: the empty studio at half the picture's size, which blurs it a little
+    floor: tuple[ndarray, ndarray]  # rows and columns in `light` where the floor is
+    spot: ndarray  # (2, number of those) float32: x, y on the floor, metres
+    gloss: float  # share of light that the floor mirrors
+    shape: tuple[int, int]  # height, width of the picture
+    focal: float  # pixels
+
+
+def smooth_curve(control: Any, share: ndarray) -> ndarray:
+    """Height at `share`, through rounded control points ((share, height), ...)."""
+    grid = np.linspace(-0.1, 1.1, 6001)
+    height = np.interp(grid, *np.array(control).T)
+    for width in (91, 91, 71):  # three box filters: nearly a Gaussian
+        height = np.convolve(np.pad(height, width // 2, mode="edge"), np.ones(width) / width, "valid")
+    return np.interp(share, grid, height)
+
+
+def even_steps(parameter: ndarray, x: ndarray, y: ndarray, step: float = STEP) -> ndarray:
+    """Values of the parameter of a curve (x, y), metres, that lie `step` apart on it."""
+    arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+    return np.interp(np.linspace(0, arc[-1], int(arc[-1] / step) + 2), arc, parameter)
+
+
+def power(base: ndarray, exponent: float) -> ndarray:
+    """Signed power: turns a circle into a rounded rectangle."""
+    return np.sign(base) * np.abs(base) ** exponent
+
+
+def outline(share: ndarray) -> ndarray:
+    """Half width of a car seen from above, as a share of its largest."""
+    return (1 - np.abs(2 * share - 1) ** 6) ** (1 / 6)
+
+
+def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any = False) -> tuple[ndarray, ...]:
+    """A surface over a grid, as (points, normals, materials, quads).
+
+    Args:
+        x, y, z: metres, broadcast to (rows, columns).
+        material: of the whole.
+        rules: (where, material) pairs; the last that applies wins.
+        hole: where there is no surface.
+    """
+    points = np.stack(np.broadcast_arrays(x, y, z), 2).astype(float)
+    rows, columns, _ = points.shape
+    normals = np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1))
+    normals[0], normals[-1] = normals[1], normals[-2]  # an end row may be a point or a line, which has no normal
+    normals /= np.maximum(np.linalg.norm(normals, axis=2, keepdims=True), 1e-12)
+    first = np.arange(rows * columns).reshape(rows, columns)[:-1, :-1]
+    first = first[~np.broadcast_to(hole, (rows, columns))[:-1, :-1]]
+    quads = np.stack([first, first + columns, first + columns + 1, first + 1], 1)
+    if np.sum(normals * (points - points.mean((0, 1)))) < 0:
+        normals, quads = -normals, quads[:, ::-1]
+    materials = np.tile(np.array(material), (rows, columns, 1))
+    for where, other in rules:
+        materials[np.broadcast_to(where, (rows, columns))] = other
+    return points.reshape(-1, 3), normals.reshape(-1, 3), materials.reshape(-1, 5), quads
+
+
+def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Any:
+    polar, turn = np.linspace(0, np.pi, 40)[:, None], np.linspace(0, 2 * np.pi, 60)
+    unit = np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)
+    return make_part(*(c + r * u for c, r, u in zip(centre, radii, unit, strict=True)), material)
+
+
+def make_body(rng: np.random.Generator, style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
+    """Everything below the windows but the wheels: sections across, from nose to tail."""
+    (_, _, radius), heights, roof, axles, _, doors = STYLES[style]
+    end = 0.5 * np.linspace(0, 1, 5000) ** 6  # the outline turns fast at the ends
+    share = np.concatenate([end, 1 - end[::-1]])
+    share = even_steps(share, length * share, 0.5 * width * outline(share))[:, None]
+    turn = np.linspace(-0.42 * np.pi, 1.42 * np.pi, 20001)
+    turn = even_steps(turn, 0.9 * power(np.cos(turn), 2 / 5.5), 0.4 * power(np.sin(turn), 2 / 4.2))
+    deck = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
+    ends = np.minimum(share, 1 - share)
+    belly = 0.21 + 0.1 * radius + 0.20 * np.exp(-ends / 0.012) + 0.06 * np.exp(-ends / 0.06)
+    up = power(np.sin(turn), 2 / 4.2)
+    crease = 1 + 0.025 * np.exp(-(((up - 0.35) / 0.18) ** 2)) - 0.07 * np.clip(-up, 0, 1) ** 3
+    x, z = (0.5 - share) * length, 0.5 * (deck + belly) + 0.5 * (deck - belly) * up
+    y = 0.49 * width * outline(share) * (1 - 0.05 * (1 - share) ** 2) * power(np.cos(turn), 2 / 5.5) * crease
+    inner = make_part(*(a[::4, ::4] for a in np.broadcast_arrays(0.97 * x, 0.8 * y, 0.04 + belly + 0.9 * (z - belly))), BLACK)
+
+    side, front, rear = np.abs(y) / (0.5 * width), share < 0.06, share > 0.955
+    nose, tail, flank = 0.62 + 0.9 * (radius - 0.31), 0.80 + 1.5 * (radius - 0.31), side > 0.85
+    grille = front & (side < 0.46) & (np.abs(z - nose) < 0.10)
+    rules = [
+        (z < 0.33, BLACK),
+        (grille, GAP),
+        (grille & (np.sin(z * 160) < -0.2), CHROME),
+        (front & (side < 0.75) & (np.abs(z - 0.40) < 0.05), BLACK),
+        (front & (side < 0.28) & (np.abs(z - 0.49) < 0.055), PLATE),
+        (front & (side > 0.5) & (np.abs(z - nose - 0.04) < 0.075), LAMP),
+        (rear & (side > 0.55) & (np.abs(z - tail - 0.03) < 0.09), TAIL),
+        (rear & (side < 0.28) & (np.abs(z - tail) < 0.06), PLATE),
+        (rear & (np.abs(z - 0.50) < 0.012), GAP),
+        (flank & (doors[0] < share) & (share < doors[2]) & (np.abs(z - 0.37) < 0.008), GAP),
+        (~flank & (side < 0.8) & (z > nose) & (np.abs(share - roof[0][0] - 0.012) < 0.001), GAP),
+    ]
+    if rng.random() < 0.5:
+        rules.append((flank & (np.abs(z - 0.56) < 0.022), BLACK))
+    rules += [(flank & (np.abs(share - door) * length < 0.5 * STEP) & (z > 0.36), GAP) for door in doors]
+    handle = np.array(paint) * (0.5, 0.5, 0.5, 4, 1)
+    for door in doors[1:]:
+        rules.append((flank & (np.abs(door - share - 0.028) < 0.016) & (np.abs(z - 2.5 * radius) < 0.014), handle))
+    arch = [(x - (0.5 - axle) * length) ** 2 + (z - radius) ** 2 < (1.17 * radius) ** 2 for axle in axles]
+    return [make_part(x, y, z, paint, rules, arch[0] | arch[1]), inner]
+
+
+def make_cabin(style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
+    """Windows and roof: sections from the foot of the windscreen to that of the rear window, starting in the body."""
+    _, heights, roof_points, _, glass, doors = STYLES[style]
+    start, stop = roof_points[0][0], roof_points[-1][0]
+    end = 0.5 * np.linspace(0, 1, 5000) ** 6
+    along = np.concatenate([end, 1 - end[::-1]])
+    along = even_steps(along, length * (stop - start) * along, 0.5 * width * outline(along))[:, None]
+    turn = np.linspace(0, np.pi, 20001)
+    turn = even_steps(turn, 0.85 * power(np.cos(turn), 2 / 5), 0.7 * np.sin(turn) ** 0.5)
+    share = start + (stop - start) * along
+    belt = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
+    roof = smooth_curve(roof_points, share) * tall
+    z = belt - 0.14 + np.maximum(roof - belt + 0.14, 0.02) * np.abs(np.sin(turn)) ** 0.5
+    lateral = power(np.cos(turn), 2 / 5)
+    y = 0.465 * width * outline(along) * (1 - 0.06 * (2 * along - 1) ** 2) * lateral
+    y = y * (1 - 0.32 * np.clip(z - belt, 0, None))  # leans inwards
+    flank, above = np.abs(lateral) > 0.86, z > belt + 0.03
+    window = flank & above & (roof - z > 0.10) & (start + 0.06 < share) & (share < stop - 0.05)
+    screen = (start + 0.004 < share) & (share < glass[0] - 0.015) | (glass[1] + 0.015 < share) & (share < stop - 0.008)
+    rules = [(~flank & above & screen, GLASS), (window, GLASS)]
+    for door, seat in ((doors[1], 0.025), (doors[2] + 0.012, 0.047)):
+        back = ((share - door + seat) / 0.022) ** 4 + ((z - belt) / 0.24) ** 4 < 1
+        rules += [(window & back, SEAT), (window & (np.abs(share - door) < 0.007), BLACK)]
+    return [make_part((0.5 - share) * length, y, z, paint, rules)]
+
+
+def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tuple[float, ...]) -> list[Any]:
+    """A profile (share of the radius, metres outwards from the tyre's middle) turned about the axles."""
+    profile = [(0.02, 0.06), (0.2, 0.065), (0.5, 0.045), (0.62, 0.05), (0.68, 0.085), (0.7, 0.1), (0.75, 0.108)]
+    profile += [(0.88, 0.112), (0.96, 0.1), (1, 0.075), (1, -0.09), (0.9, -0.11), (0.1, -0.11)]
+    ring, out = np.array(profile).T
+    at = even_steps(np.arange(len(ring)), radius * ring, out)
+    ring, out = np.interp(at, np.arange(len(ring)), ring)[:, None], np.interp(at, np.arange(len(ring)), out)[:, None]
+    turn, spokes = np.linspace(0, 2 * np.pi, 280), rng.integers(5, 11)
+    parts = []
+    for axle in axles:
+        for side in (-1, 1):
+            between = np.cos(turn * spokes + rng.uniform(0, 6)) < 0.4 - 0.5 * ring
+            rules = [((0.22 < ring) & (ring < 0.62) & between, GAP), (ring > 0.715, TYRE), ((out < 0) & (ring < 0.9), GAP)]
+            x, z = axle + radius * ring * np.cos(turn), radius + radius * ring * np.sin(turn)
+            parts.append(make_part(x, side * (0.5 * width - 0.18 + out), z, CHROME, rules))
+    return parts
+
+
+def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
+    """A car of one of `STYLES` in one of `PAINTS`; its proportions and trim come from `rng`."""
+    size, heights, roof, axles, glass, _ = STYLES[style]
+    length, width = size[:2] * rng.uniform(0.96, 1.04, 2)
+    tall, coat = rng.uniform(0.96, 1.05), PAINTS[paint]
+    axles = tuple((0.5 - axle) * length for axle in axles)
+    parts = make_body(rng, style, coat, length, width, tall) + make_cabin(style, coat, length, width, tall)
+    parts += make_wheels(rng, size[2], width, axles)
+    mirror = roof[0][0] + 0.09
+    x, z = (0.5 - mirror) * length, tall * np.interp(mirror, DECK_SHARES, heights) + 0.07
+    for side in (-1, 1):
+        parts.append(make_ellipsoid(coat, (x, side * (0.5 * width + 0.06), z), (0.06, 0.11, 0.075)))
+        parts.append(make_ellipsoid(BLACK, (x, side * (0.5 * width - 0.05), z - 0.05), (0.03, 0.1, 0.02)))
+    if rng.random() < 0.6:
+        aerial = ((0.53 - glass[1]) * length, 0.0, tall * max(height for _, height in roof))
+        parts.append(make_ellipsoid(BLACK, aerial, (0.012, 0.006, 0.16)))
+    offset = np.cumsum([0] + [len(part[0]) for part in parts[:-1]])
+    quads = np.concatenate([part[3] + base for part, base in zip(parts, offset, strict=True)]).astype(np.int32)
+    points, normals, materials = (np.concatenate([part[i] for part in parts]).astype(np.float32) for i in range(3))
+    return Car(points, normals, materials, quads, (float(length), float(width)), axles)
+
+
+def step(low: float, high: float, value: Any) -> Any:
+    """0 at `low`, 1 at `high`, smooth between."""
+    t = np.clip((value - low) / (high - low), 0, 1)
+    return t * t * (3 - 2 * t)
+
+
+def make_studio(rng: np.random.Generator, car_length: float, width: int = 1918, height: int = 1280) -> Studio:
+    """An empty studio seen by a camera zoomed to a car: round wall, lamps, a door, a floor with a turntable."""
+    focal = rng.uniform(0.95, 1.17) * min(width, 1.5 * height) * min(1.0, 5.0 / car_length)
+    rows, columns = (height + 1) // 2, (width + 1) // 2
+    lamp, door, cloths, gloss = rng.random(4)
+    right = ((np.arange(columns) + 0.5) * 2 - 0.5 * width) / focal
+    up = (0.5 * height - (np.arange(rows)[:, None] + 0.5) * 2) / focal
+    dx, dy, dz = math.cos(PITCH) + up * math.sin(PITCH), -right, up * math.cos(PITCH) - math.sin(PITCH)
+    # A ray meets the wall, a cylinder about the turntable, at `far`, and the floor at `near` unless the wall comes first.
+    a, b = dx * dx + dy * dy, DISTANCE * dx
+    far = (b + np.sqrt(np.maximum(b * b - a * (DISTANCE**2 - WALL_RADIUS**2), 0))) / a
+    azimuth, z = np.arctan2(far * dy, far * dx - DISTANCE), EYE_HEIGHT + far * dz
+    shine = 0.30 - 0.12 * azimuth**2
+    light = shine + 0.50 * step(-0.2, 2.8, z) + 0.02 * np.sin(azimuth * 23)
+    light += 0.25 * step(0.9, 0, (azimuth - 1.2 * (lamp - 0.5)) ** 2 * 6 + (z - 2.6) ** 2)
+    panel = np.abs(azimuth * 2.6 % 1 - 0.5)
+    light *= 1 - 0.22 * step(0.012, 0.004, panel)
+    dark = 0.10 - np.abs(azimuth - 0.75 * (door - 0.5))
+    if cloths > 0.4:  # black cloths keep stray light off the paint
+        dark = np.maximum(dark, 0.125 - np.abs(np.abs(azimuth + 0.05) - 0.62))
+    light *= 1 - 0.9 * step(-0.005, 0.005, dark) * step(2.15, 2.12, z) * step(0, 0.05, z)
+    light *= 1 - 0.6 * step(3.0, 3.05, z)
+    light += 1.2 * step(3.05, 3.08, z) * step(3.33, 3.30, z) * step(0.10, 0.11, panel)
+
+    floor = np.nonzero(z <= 0)
+    near = -EYE_HEIGHT / np.broadcast_to(dz, z.shape)[floor]
+    x, y = near * np.broadcast_to(dx, z.shape)[floor] - DISTANCE, near * np.broadcast_to(dy, z.shape)[floor]
+    distance = np.hypot(x, y)
+    ground = np.where(distance < TABLE_RADIUS, 0.20, 0.17 + 0.10 * step(1, 5, distance))
+    ground *= 1 + 0.07 * rng.standard_normal(len(x)) + 0.05 * np.sin(3 * x + 2 * np.sin(2 * y)) * np.sin(4 * y + np.sin(3 * x))
+    ground *= 1 - 0.6 * step(0.025, 0.01, np.abs(distance - TABLE_RADIUS))
+    ground += 0.16 * step(2.5, 0, (x - 2.5) ** 2 * 0.5 + (y + 2 * (lamp - 0.5)) ** 2)  # the lamp's reflection
+    ground += step(WALL_RADIUS - 0.7, WALL_RADIUS, distance) * (shine[floor] - ground)  # the floor curves up
+    light[floor] = ground
+    spot = np.stack([x, y]).astype(np.float32)
+    return Studio(light.astype(np.float32), floor, spot, 0.06 + 0.1 * gloss, (height, width), focal)
+
+
+def shadow(car: Car, studio: Studio, turn: float) -> ndarray:
+    """Share of light left on each point of the floor: little under the car, least where a tyre stands."""
+    x, y = studio.spot
+    x, y = x * math.cos(turn) + y * math.sin(turn), np.abs(y * math.cos(turn) - x * math.sin(turn))
+    beside, ahead = y - 0.5 * car.size[1] + 0.3, np.abs(x) - 0.5 * car.size[0] + 0.45
+    gap = np.hypot(np.maximum(ahead, 0), np.maximum(beside, 0)) + np.minimum(np.maximum(ahead, beside), 0)
+    ahead = np.minimum(np.abs(x - car.axles[0]), np.abs(x - car.axles[1])) - 0.1
+    tyre = np.hypot(np.maximum(ahead, 0), np.maximum(np.abs(beside - 0.12) - 0.08, 0))
+    return (1 - 0.80 * step(0.75, -0.25, gap)) * (1 - 0.7 * step(0.22, 0.02, tyre))
+
+
+def mirrored_light(x: ndarray, y: ndarray, z: ndarray) -> ndarray:
+    """What paint and glass mirror: the light of the room from a direction (unit vector)."""
+    room = 0.30 + 0.50 * step(0.0, 0.12, z) - 0.35 * step(0.3, 0.75, z)
+    room *= 1 - 0.6 * step(0.10, 0.06, np.abs(np.abs(y / np.hypot(x, y + 1e-6) - 0.3) - 0.35)) * step(0.5, 0.4, z)
+    z = np.maximum(z, 1e-3)  # two long soft boxes on the ceiling
+    boxes = step(0.15, 0.25, z) * step(0.55, 0.45, np.abs(np.abs(y / z - 0.2) - 1.1)) * step(2.4, 2.1, np.abs(x / z))
+    return np.where(z > 1e-3, room + 1.5 * boxes, 0.2)
+
+
+def light_car(car: Car, turn: float, eye: ndarray) -> ndarray:
+    """(V, 3) float32 colours of the vertices seen from `eye` (in the car's coordinates), 0 for the others."""
+    colors = np.zeros_like(car.points)
+    view = eye - car.points
+    view /= np.sqrt(np.einsum("ij,ij->i", view, view))[:, None]
+    facing = np.einsum("ij,ij->i", view, car.normals)
+    seen = np.nonzero(facing > -0.2)[0]  # facets turned away a little less than their corner are seen as well
+    normals, materials, facing = car.normals[seen], car.materials[seen], np.maximum(facing[seen], 0)
+    x, y, z = (2 * facing[:, None] * normals - view[seen]).T
+    light = mirrored_light(x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn), z)
+    # Schlick's law, weaker on matt surfaces; near the floor the car itself hides the room.
+    mirror, metal, open_sky = materials[:, 3], materials[:, 4], step(-0.15, 0.75, car.points[seen, 2])
+    gloss = (mirror + (1 - mirror) * np.minimum(12 * mirror, 1) * (1 - facing) ** 5) * light * open_sky
+    # A bright ceiling, a dim floor, one side a little brighter; metallic paint mirrors in its own colour.
+    diffuse = 0.60 + 0.375 * normals[:, 2] + 0.18 * (normals[:, 0] * math.sin(turn) + normals[:, 1] * math.cos(turn))
+    colors[seen] = materials[:, :3] * (diffuse * open_sky * (1 - metal) + 1.1 * metal * light)[:, None] + gloss[:, None]
+    return colors
+
+
+@numba.njit(cache=True, nogil=True)
+def fill_owners(quads: ndarray, screen: ndarray, depth: ndarray, owner: ndarray) -> None:
+    """z-buffer: the first vertex of the quad in front into `owner`, 1 / its distance into `depth`, both (h, w).
+
+    screen: (V, 3) float32: x, y in samples, 1 / distance.
+    """
+    height, width = depth.shape
+    for q in range(len(quads)):
+        first = quads[q, 0]
+        for half in range(1, 3):
+            i, j = quads[q, half], quads[q, half + 1]
+            x0, y0, x1, y1, x2, y2 = screen[first, 0], screen[first, 1], screen[i, 0], screen[i, 1], screen[j, 0], screen[j, 1]
+            if (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0) >= 0.0:  # turned away (y points down on the screen)
+                continue
+            near = screen[first, 2]
+            top, bottom = max(0, math.ceil(min(y0, y1, y2))), min(height - 1, math.floor(max(y0, y1, y2)))
+            left, right = max(0, math.ceil(min(x0, x1, x2))), min(width - 1, math.floor(max(x0, x1, x2)))
+            for y in range(top, bottom + 1):
+                for x in range(left, right + 1):
+                    if (
+                        near > depth[y, x]
+                        and (x1 - x) * (y2 - y) <= (x2 - x) * (y1 - y)
+                        and (x2 - x) * (y0 - y) <= (x0 - x) * (y2 - y)
+                        and (x0 - x) * (y1 - y) <= (x1 - x) * (y0 - y)
+                    ):
+                        depth[y, x] = near
+                        owner[y, x] = first
+
+
+def find_owners(car: Car, turn: float, studio: Studio, samples: float, mirror: bool = False) -> tuple[ndarray, int, int]:
+    """Which vertex is seen where, -1 for none: ((h, w) int32, left, top), at `samples` per pixel each way, cut to the car.
+
+    mirror: as seen in a glossy floor.
+    """
+    x, y, z = car.points.T
+    ahead = math.cos(turn) * x - math.sin(turn) * y + DISTANCE
+    rise = (-z if mirror else z) - EYE_HEIGHT
+    near = 1 / (ahead * math.cos(PITCH) - rise * math.sin(PITCH))
+    across = (math.sin(turn) * x + math.cos(turn) * y) * near
+    down = -(ahead * math.sin(PITCH) + rise * math.cos(PITCH)) * near
+    height, width = (round(size * samples) for size in studio.shape)
+    screen = np.stack([0.5 * width - samples * studio.focal * across, 0.5 * height + samples * studio.focal * down, near], 1)
+    low, high = screen.min(0), screen.max(0)
+    left, top = (2 * max(0, int(edge) // 2) for edge in low[:2])  # whole pixels
+    shape = (2 * math.ceil((min(high[1], height) - top) / 2), 2 * math.ceil((min(high[0], width) - left) / 2))
+    screen -= np.array([left + 0.5, top + 0.5, 0], np.float32)
+    depth, owner = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
+    fill_owners(car.quads[:, ::-1] if mirror else car.quads, screen, depth, owner)
+    return owner, left, top
+
+
+@numba.njit(cache=True, nogil=True, fastmath=True)
+def expose(
+    backdrop: ndarray, owner: ndarray, left: int, top: int, colors: ndarray, gains: ndarray, noise: ndarray
+) -> tuple[ndarray, ndarray]:
+    """The camera: car over backdrop, vignette, exposure, gamma 2, grain.
+
+    Args:
+        backdrop: (ceil(H / 2), ceil(W / 2), 3) float32.
+        owner, left, top: of `find_owners` with two samples per pixel each way.
+        gains: (3,) float32.
+        noise: (H, W, 6) uint8, uniform.
+
+    Returns:
+        (H, W, 3) uint8 image; (H, W) uint8 mask, 1 where the car covers half of the pixel or more.
+    """
+    height, width, _ = noise.shape
+    rows, columns, _ = backdrop.shape
+    image, mask = np.empty((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
+    half, unit = np.float32(0.5), np.float32(1.0)
+    for row in range(height):
+        y = min(max(half * row - np.float32(0.25), np.float32(0.0)), np.float32(rows - 1))
+        y0, v = int(y), (row + half) / height - half
+        y1, fy = min(y0 + 1, rows - 1), y - np.float32(y0)
+        for column in range(width):
+            x = min(max(half * column - np.float32(0.25), np.float32(0.0)), np.float32(columns - 1))
+            x0, u = int(x), (column + half) / width - half
+            x1, fx = min(x0 + 1, columns - 1), x - np.float32(x0)
+            hits, red, green, blue = 0, np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            sy, sx = 2 * row - top, 2 * column - left
+            if 0 <= sy < owner.shape[0] and 0 <= sx < owner.shape[1]:
+                for sample in range(4):
+                    vertex = owner[sy + sample // 2, sx + sample % 2]
+                    if vertex >= 0:
+                        hits += 1
+                        red, green, blue = red + colors[vertex, 0], green + colors[vertex, 1], blue + colors[vertex, 2]
+            mask[row, column] = hits >= 2
+            vignette = np.float32(255.0 * 255.0) * (unit - np.float32(0.9) * np.float32(u * u + v * v))
+            grain = np.float32(0.0)
+            for k in range(3):
+                grain += np.float32(noise[row, column, k]) - np.float32(127.5)
+            for k in range(3):
+                above = (unit - fx) * backdrop[y0, x0, k] + fx * backdrop[y0, x1, k]
+                below = (unit - fx) * backdrop[y1, x0, k] + fx * backdrop[y1, x1, k]
+                light = (above + fy * (below - above)) * np.float32(1.0 - 0.25 * hits)
+                light += np.float32(0.25) * (red if k == 0 else green if k == 1 else blue)
+                tint = np.float32(noise[row, column, 3 + k]) - np.float32(127.5)
+                value = math.sqrt(max(light * gains[k] * vignette, np.float32(0.0)))
+                value += (grain + tint) * np.float32(GRAIN / 148.0) + half  # four uniform numbers are nearly normal
+                image[row, column, k] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
+    return image, mask
+
+
+def render_pair(car: Car, studio: Studio, turn: float, rng: np.random.Generator) -> tuple[ndarray, ndarray]:
+    """One view of a car.
+
+    Args:
+        car, studio: of `make_car` and `make_studio`; the studio says how large the picture is.
+        turn: angle of the turntable, radians; at 0 the camera sees the tail.
+        rng: exposure, white balance and grain.
+
+    Returns:
+        (H, W, 3) uint8 image and (H, W) uint8 mask of 0 and 1: the car's exact outline, without shadow or reflection.
+    """
+    height, width = studio.shape
+    backdrop = np.repeat(studio.light[..., None], 3, axis=2)
+    backdrop[studio.floor] *= shadow(car, studio, turn)[:, None]
+    eye = np.array([-DISTANCE * math.cos(turn), DISTANCE * math.sin(turn), -EYE_HEIGHT], np.float32)
+    owner, left, top = find_owners(car, turn, studio, 0.5, mirror=True)
+    y, x = np.nonzero(owner >= 0)
+    vertex = owner[y, x]
+    share = studio.gloss * np.exp(-2.5 * car.points[vertex, 2:])  # a matt floor mirrors only what is near
+    y, x = y + top, x + left
+    inside = (y < backdrop.shape[0]) & (x < backdrop.shape[1])
+    backdrop[y[inside], x[inside]] += (share * light_car(car, turn, eye)[vertex])[inside]
+    eye[2] = EYE_HEIGHT
+    gains = rng.uniform(0.9, 1.1) * rng.uniform((0.98, 1.0, 0.96), (1.04, 1.0, 1.04)).astype(np.float32)
+    noise = np.frombuffer(rng.bytes(height * width * 6), np.uint8).reshape(height, width, 6)
+    return expose(backdrop, *find_owners(car, turn, studio, 2), light_car(car, turn, eye), gains, noise)
+
+
+def encode_image(image: ndarray) -> bytes:
+    """(H, W, 3) uint8 to a JPEG as Carvana's: baseline, 4:2:0, JFIF, no EXIF, standard Huffman tables."""
+    return simplejpeg.encode_jpeg(
+        np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False
+    )
+
+
+def encode_mask(mask: ndarray) -> bytes:
+    """(H, W) uint8 of 0 and 1 to a GIF as Carvana's: GIF89a, one frame, not interlaced, black and white."""
+    picture, buffer = Image.fromarray(mask), BytesIO()
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(buffer, "GIF", interlace=0)
+    data = buffer.getvalue()
+    # Pillow writes GIF87a and pads the palette to four colours. The blocks that follow are the same in GIF89a.
+    flags, pixels = data[10], data[13 + 3 * 2 ** ((data[10] & 7) + 1) :]
+    return b"GIF89a" + data[6:10] + bytes([flags & 0xF8]) + data[11:13] + bytes(3) + b"\xff" * 3 + pixels
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """All of the file or nothing of it: an interrupted run leaves no half picture."""
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(data)
+        os.replace(part, path)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            part.unlink(missing_ok=True)
+        raise DataError(f"{path}: cannot be written ({error.strerror}). Make room or choose another out.") from error
+
+
+def prepare_folder(folder: Path, names: set[str]) -> None:
+    """Makes the folder; files in it that this run would not write are someone's data, and stay."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {path.name.removesuffix(".part") for path in folder.iterdir()} - names
+    except OSError as error:
+        raise DataError(f"{folder}: must be a folder that can be written ({error.strerror}). Choose another out.") from error
+    if found:
+        raise DataError(
+            f"{folder}: must be empty or hold an earlier run of the same cars, views and seed; found {len(found)} other "
+            f"files, first: {min(found)}. Choose another out, or move them away."
+        )
+
+
+def generate(
+    out: str | Path,
+    *,
+    cars: int = 6,
+    views: int = 16,
+    seed: int = 0,
+    width: int = 1918,
+    height: int = 1280,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Writes out/{train,val}_{images,masks}, split by car: a quarter of the cars, at least one, validates.
+
+    Args:
+        out: folder, made if missing. Files of an earlier run with the same arguments are written again.
+        cars, views: the number of cars, at least 2, and of pictures of each, 1 to 99.
+        seed: at least 0; the same seed gives the same bytes, whatever the number of workers.
+        width, height: pixels, at least 32.
+        workers: threads (the kernels hold no GIL); None takes every core this process may use.
+        progress: a bar on stderr, if that is a terminal.
+
+    Returns:
+        {"train_pairs": int, "val_pairs": int} and the Path of each folder under its name.
+
+    Raises:
+        ConfigError: a number is out of range.
+        DataError: the folders cannot be written or hold other files.
+    """
+    rules = (
+        ("cars", cars, 2, 10_000, "one car trains, another validates"),
+        ("views", views, 1, 99, "file names have two digits for it"),
+        ("seed", seed, 0, 2**63 - 1, "numpy takes no negative seed"),
+        ("width", width, 32, 16_384, "in pixels"),
+        ("height", height, 32, 16_384, "in pixels"),
+        ("workers", 1 if workers is None else workers, 1, 1024, "the number of threads"),
+    )
+    for field, value, low, high, why in rules:
+        if not low <= value <= high:
+            raise ConfigError(f"{field}: must be {low} to {high} ({why}); got {value}. Use {min(max(value, low), high)}.")
+    rng = np.random.default_rng(seed)
+    stems = [rng.bytes(6).hex() for _ in range(cars)]
+    rounds = range(math.ceil(cars / len(STYLES)))
+    styles = [str(style) for _ in rounds for style in rng.permutation(list(STYLES))]
+    paints = [str(paint) for _ in rounds for paint in rng.permutation(list(PAINTS))]
+    num_train = cars - max(1, math.floor(cars / 4 + 0.5))
+
+    folders = {f"{split}_{kind}": Path(out) / f"{split}_{kind}" for split in ("train", "val") for kind in ("images", "masks")}
+    for name, folder in folders.items():
+        members = stems[:num_train] if name.startswith("train") else stems[num_train:]
+        ending = ".jpg" if name.endswith("images") else "_mask.gif"
+        prepare_folder(folder, {f"{stem}_{view:02d}{ending}" for stem in members for view in range(1, views + 1)})
+
+    @lru_cache(maxsize=4)  # pairs come car by car
+    def build(i: int) -> tuple[Car, Studio]:
+        car_rng = np.random.default_rng((seed, i))
+        car = make_car(car_rng, styles[i], paints[i])
+        return car, make_studio(car_rng, car.size[0], width, height)
+
+    def write_pair(i: int, view: int) -> None:
+        pair_rng = np.random.default_rng((seed, i, view))
+        turn = 2 * math.pi * (view - 1) / views + pair_rng.uniform(-0.03, 0.03)
+        image, mask = render_pair(*build(i), math.pi + turn, pair_rng)
+        split, stem = "train" if i < num_train else "val", f"{stems[i]}_{view:02d}"
+        write_file(folders[f"{split}_masks"] / f"{stem}_mask.gif", encode_mask(mask))  # first: no image lacks its mask
+        write_file(folders[f"{split}_images"] / f"{stem}.jpg", encode_image(image))
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    shown = progress and sys.stderr.isatty()
+    begin = time.perf_counter()
+    with (
+        Progress(*columns, console=Console(stderr=True), disable=not shown) as bar,
+        ThreadPoolExecutor(workers or numba.config.NUMBA_NUM_THREADS) as pool,
+    ):
+        task = bar.add_task("pairs", total=cars * views)
+        jobs = [pool.submit(write_pair, i, view) for i in range(cars) for view in range(1, views + 1)]
+        try:
+            for done, job in enumerate(as_completed(jobs), start=1):
+                job.result()
+                bar.update(task, advance=1, description=f"{done / (time.perf_counter() - begin):.1f} pairs/s")
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)  # finish what is being written, start nothing more
+            raise
+    return {"train_pairs": num_train * views, "val_pairs": (cars - num_train) * views, **folders}

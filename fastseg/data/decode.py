@@ -1,0 +1,224 @@
+"""One file's bytes to pixels on the sampling grid: photos to (H, W, 3), masks to (H, W).
+
+A JPEG is decoded by libjpeg-turbo at the DCT scale nearest above the target size: at 1/8 it skips the inverse DCT,
+the colour conversion and the upsampling of 98 % of the samples, and equals the mean of 8x8 pixels within rounding.
+A GIF mask is decoded by our own decoder. Everything else, and JPEGs that libjpeg-turbo's simple interface refuses
+(CMYK, odd sampling factors), goes through Pillow. What a file holds is read from its first bytes, not from its name.
+"""
+
+import io
+import struct
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from fastseg.data.gif import OK, as_uint8
+from fastseg.data.resample import MASK_MODES, decode_mask_into, mask_from_array, mask_from_gif, resize_area, sampling_grid
+from fastseg.errors import DataError
+
+__all__ = ["as_dali_input", "decode_image", "decode_mask", "image_size", "is_gif", "orient"]
+
+JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
+JPEG_END, JPEG_END_WITHIN = b"\xff\xd9", 4096  # bytes that some cameras write behind the end
+EXIF_WITHIN = 4096  # bytes; the EXIF segment stands first in a JPEG, or right behind the JFIF header
+MAX_PIXELS = 2**28  # of what is decoded; a forged header must not exhaust memory
+
+Size = tuple[int, int]  # height, width
+
+
+def image_size(data: bytes) -> Size:
+    """Height and width of a photo as it is displayed (after EXIF orientation), from its header alone.
+
+    Raises:
+        DataError: the bytes are no image.
+    """
+    if data.startswith(JPEG_MAGIC):
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            return (width, height) if _orientation(data) >= 5 else (height, width)
+        except ValueError:
+            pass  # Pillow reads some that TurboJPEG does not; what it cannot read it names
+    image = _open(data)
+    width, height = image.size
+    return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
+
+
+def decode_image(data: bytes, out: NDArray[np.uint8]) -> Size:
+    """Decode a photo onto the grid.
+
+    Args:
+        data: a whole JPEG, PNG, BMP or WebP file; grey, palette, CMYK and transparent ones become RGB.
+        out: (H, W, 3) uint8, written: the area average of the photo over each cell (`resample.sampling_grid`).
+
+    Returns:
+        The photo's own size as displayed, (height, width).
+
+    Raises:
+        DataError: the file is no image, is damaged or truncated.
+    """
+    if data.startswith(JPEG_MAGIC):
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            colorspace = "CMYK"
+        if colorspace not in ("CMYK", "YCCK"):
+            return _decode_jpeg(data, height, width, out)
+    pixels = _pixels(_open(data).convert("RGB"))
+    height, width = pixels.shape[:2]
+    _to_grid(pixels, (height, width), out)
+    return height, width
+
+
+def decode_mask(data: bytes, out: NDArray[np.uint8], mask_resize: str) -> Size:
+    """Decode a mask onto the grid.
+
+    Args:
+        data: a whole GIF, PNG or BMP file of two values, of which the brighter is foreground.
+        out: (H, W) uint8, written: coverage 0..255 of each cell ("area"), or 0 or 255 by its centre ("nearest").
+        mask_resize: "area" or "nearest".
+
+    Returns:
+        The mask's own size, (height, width).
+
+    Raises:
+        DataError: the file is no image, is damaged or truncated, or has more than two values.
+    """
+    if is_gif(data):
+        if decode_mask_into(as_uint8(data), out, MASK_MODES[mask_resize]) != OK:
+            mask_from_gif(data, *out.shape)  # raises, with the reason
+        return gif_size(data)
+    image = _open(data)
+    if image.mode == "P":  # what a palette's indices mean is for its colours to say
+        image = image.convert("RGB")
+    if image.mode not in ("1", "L"):
+        image = image.convert("L")
+    values = _pixels(image)
+    out[:] = mask_from_array(values, *out.shape, mask_resize)
+    return values.shape[0], values.shape[1]
+
+
+def is_gif(data: bytes) -> bool:
+    """Whether a file's first bytes are those of a GIF."""
+    return data.startswith(GIF_MAGIC)
+
+
+def gif_size(data: bytes) -> Size:
+    """Height and width of a GIF's canvas, from its first ten bytes.
+
+    Raises:
+        DataError: the file ends before.
+    """
+    if len(data) < 10:
+        raise DataError(f"is a truncated GIF ({len(data)} bytes)")
+    width, height = struct.unpack_from("<HH", data, 6)
+    return height, width
+
+
+def as_dali_input(data: bytes) -> tuple[bytes, Size]:
+    """A photo's bytes as every DALI decoder reads them alike, and its size as displayed, (height, width).
+
+    JPEGs pass as they are; what else libjpeg-turbo does not read (PNG, WebP, CMYK) becomes an uncompressed PPM.
+
+    Raises:
+        DataError: the file is no image, or it is truncated.
+    """
+    if data.startswith(JPEG_MAGIC):
+        try:
+            _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            colorspace = "CMYK"
+        if colorspace not in ("CMYK", "YCCK"):
+            check_complete(data)
+            return data, image_size(data)
+    pixels = _pixels(_open(data).convert("RGB"))
+    height, width = pixels.shape[:2]
+    return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes(), (height, width)
+
+
+def check_complete(data: bytes) -> None:
+    """Refuse a JPEG that ends before its end-of-image marker.
+
+    Raises:
+        DataError: it is truncated.
+    """
+    if data.rfind(JPEG_END, max(0, len(data) - JPEG_END_WITHIN)) < 0:
+        raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
+
+
+def _decode_jpeg(data: bytes, height: int, width: int, out: NDArray[np.uint8]) -> Size:
+    """A JPEG of `height` x `width` stored pixels, which EXIF may say to turn."""
+    orientation = _orientation(data)
+    shown = (width, height) if orientation >= 5 else (height, width)
+    grid = sampling_grid(shown[1], shown[0], out.shape[1], out.shape[0])
+    scale = grid.denominator
+    if orientation != 1 and (height % scale or width % scale):
+        # The cells of the scaled decode begin at the stored picture's corner; turned, that corner lies elsewhere.
+        scale = 1
+    scaled = (-(-height // scale), -(-width // scale))
+    if scaled[0] * scaled[1] > MAX_PIXELS:
+        raise DataError(f"is a JPEG of {width}x{height} pixels, more than the {MAX_PIXELS} that are decoded")
+    direct = orientation == 1 and scaled == out.shape[:2] and out.flags.c_contiguous
+    arguments = {"min_height": scaled[0], "min_width": scaled[1], "buffer": out if direct else None}
+    try:
+        pixels = simplejpeg.decode_jpeg(data, **arguments)
+    except ValueError as error:
+        if "extraneous bytes" not in str(error):  # stray bytes between segments: some cameras write them
+            raise DataError(f"is a damaged or truncated JPEG ({error})") from None
+        pixels = simplejpeg.decode_jpeg(data, strict=False, **arguments)
+    if not direct:
+        turned = np.ascontiguousarray(orient(pixels, orientation))
+        _to_grid(turned, shown, out)
+    return shown
+
+
+def _to_grid(pixels: NDArray[np.uint8], size: Size, out: NDArray[np.uint8]) -> None:
+    """Average pixels, decoded at full size or at the grid's scale, over the cells of an image of `size`."""
+    height, width = out.shape[:2]
+    resize_area(pixels, sampling_grid(size[1], size[0], width, height), height, width, out)
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation of a JPEG, 1..8; 1 (as stored) where there is none."""
+    if data.find(b"Exif\0\0", 0, EXIF_WITHIN) < 0:
+        return 1
+    try:
+        orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, struct.error):
+        return 1  # an EXIF block that nobody can read says nothing
+    return orientation if orientation in range(1, 9) else 1
+
+
+def orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Turn stored pixels (H, W, ...) as EXIF says they are displayed (EXIF 2.32, tag 0x0112)."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return pixels
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise DataError("is empty (0 bytes)")
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise DataError("is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot be decoded ({error})") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are decoded")
+    return image
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """All pixels as displayed, (H, W) or (H, W, 3)."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return np.ascontiguousarray(orient(np.asarray(image), orientation))
+    except (OSError, SyntaxError, ValueError, struct.error) as error:
+        raise DataError(f"is damaged or truncated ({error})") from None

@@ -1,0 +1,140 @@
+"""HostDecoder: threads that read and decode pairs on the CPU, ahead of whoever takes the batches.
+
+libjpeg-turbo, our GIF decoder and Pillow all release the GIL, so threads scale with the cores; there are no worker
+processes to start, to copy from, or to die.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastseg.data.batch import BadSamples, Batch
+from fastseg.data.decode import decode_image, decode_mask
+from fastseg.data.pairs import Pairs
+from fastseg.errors import DataError
+
+__all__ = ["HostDecoder", "decode_pair", "read_file"]
+
+BATCHES_AHEAD = 3
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file; DataError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def decode_pair(
+    pairs: Pairs, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8], mask_resize: str = "area"
+) -> None:
+    """Read and decode one pair.
+
+    Args:
+        image: (H, W, 3) uint8, written.
+        mask: (H, W) uint8, written.
+        mask_resize: "area" or "nearest".
+
+    Raises:
+        DataError: a file is missing or damaged, or the two differ in size; the message names the file.
+    """
+    path = pairs.image_path(index)
+    try:
+        image_size = decode_image(read_file(path), image)
+        path = pairs.mask_path(index)
+        mask_size = decode_mask(read_file(path), mask, mask_resize)
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if message.startswith(path) else f"{path}: {message}") from None
+    if image_size != mask_size:
+        raise DataError(size_mismatch(path, mask_size, image_size))
+
+
+def size_mismatch(mask_path: str, mask_size: tuple[int, int], image_size: tuple[int, int]) -> str:
+    """The sentence about a mask of another size than its image."""
+    (mask_height, mask_width), (height, width) = mask_size, image_size
+    return f"{mask_path}: must have its image's size, {width}x{height}; it has {mask_width}x{mask_height}"
+
+
+class HostDecoder:
+    """Decode batches of pairs with threads.
+
+    Args:
+        pairs: the files.
+        height, width: of the decoded pixels.
+        mask_resize: "area" or "nearest".
+        num_workers: threads.
+        bad: what to do with broken files; by default the first one raises.
+        pin_memory: batches in page-locked memory, from which a GPU copies without waiting.
+    """
+
+    name = "host"
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        height: int,
+        width: int,
+        *,
+        mask_resize: str = "area",
+        num_workers: int = 2,
+        bad: BadSamples | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.pairs = pairs
+        self.height, self.width = height, width
+        self.mask_resize = mask_resize
+        self.num_workers = num_workers
+        self.bad = bad or BadSamples(pairs, "raise")
+        self.pin_memory = pin_memory
+
+    def decode(self, batches: Iterable[NDArray[np.int64]]) -> Generator[Batch, None, None]:
+        """Decode `batches` of pair indices, in order, up to three batches ahead of the caller.
+
+        Yields:
+            A `Batch` of new tensors each time: what was yielded before stays valid.
+
+        Raises:
+            DataError: a pair cannot be decoded and bad samples are not skipped.
+        """
+        pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fastseg-decode")
+        pending: deque[tuple[Batch, list[Future[int]]]] = deque()
+        todo = iter(batches)
+        try:
+            while True:
+                for indices in itertools.islice(todo, BATCHES_AHEAD - len(pending)):
+                    pending.append(self._start(pool, indices))
+                if not pending:
+                    return
+                batch, decoded = pending.popleft()
+                batch.indices[:] = [future.result() for future in decoded]
+                yield batch
+        finally:  # the caller may leave early; then what is queued is dropped and what runs is waited for
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, pool: ThreadPoolExecutor, indices: NDArray[np.int64]) -> tuple[Batch, list[Future[int]]]:
+        shape = (len(indices), self.height, self.width)
+        images = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
+        masks = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
+        futures = [
+            pool.submit(self._decode, int(index), image, mask)
+            for index, image, mask in zip(indices, images.numpy(), masks.numpy(), strict=True)
+        ]
+        return Batch(images, masks, np.array(indices, dtype=np.int64)), futures
+
+    def _decode(self, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> int:
+        """Decode a pair, or the one that replaces it; returns which."""
+        while True:
+            index = self.bad.replacement(index)
+            try:
+                decode_pair(self.pairs, index, image, mask, self.mask_resize)
+                return index
+            except DataError as error:
+                self.bad.report(index, error)

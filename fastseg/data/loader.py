@@ -1,0 +1,243 @@
+"""Loader: epochs of decoded batches on the training device, in an order that (seed, epoch) alone decides.
+
+    pairs = fastseg.find_pairs("data/train_images", "data/train_masks")
+    loader = fastseg.Loader(pairs, height=160, width=240, batch_size=16)
+    for epoch in range(3):
+        for images, masks, indices in loader:  # uint8 (16, 160, 240, 3), uint8 (16, 160, 240), int64 (16,)
+            ...
+
+The first epoch decodes files; what it decoded stays in the cache, and later epochs only gather.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastseg.data.batch import BadSamples, Batch
+from fastseg.data.cache import Cache, open_cache
+from fastseg.data.host import HostDecoder
+from fastseg.data.pairs import Pairs
+from fastseg.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fastseg.data.dali import DaliDecoder
+
+__all__ = ["Loader", "epoch_order"]
+
+log = logging.getLogger(__name__)
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """The order of an epoch: a permutation of range(count) that depends on (seed, epoch) and nothing else."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+class Loader:
+    """Batches of pairs; iterate over it once an epoch.
+
+    Args:
+        pairs: from `find_pairs`.
+        height, width: of the decoded pixels.
+        batch_size: pairs a step over all processes.
+        shuffle: a new permutation each epoch; otherwise the order of `pairs`.
+        drop_last: leave the last, smaller batch out (training: static shapes); otherwise every pair comes once.
+        seed: of the order.
+        rank, world_size: this process among those that share the epoch. Each takes its slice of every batch, so all
+            make equally many steps; in a last batch of fewer pairs than processes some slices are empty.
+        device: where batches arrive.
+        decoder: "host", "dali", or "auto".
+        num_workers: decoding threads.
+        mask_resize: "area" or "nearest".
+        cache: "auto", "device", "memory", "disk" or "off".
+        cache_dir: of the disk cache; empty: the user's cache folder.
+        bad_samples: "raise", or "skip": another pair takes the place of one that breaks; see `bad`.
+        pin_memory: page-locked staging buffers when the device is a GPU.
+
+    Attributes:
+        bad: `BadSamples`; `bad.found` maps the index of each broken pair to the reason.
+        wait_seconds: time spent waiting for batches since the loader was made.
+
+    Raises:
+        ConfigError: a decoder or cache that this machine lacks.
+    """
+
+    def __init__(
+        self,
+        pairs: Pairs,
+        *,
+        height: int,
+        width: int,
+        batch_size: int,
+        shuffle: bool = True,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        decoder: str = "auto",
+        num_workers: int = 2,
+        mask_resize: str = "area",
+        cache: str = "auto",
+        cache_dir: str = "",
+        bad_samples: str = "raise",
+        pin_memory: bool = True,
+    ) -> None:
+        self.pairs = pairs
+        self.batch_size = batch_size
+        self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
+        self.rank, self.world_size = rank, world_size
+        self.device = torch.device(device)
+        self.bad = BadSamples(pairs, bad_samples)
+        self.wait_seconds = 0.0
+        self._epoch, self._step = 0, 0
+        on_gpu = self.device.type == "cuda"
+        self._pin_memory = pin_memory and on_gpu
+        name, reason = _choose_decoder(decoder, on_gpu)
+        log.info("decoder: %s (%s)", name, reason)
+        if name == "dali":
+            from fastseg.data.dali import DaliDecoder  # loads DALI: only for those who use it
+
+            self.decoder: HostDecoder | DaliDecoder = DaliDecoder(
+                pairs,
+                height,
+                width,
+                mask_resize=mask_resize,
+                num_workers=num_workers,
+                bad=self.bad,
+                device=self.device,
+            )
+        else:
+            self.decoder = HostDecoder(
+                pairs,
+                height,
+                width,
+                mask_resize=mask_resize,
+                num_workers=num_workers,
+                bad=self.bad,
+                pin_memory=self._pin_memory,
+            )
+        self.cache = open_cache(cache, pairs, height, width, mask_resize, name, self.device, cache_dir)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        whole, rest = divmod(len(self.pairs), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the loader stands: the next batch it gives is number `step` of `epoch`."""
+        return {"seed": self.seed, "epoch": self._epoch, "step": self._step, "pairs": len(self.pairs)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken, with any decoder, cache and number of threads.
+
+        Raises:
+            ConfigError: the state belongs to another number of pairs.
+        """
+        if state["pairs"] != len(self.pairs):
+            raise ConfigError(
+                f"the checkpoint's epoch had {state['pairs']} training pairs; there are {len(self.pairs)} now. "
+                "Give the same data, or start anew with load_model=false."
+            )
+        self.seed, self._epoch, self._step = state["seed"], state["epoch"], state["step"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch; the next call begins the next one."""
+        source = self._on_device(self._decode_or_gather(self._batches(self._epoch)[self._step :]))
+        while True:
+            started = time.perf_counter()
+            batch = next(source, None)
+            self.wait_seconds += time.perf_counter() - started
+            if batch is None:
+                break
+            self._step += 1
+            yield batch
+        self._epoch, self._step = self._epoch + 1, 0
+
+    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """This process's slice of every batch of an epoch."""
+        count = len(self.pairs)
+        order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        return [order[start : start + self.batch_size][self.rank :: self.world_size] for start in starts]
+
+    def _decode_or_gather(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
+        cache = self.cache
+        if cache is None:
+            yield from self.decoder.decode(batches)
+            return
+        if self.bad.found:
+            batches = [np.array([self.bad.replacement(int(i)) for i in indices], np.int64) for indices in batches]
+        # An epoch meets each pair once, so what is there at its beginning decides which batches are gathered.
+        there = [cache.has(indices) for indices in batches]
+        decoded = self.decoder.decode(indices for indices, hit in zip(batches, there, strict=True) if not hit)
+        with contextlib.closing(decoded):
+            for indices, hit in zip(batches, there, strict=True):
+                if hit:
+                    yield cache.gather(indices, self._pin_memory and cache.device.type == "cpu")
+                    continue
+                batch = next(decoded)
+                if cache.device != batch.images.device and cache.device.type == "cuda":
+                    batch = _move(batch, cache.device)
+                cache.put(batch)
+                yield batch
+        if self.world_size == 1 and not cache.filled.all():
+            self._decode_rest(cache)
+        cache.publish(list(self.bad.found))
+
+    def _decode_rest(self, cache: Cache) -> None:
+        """Decode what `drop_last` left out of the epoch, so that the cache is complete."""
+        rest = [index for index in np.flatnonzero(~cache.filled) if index not in self.bad.found]
+        for batch in self.decoder.decode(np.array_split(rest, -(-len(rest) // self.batch_size)) if rest else []):
+            cache.put(batch)
+
+    def _on_device(self, batches: Generator[Batch, None, None]) -> Iterator[Batch]:
+        """Copy each batch to the GPU on a stream of its own, while the step before it runs."""
+        if self.device.type != "cuda":
+            yield from batches
+            return
+        copying = torch.cuda.Stream(self.device)
+        ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
+        with contextlib.closing(batches):
+            for batch in batches:
+                if batch.images.device.type == "cuda":
+                    yield batch
+                    continue
+                with torch.cuda.stream(copying):
+                    ahead.append((_move(batch, self.device), copying.record_event()))
+                if len(ahead) > 1:
+                    yield _arrived(*ahead.popleft())
+        while ahead:
+            yield _arrived(*ahead.popleft())
+
+
+def _move(batch: Batch, device: torch.device) -> Batch:
+    return batch._replace(
+        images=batch.images.to(device, non_blocking=True), masks=batch.masks.to(device, non_blocking=True)
+    )
+
+
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """The batch, for use on the current stream: its kernels wait for the copy, the host does not."""
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(copied)
+    batch.images.record_stream(stream)
+    batch.masks.record_stream(stream)
+    return batch
+
+
+def _choose_decoder(name: str, on_gpu: bool) -> tuple[str, str]:
+    if name != "auto":
+        return name, "as asked"
+    if on_gpu and importlib.util.find_spec("nvidia.dali"):
+        return "dali", "the GPU decodes"
+    if on_gpu:
+        return "host", "DALI is not installed"
+    return "host", "on a CPU measured several times faster than DALI: benchmarks/README.md"

@@ -1,0 +1,204 @@
+"""Which mask belongs to which image, and which car (group) a pair shows.
+
+    pairs = find_pairs("data/train_images", "data/train_masks")
+    train, val = split_by_group(pairs, val_fraction=0.1, seed=0)
+
+A mask is found by the image's stem: `<stem>_mask.<ext>` or `<stem>.<ext>`, in the same subfolder.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fastseg.errors import DataError
+
+__all__ = ["Pairs", "find_images", "find_pairs", "group_of", "split_by_group"]
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+MASK_EXTENSIONS = (".gif", ".png", ".bmp")
+MASK_SUFFIX = "_mask"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Image i and mask i belong together. Names only, about 160 bytes a pair, so a million pairs are cheap."""
+
+    image_dir: str
+    mask_dir: str
+    images: list[str]  # relative to image_dir
+    masks: list[str]  # relative to mask_dir
+    left_out: tuple[str, ...] = ()  # images that bad_samples="skip" left out
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image_path(self, index: int) -> str:
+        return os.path.join(self.image_dir, self.images[index])
+
+    def mask_path(self, index: int) -> str:
+        return os.path.join(self.mask_dir, self.masks[index])
+
+    def subset(self, indices: Iterable[int]) -> "Pairs":
+        """The pairs at `indices`, in that order."""
+        indices = list(indices)
+        images, masks = [self.images[i] for i in indices], [self.masks[i] for i in indices]
+        return Pairs(self.image_dir, self.mask_dir, images, masks)
+
+    def without(self, indices: Iterable[int]) -> "Pairs":
+        """The pairs but for those at `indices`, which are noted as left out."""
+        dropped = set(indices)
+        kept = self.subset(i for i in range(len(self)) if i not in dropped)
+        return replace(kept, left_out=(*self.left_out, *(self.images[i] for i in sorted(dropped))))
+
+
+def find_images(image_dir: str | os.PathLike[str]) -> list[str]:
+    """Names of the images below a folder, relative to it, sorted.
+
+    Raises:
+        DataError: the folder is missing, cannot be read, or holds no images.
+    """
+    return _find_files(os.fspath(image_dir), IMAGE_EXTENSIONS, "images")
+
+
+def find_pairs(
+    image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str], *, bad_samples: str = "raise"
+) -> Pairs:
+    """Find the mask of every image below a folder. Opens no file.
+
+    Args:
+        image_dir: folder of JPEG, PNG, BMP or WebP images; subfolders count.
+        mask_dir: folder of GIF, PNG or BMP masks, laid out like `image_dir`; it may be the same folder.
+        bad_samples: "raise" refuses images without a mask or with several; "skip" leaves them out and says so.
+
+    Returns:
+        The pairs, sorted by image name.
+
+    Raises:
+        DataError: a folder is missing or empty, or (with "raise") an image has no mask or more than one.
+    """
+    image_dir, mask_dir = os.fspath(image_dir), os.fspath(mask_dir)
+    images = find_images(image_dir)
+    if os.path.realpath(image_dir) == os.path.realpath(mask_dir):  # `a.png` and `a_mask.png` side by side
+        images = [name for name in images if not os.path.splitext(name)[0].endswith(MASK_SUFFIX)]
+
+    masks: dict[str, str] = {}
+    doubled: dict[str, str] = {}
+    for name in _find_files(mask_dir, MASK_EXTENSIONS, "masks"):
+        stem = os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
+        if masks.setdefault(stem, name) != name:
+            doubled[stem] = name
+
+    stems = [os.path.splitext(name)[0] for name in images]
+    counts = Counter(stems)
+    found = Pairs(image_dir, mask_dir, images, [masks.get(stem, "") for stem in stems])
+    missing = [i for i, stem in enumerate(stems) if stem not in masks]
+    doubles = [i for i, stem in enumerate(stems) if stem in doubled]
+    twins = [i for i, stem in enumerate(stems) if counts[stem] > 1]
+    if missing:
+        stem = stems[missing[0]]
+        looked_for = ", ".join([f"{stem}{MASK_SUFFIX}{MASK_EXTENSIONS[0]}", *MASK_EXTENSIONS[1:]])
+        _refuse(
+            bad_samples,
+            f"{len(missing)} of {len(images)} images have no mask in {mask_dir}; first: {images[missing[0]]} "
+            f"(looked for {looked_for}). Add the masks",
+        )
+    if doubles:
+        stem = stems[doubles[0]]
+        _refuse(
+            bad_samples,
+            f"{len(doubles)} of {len(images)} images have more than one mask in {mask_dir}; first: "
+            f"{masks[stem]} and {doubled[stem]}. Keep one of each",
+        )
+    if twins:
+        _refuse(
+            bad_samples,
+            f"{len(twins)} of {len(images)} images in {image_dir} share their stem with another; first: "
+            f"{images[twins[0]]}. Keep one of each",
+        )
+    found = found.without({*missing, *doubles, *twins})
+    if not len(found):
+        raise DataError(f"{image_dir}: no image has one mask in {mask_dir}. Add the masks as <stem>{MASK_SUFFIX}.gif.")
+    without_image = len(masks.keys() - counts.keys())
+    if without_image:
+        log.info("%s: left out %d masks without an image", mask_dir, without_image)
+    return found
+
+
+def group_of(name: str) -> str:
+    """The group (car) an image belongs to: its name up to the last `_`, such as the 12 hex digits of Carvana."""
+    stem = os.path.splitext(name)[0]
+    return stem.rpartition("_")[0] or stem
+
+
+def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs, Pairs]:
+    """Hold out whole groups, so that no car is seen in training and in validation.
+
+    Args:
+        val_fraction: share of the groups held out, at least one.
+        seed: decides which.
+
+    Returns:
+        Training pairs and validation pairs.
+
+    Raises:
+        DataError: there is only one group, so that nothing can be held out.
+    """
+    groups = sorted({group_of(name) for name in pairs.images})
+    if len(groups) < 2:
+        raise DataError(
+            f"{pairs.image_dir}: all {len(pairs)} images belong to one group ({groups[0]}), so none can be held out. "
+            "Give val_img_dir and val_mask_dir."
+        )
+    count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
+    chosen = np.random.default_rng(seed).permutation(len(groups))[:count]
+    held_out = {groups[i] for i in chosen}
+    is_val = [group_of(name) in held_out for name in pairs.images]
+    train = pairs.subset(i for i, val in enumerate(is_val) if not val)
+    return train, pairs.subset(i for i, val in enumerate(is_val) if val)
+
+
+def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str]:
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"{folder}: no such folder of {what}. Give the folder that holds them, "
+            "or make Carvana-like pairs with `fastseg synth --out data`."
+        )
+    names: list[str] = []
+    others: Counter[str] = Counter()
+    pending = [""]
+    while pending:
+        below = pending.pop()
+        try:
+            with os.scandir(os.path.join(folder, below)) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):  # .DS_Store, ._a.jpg and the like are no data
+                        continue
+                    name = os.path.join(below, entry.name)
+                    if entry.is_dir():
+                        pending.append(name)
+                    elif entry.name.lower().endswith(extensions):
+                        names.append(name)
+                    else:
+                        others[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
+        except OSError as error:
+            raise DataError(f"{os.path.join(folder, below)}: cannot be read ({error.strerror}).") from None
+    kinds = ", ".join(extension for extension, _ in others.most_common(5))
+    if not names:
+        held = f"only other files ({kinds})" if others else "nothing"
+        raise DataError(f"{folder}: holds no {what} ({', '.join(extensions)}); found {held}.")
+    if others:
+        log.info("%s: left out %d files that are no %s (%s)", folder, others.total(), what, kinds)
+    names.sort()
+    return names
+
+
+def _refuse(bad_samples: str, sentence: str) -> None:
+    if bad_samples == "raise":
+        raise DataError(f'{sentence}, or pass bad_samples="skip" to leave them out.')
+    log.warning("left out: %s.", sentence)

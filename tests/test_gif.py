@@ -1,0 +1,440 @@
+"""gif.py against Pillow, against damaged files, and with each access to memory checked."""
+
+import io
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba import njit
+from PIL import Image, ImageDraw
+
+from fastseg.data import gif
+from fastseg.data.gif import as_uint8, decode_binary, decode_gif, decode_indices, parse_gif
+from fastseg.errors import DataError
+
+IDENTITY = np.arange(256, dtype=np.uint8)
+GREYS = bytes(value for index in range(256) for value in (index, index, index))
+
+
+def encode_lzw(
+    pixels: np.ndarray, code_size: int, clear_every: int = 0, use_table: bool = True, end: bool = True
+) -> bytes:
+    """LZW codes of flat indices; a clear code after every `clear_every` codes, or only the first (deferred clear)."""
+    clear = 1 << code_size
+    bits = num_bits = since_clear = 0
+    packed = bytearray()
+
+    def emit(code: int) -> None:
+        nonlocal bits, num_bits
+        bits |= code << num_bits
+        num_bits += width
+        while num_bits >= 8:
+            packed.append(bits & 255)
+            bits, num_bits = bits >> 8, num_bits - 8
+
+    width, next_code, table = code_size + 1, clear + 2, {}
+    emit(clear)
+    values, start = bytes(pixels), 0
+    while start < len(values):
+        code, stop = values[start], start + 1
+        while use_table and stop < len(values):
+            longer = table.get(values[start : stop + 1])
+            if longer is None or longer >= 1 << width:  # too wide: only with a code size of 1, where codes do not grow
+                break
+            code, stop = longer, stop + 1
+        emit(code)
+        # What a decoder does on reading this code: it completes the entry of the code before.
+        if since_clear > 0 and next_code < 4096:
+            if next_code == (1 << width) - 1 and width < 12:
+                width += 1
+            next_code += 1
+        since_clear += 1
+        if next_code < 4096:
+            table.setdefault(values[start : stop + 1], next_code)  # usable by the very next code
+        if since_clear == clear_every:
+            emit(clear)
+            width, next_code, table, since_clear = code_size + 1, clear + 2, {}, 0
+        start = stop
+    if end:
+        emit(clear + 1)
+    if num_bits:
+        packed.append(bits & 255)
+    return bytes(packed)
+
+
+def build_gif(
+    indices: np.ndarray,
+    *,
+    code_size: int = 8,
+    version: bytes = b"GIF89a",
+    palette: bytes | None = GREYS,
+    local_palette: bytes | None = None,
+    interlaced: bool = False,
+    canvas: tuple[int, int] | None = None,
+    left: int = 0,
+    top: int = 0,
+    before: bytes = b"",
+    block: int = 255,
+    tail: bytes = b"\0;",
+    clear_every: int = 0,
+    use_table: bool = True,
+    end: bool = True,
+) -> bytes:
+    """A GIF of one frame; `before` stands in front of the image, `block` bytes of pixels are in a sub-block."""
+    height, width = indices.shape
+
+    def flag(colours: bytes | None) -> int:
+        return 0 if colours is None else 128 | (len(colours) // 3).bit_length() - 2
+
+    rows = [row for first, step in ((0, 8), (4, 8), (2, 4), (1, 2)) for row in range(first, height, step)]
+    stored = indices[rows] if interlaced else indices
+    lzw = encode_lzw(stored.ravel(), code_size, clear_every, use_table, end)
+    blocks = b"".join(bytes([len(lzw[i : i + block])]) + lzw[i : i + block] for i in range(0, len(lzw), block))
+    screen = struct.pack("<HHBBB", *(canvas or (width, height)), flag(palette), 0, 0)
+    image = b"," + struct.pack("<HHHHB", left, top, width, height, flag(local_palette) | (64 if interlaced else 0))
+    return b"".join(
+        [version, screen, palette or b"", before, image, local_palette or b"", bytes([code_size]), blocks, tail]
+    )
+
+
+def random_indices(rng: np.random.Generator, width: int, height: int, num_colours: int) -> np.ndarray:
+    """Noise, or runs of a few hundred pixels: strings of one pixel and of many."""
+    num_runs = int(rng.choice([1, 5, 40, width * height]))
+    ends = np.sort(rng.integers(0, width * height, num_runs))
+    runs = np.searchsorted(ends, np.arange(width * height), side="right")
+    return rng.integers(0, num_colours, num_runs + 1).astype(np.uint8)[runs].reshape(height, width)
+
+
+def random_gif(rng: np.random.Generator, max_side: int = 60) -> bytes:
+    """Every option of build_gif at random, most of them at values that Pillow does not write."""
+    width, height = rng.integers(1, max_side + 1, 2).tolist()
+    code_size = int(rng.integers(1, 9))
+    palette = rng.integers(0, 256, 3 << rng.integers(1, 9)).astype(np.uint8).tobytes()
+    extensions = [b"", b"\0\0", b"!\xf9\4\0\0\0\7\0", b"!\xf9\4\1\0\0\5\0", b"!\xfe\3abc\1d\0"]
+    indices = random_indices(rng, width, height, 1 << code_size)
+    return build_gif(
+        indices,
+        code_size=code_size,
+        version=[b"GIF87a", b"GIF89a"][rng.integers(2)],
+        palette=[palette, None][rng.integers(2)],
+        local_palette=[palette[:6], palette, None][rng.integers(3)],
+        interlaced=bool(rng.integers(2)),
+        canvas=[None, (width + 3, height + 2), (1, 1)][rng.integers(3)],
+        left=int(rng.choice([0, 0, 2])),
+        top=int(rng.choice([0, 0, 1])),
+        before=b"".join(extensions[i] for i in rng.integers(0, len(extensions), 2)),
+        block=int(rng.choice([1, 2, 7, 255])),
+        tail=[b"\0;", b"", b"\0" + build_gif(indices[:1, :1], code_size=code_size)[13 + len(GREYS) :]][rng.integers(3)],
+        clear_every=int(rng.choice([0, 0, 1, 3, 100])),
+        use_table=bool(rng.integers(4)),
+        end=bool(rng.integers(2)),
+    )
+
+
+def pillow_indices(data: bytes) -> np.ndarray:
+    return np.array(Image.open(io.BytesIO(data)))
+
+
+def test_agrees_with_pillow_on_its_own_files():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        width, height = rng.integers(1, 90, 2).tolist()
+        num_colours = int(rng.integers(2, 257))
+        frames = []
+        for _ in range(int(rng.integers(1, 3))):
+            frame = Image.fromarray(random_indices(rng, width, height, num_colours))
+            frame.putpalette(rng.integers(0, 256, 3 * num_colours).astype(np.uint8).tobytes())
+            frames.append(frame)
+        file = io.BytesIO()
+        frames[0].save(
+            file, "GIF", save_all=True, append_images=frames[1:], interlace=int(rng.integers(2)), optimize=False
+        )
+        indices, palette = decode_gif(file.getvalue())
+        assert np.array_equal(indices, np.array(frames[0]))
+        assert np.array_equal(indices, pillow_indices(file.getvalue()))
+        assert np.array_equal(palette[indices], Image.open(file).convert("RGB"))
+
+
+def test_agrees_with_pillow_on_files_it_does_not_write():
+    rng = np.random.default_rng(1)
+    for _ in range(600):
+        data = random_gif(rng)
+        assert np.array_equal(decode_gif(data)[0], pillow_indices(data)), data.hex()
+
+
+def test_encoder_of_these_tests_is_one():
+    """Shorter than its pixels, and without the clear code that the deferred clear does not have."""
+    zeros = np.zeros((300, 300), np.uint8)
+    assert len(build_gif(zeros, code_size=2, palette=None)) < 800
+    noise = np.random.default_rng(2).integers(0, 255, 60_000).astype(np.uint8)
+    codes = encode_lzw(noise, 8, end=False)
+    assert len(codes) > 4096 * 1.5  # the table is full
+
+
+@pytest.mark.parametrize("clear_every", [0, 4094, 4095, 4096, 5000])
+@pytest.mark.parametrize("code_size", [2, 5, 8])
+def test_full_table_waits_for_a_clear_code(code_size: int, clear_every: int):
+    noise = np.random.default_rng(3).integers(0, 1 << code_size, (150, 200)).astype(np.uint8)
+    data = build_gif(noise, code_size=code_size, clear_every=clear_every)
+    assert np.array_equal(decode_gif(data)[0], noise)
+    assert np.array_equal(pillow_indices(data), noise)
+
+
+def test_codes_that_use_their_own_entry():
+    """A frame of one colour is nothing but such codes: strings of 1, 2, 3, ... pixels."""
+    for size in [(1, 1), (1, 2), (1, 3), (7, 9), (1280, 1918)]:
+        assert not decode_gif(build_gif(np.zeros(size, np.uint8), code_size=2))[0].any()
+    pattern = np.tile(np.array([0, 1, 0, 0, 1, 0], np.uint8), 5000).reshape(100, 300)
+    assert np.array_equal(decode_gif(build_gif(pattern, code_size=2))[0], pattern)
+
+
+def test_used_indices_are_those_of_the_canvas():
+    rng = np.random.default_rng(4)
+    for _ in range(200):
+        data = as_uint8(random_gif(rng))
+        header, used = parse_gif(data), np.zeros(256, np.uint8)
+        canvas = np.empty(header.width * header.height, np.uint8)
+        assert decode_indices(data, header, IDENTITY, canvas, used)[0] == gif.OK
+        assert np.array_equal(np.flatnonzero(used), np.unique(canvas))
+
+
+def carvana_like_mask() -> np.ndarray:
+    """A silhouette of 1918 x 1280 with ragged edges, about a fifth of it foreground."""
+    drawing = Image.new("L", (1918, 1280))
+    draw = ImageDraw.Draw(drawing)
+    draw.ellipse((350, 420, 1500, 900), fill=1)
+    for x in (520, 1250):
+        draw.ellipse((x, 760, x + 170, 960), fill=1)
+    mask, rng = np.array(drawing), np.random.default_rng(5)
+    for y in range(420, 960, 3):
+        x = np.flatnonzero(mask[y])
+        mask[y, x[0] : x[0] + rng.integers(1, 9)] = 0
+    return mask
+
+
+@pytest.mark.parametrize("interlace", [0, 1])
+@pytest.mark.parametrize("colours", [(0, 0, 0, 255, 255, 255), (255, 255, 0, 0, 0, 9), (1, 1, 1, 0, 0, 0)])
+def test_carvana_sized_masks_are_the_brighter_colour(colours: tuple[int, ...], interlace: int):
+    image = Image.fromarray(carvana_like_mask())
+    image.putpalette(colours)
+    file = io.BytesIO()
+    image.save(file, "GIF", interlace=interlace, optimize=False)
+    data = as_uint8(file.getvalue())
+    header = parse_gif(data)
+    mask = np.empty(header.width * header.height, np.uint8)
+    assert decode_binary(data, header, mask) == (gif.OK, mask.size)
+    grey = np.array(Image.open(file).convert("RGBA").convert("RGB").convert("L"))  # through colours, not indices
+    assert header.interlaced == interlace
+    assert np.array_equal(mask.reshape(grey.shape), grey == grey.max())
+
+
+def test_masks_of_any_palette():
+    rng = np.random.default_rng(6)
+    num_refused = 0
+    for _ in range(400):
+        data = random_gif(rng, max_side=12)
+        header = parse_gif(as_uint8(data))
+        mask = np.empty(header.width * header.height, np.uint8)
+        status, detail = decode_binary(as_uint8(data), header, mask)
+        grey = np.array(Image.open(io.BytesIO(data)).convert("L").getdata())
+        lumas = np.unique(grey)
+        if len(lumas) > 2:
+            assert (status, detail) == (gif.NOT_BINARY, len(lumas))
+            num_refused += 1
+        else:
+            assert status == gif.OK
+            assert np.array_equal(mask, (grey == lumas[-1]) & (grey > 0))
+    assert 100 < num_refused < 300
+
+
+GOOD = build_gif(np.arange(12, dtype=np.uint8).reshape(3, 4), code_size=4, palette=GREYS[:48])
+IMAGE_AT = 13 + 48  # offset of the frame's "," in GOOD
+LZW_AT = IMAGE_AT + 11  # and of its first sub-block
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not a GIF (it starts with b'', not with GIF87a or GIF89a)"),
+        (b"\xff\xd8\xff\xe0JFIF", "not a GIF (it starts with b'\\xff\\xd8\\xff\\xe0JF', not with GIF87a or GIF89a)"),
+        (b"GIF88a" + GOOD[6:], "not a GIF (it starts with b'GIF88a', not with GIF87a or GIF89a)"),
+        (GOOD[:10], "GIF ends before its first image begins; it is truncated"),
+        (GOOD[:IMAGE_AT], "GIF ends before its first image begins; it is truncated"),
+        (GOOD[: LZW_AT - 1], "GIF ends before its first image begins; it is truncated"),
+        (GOOD[:IMAGE_AT] + b";", "GIF has no image in it"),
+        (
+            GOOD[:IMAGE_AT] + b",\0\0\0\0\4\0\0\0\0" + GOOD[LZW_AT - 1 :],
+            "GIF has an image of 4 x 0 pixels; both must be above 0",
+        ),
+        (GOOD[:LZW_AT], "GIF claims 12 pixels, more than a file of 72 bytes can hold; it is truncated"),
+        (GOOD[: LZW_AT + 3], "GIF ends before its last pixel (0 of 12); it is truncated"),
+        (GOOD[:LZW_AT] + b"\x04\x10\x04\x41\x0c\0;", "GIF ends before its last pixel (4 of 12); it is truncated"),
+        (GOOD[:LZW_AT] + b"\x03\x10\x44\0\0;", "GIF ends before its last pixel (1 of 12); it is truncated"),
+        (
+            GOOD[:LZW_AT] + b"\x02\x10\x7c\0;",
+            "GIF has an impossible LZW code after pixel 1 of 12; it is damaged",
+        ),
+        (
+            GOOD[: LZW_AT - 1] + b"\x09" + GOOD[LZW_AT:],
+            "GIF has an LZW code size of 9 bits, which must be 1 to 8; it is damaged",
+        ),
+        (
+            GOOD[:6] + b"\xff\xff\xff\xff" + GOOD[10:],
+            "GIF claims 65535 x 65535 pixels, above the limit of 2**28; it is damaged",
+        ),
+        (
+            GOOD[: IMAGE_AT + 5] + b"\0\x40\0\x40" + GOOD[IMAGE_AT + 9 :],
+            f"GIF claims 268435456 pixels, more than a file of {len(GOOD)} bytes can hold; it is truncated",
+        ),
+    ],
+)
+def test_error_messages(data: bytes, message: str):
+    with pytest.raises(DataError) as caught:
+        decode_gif(data)
+    assert str(caught.value) == message
+
+
+def test_every_status_has_a_message():
+    header = parse_gif(as_uint8(GOOD))
+    for status in range(1, gif.WRONG_BUFFER + 1):
+        assert "{" not in str(gif.gif_error(as_uint8(GOOD), header, status, 3))
+    assert decode_indices(as_uint8(GOOD), header, IDENTITY, np.empty(11, np.uint8), np.zeros(256, np.uint8)) == (
+        gif.WRONG_BUFFER,
+        0,
+    )
+
+
+def damaged_gifs(count: int) -> Iterator[tuple[bytes, int]]:
+    """Small GIFs with bytes changed, cut off, put in or left out, and the offset of the first damage."""
+    rng = np.random.default_rng(7)
+    sources = [random_gif(rng, max_side=24) for _ in range(200)] + [GOOD]
+    for _ in range(count):
+        data = bytearray(sources[rng.integers(len(sources))])
+        # Half of the damage to the pixels, half to what stands before them, where the sizes are.
+        pixels_at = parse_gif(as_uint8(data)).lzw_start
+        low, high = (pixels_at, len(data)) if rng.integers(2) else (0, pixels_at + 1)
+        first = len(data)
+        for _ in range(int(rng.integers(1, 4))):
+            at = min(int(rng.integers(low, high)), len(data) - 1)
+            first = min(first, at)
+            match rng.integers(5):
+                case 0:
+                    data[at] = rng.integers(256)
+                case 1:
+                    data[at] ^= 1 << int(rng.integers(8))
+                case 2:
+                    data[at:at] = rng.integers(0, 256, rng.integers(1, 5)).astype(np.uint8).tobytes()
+                case 3:
+                    del data[at : at + int(rng.integers(1, 5))]
+                case 4:
+                    data[max(at, 1) :] = b""
+            if not data:
+                break
+        yield bytes(data), first
+
+
+def decode_guarded(data: bytes) -> str:
+    """Decodes into a buffer between two guards and returns "refused" or "decoded", or "large" if it is not tried."""
+    file = as_uint8(data)
+    header = parse_gif(file)
+    if header.status != gif.OK:
+        return "refused"
+    size = header.width * header.height
+    if size > 2**18:  # a forged canvas: only slow; test_error_messages has the limit
+        return "large"
+    guarded = np.full(size + 128, 0xA5, np.uint8)
+    canvas = guarded[64 : size + 64]
+    status, written = decode_indices(file, header, IDENTITY, canvas, np.zeros(256, np.uint8))
+    assert (guarded[:64] == 0xA5).all()
+    assert (guarded[size + 64 :] == 0xA5).all()
+    assert 0 <= written <= header.frame_width * header.frame_height
+    if status == gif.OK:
+        assert np.array_equal(decode_gif(data)[0].ravel(), canvas)
+        return "decoded"
+    assert status in (gif.BAD_CODE, gif.CUT_PIXELS)
+    with pytest.raises(DataError):
+        decode_gif(data)
+    return "refused"
+
+
+def test_damaged_files_are_refused_or_decoded_within_bounds():
+    outcomes = [decode_guarded(data) for data, _ in damaged_gifs(10_000)]
+    assert outcomes.count("refused") > 2500
+    assert outcomes.count("decoded") > 2500
+    assert outcomes.count("large") < 1500
+
+
+def test_damaged_pixels_come_out_as_in_pillow():
+    num_compared = 0
+    for data, first in damaged_gifs(3000):
+        header = parse_gif(as_uint8(data))
+        if header.status != gif.OK or first < header.lzw_start or header.width * header.height > 2**18:
+            continue
+        try:
+            indices = decode_gif(data)[0]
+        except DataError:
+            continue
+        assert np.array_equal(indices, pillow_indices(data)), data.hex()
+        num_compared += 1
+    assert num_compared > 300
+
+
+@njit
+def copy_by_index(target, target_start, source, source_start, count):
+    """Stands in for memcpy below: a negative index would wrap around, and an overlap is what memcpy must not get."""
+    if target_start < 0 or source_start < 0:
+        raise IndexError("negative")
+    if target.ctypes.data == source.ctypes.data and abs(target_start - source_start) < count:
+        raise ValueError("overlap")
+    for i in range(count):
+        target[target_start + i] = source[source_start + i]
+
+
+def run_with_bounds_checks() -> None:
+    """Run by the test below in a process of its own, before anything is compiled."""
+    from fastseg.data import resample
+
+    # numba checks indices, not the pointers of memcpy: so the copy is done by index here. Compiled functions look
+    # their globals up when they are compiled.
+    gif._memcpy = copy_by_index
+    buffer = np.zeros(8, np.uint8)
+    # Proof that both would be seen.
+    with pytest.raises(IndexError):
+        gif._uint16(buffer[:1], 0)
+    with pytest.raises(IndexError):
+        copy_by_index(buffer, 4, buffer[:2], 0, 4)
+    with pytest.raises(ValueError, match="overlap"):
+        copy_by_index(buffer, 2, buffer, 0, 3)
+    outcomes = []
+    for index, (data, _) in enumerate(damaged_gifs(10_000)):
+        outcomes.append(decode_guarded(data))
+        if outcomes[-1] == "large":
+            continue
+        try:
+            resample.mask_from_gif(data, 1 + index % 9, 1 + index % 11, ("area", "nearest")[index % 2])
+        except DataError:
+            continue
+    print(*(outcomes.count(outcome) for outcome in ("refused", "decoded", "large")))
+
+
+def test_damaged_files_with_each_access_checked(tmp_path: Path):
+    root = Path(gif.__file__).parents[2]
+    environment = {
+        **os.environ,
+        "NUMBA_BOUNDSCHECK": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_OPT": "1",  # compiles faster
+        "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)]),
+    }
+    command = [sys.executable, "-c", "import test_gif; test_gif.run_with_bounds_checks()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    refused, decoded, large = map(int, done.stdout.split())
+    assert refused > 2500
+    assert decoded > 2500
+    assert refused + decoded + large == 10_000
