@@ -1,9 +1,16 @@
 """IoU and Dice, accumulated on the device; the host waits only when they are asked for."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
-__all__ = ["Scores"]
+from fastseg.augment import normalise
+from fastseg.data.batch import Batch
+from fastseg.losses import bce_dice_loss
+from fastseg.runtime import Runtime
+
+__all__ = ["Scores", "score_batches"]
 
 
 class Scores:
@@ -54,3 +61,29 @@ class Scores:
             "dice_pixels": 2 * intersection / total if total else 1.0,
             "iou_pixels": intersection / (total - intersection) if total else 1.0,
         }
+
+
+def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], runtime: Runtime) -> dict[str, float]:
+    """Score a network in evaluation mode on decoded batches, at their resolution.
+
+    Masks count as foreground where at least half of a cell is covered, predictions where the logit is above 0.
+
+    Args:
+        model: normalised images (B, 3, H, W) to logits (B, 1, H, W).
+
+    Returns:
+        `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`.
+    """
+    scores = Scores(runtime.device)
+    loss, images_seen = torch.zeros((), device=runtime.device), 0
+    with torch.inference_mode():
+        for images, masks, _ in batches:
+            if not len(images):  # this process's slice of a last batch smaller than the group
+                continue
+            inputs, targets = normalise(images, masks)
+            with runtime.autocast():
+                logits = model(inputs)
+            loss += bce_dice_loss(logits, targets) * len(images)
+            images_seen += len(images)
+            scores.update(logits[:, 0] > 0, masks >= 128)
+    return {"loss": loss.item() / max(images_seen, 1), **scores.compute()}

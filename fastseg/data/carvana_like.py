@@ -5,9 +5,9 @@ parameters, names and views, and cars that no threshold finds. They say nothing 
 
     fastseg synth --out data --cars 6 --views 16 --seed 0
 
-A car is a mesh so fine (`STEP`) that each facet needs only one colour: numpy paints and lights the vertices, a z-buffer
-at twice the resolution finds who is in front. Metres; x forward, y left, z up from the floor under the car's middle;
-a "share" is one of the car's length, from nose to tail. Colours are linear light, 1 is white, until the last kernel.
+A car is a mesh so fine (`STEP`) that it needs no textures: numpy paints and lights its vertices, a z-buffer with two
+samples per pixel each way draws it. Metres; x forward, y left, z up from the floor under the car's middle; a "share" is
+one of the car's length, from nose to tail. Colours are linear light, 1 is white, until the last kernel.
 """
 
 import math
@@ -78,20 +78,23 @@ CHROME, LAMP, TAIL = (0.34, 0.34, 0.35, 0.25, 0.5), (0.5, 0.51, 0.53, 0.35, 0.3)
 
 
 class Car(NamedTuple):
-    points: ndarray  # (V, 3) float32, metres
-    normals: ndarray  # (V, 3) float32, unit length, outward
-    materials: ndarray  # (V, 5) float32
+    """A mesh of V vertices and Q facets."""
+
+    points: ndarray  # (3, V) float32, metres
+    normals: ndarray  # (3, V) float32, unit length, outward
+    materials: ndarray  # (5, V) float32
     quads: ndarray  # (Q, 4) int32 vertices, anticlockwise seen from outside
+    paint: tuple[float, ...]
     size: tuple[float, float]  # length, width, metres
     axles: tuple[float, ...]  # x, metres
 
 
 class Studio(NamedTuple):
-    light: ndarray  # (h, w) float32: the empty studio at half the picture's size, which blurs it a little
-    floor: tuple[ndarray, ndarray]  # rows and columns in `light` where the floor is
-    spot: ndarray  # (2, number of those) float32: x, y on the floor, metres
-    gloss: float  # share of light that the floor mirrors
-    shape: tuple[int, int]  # height, width of the picture
+    """The empty room, seen by a camera zoomed to one car."""
+
+    light: ndarray  # (H, W) float32
+    floor: ndarray  # (F,) flat indices into `light`: where a shadow may fall
+    spots: ndarray  # (2, F) float32: x, y of those on the floor, metres
     focal: float  # pixels
 
 
@@ -104,20 +107,30 @@ def smooth_curve(control: Any, share: ndarray) -> ndarray:
     return np.interp(share, grid, height)
 
 
-def even_steps(parameter: ndarray, x: ndarray, y: ndarray, step: float = STEP) -> ndarray:
-    """Values of the parameter of a curve (x, y), metres, that lie `step` apart on it."""
+def even_steps(parameter: ndarray, x: ndarray, y: ndarray) -> ndarray:
+    """Values of the parameter of a curve (x, y), metres, that lie `STEP` apart on it."""
     arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
-    return np.interp(np.linspace(0, arc[-1], int(arc[-1] / step) + 2), arc, parameter)
-
-
-def power(base: ndarray, exponent: float) -> ndarray:
-    """Signed power: turns a circle into a rounded rectangle."""
-    return np.sign(base) * np.abs(base) ** exponent
+    return np.interp(np.linspace(0, arc[-1], int(arc[-1] / STEP) + 2), arc, parameter)
 
 
 def outline(share: ndarray) -> ndarray:
     """Half width of a car seen from above, as a share of its largest."""
     return (1 - np.abs(2 * share - 1) ** 6) ** (1 / 6)
+
+
+def lengthwise(length: float, width: float) -> ndarray:
+    """(rows, 1) shares in even steps along the outline of a car."""
+    end = 0.5 * np.linspace(0, 1, 5000) ** 6  # the outline turns fast at the ends
+    share = np.concatenate([end, 1 - end[::-1]])
+    return even_steps(share, length * share, 0.5 * width * outline(share))[:, None]
+
+
+def crosswise(sill: float, roundness: tuple[float, float], wide: float, tall: float) -> tuple[ndarray, ndarray]:
+    """(columns,) y and z in [-1, 1] in even steps around a rounded rectangle, from `sill` radians over the top to it."""
+    turn = np.linspace(sill, np.pi - sill, 20001)
+    y, z = (np.sign(a) * np.abs(a) ** e for a, e in zip((np.cos(turn), np.sin(turn)), roundness, strict=True))
+    at = even_steps(turn, wide * y, tall * z)
+    return np.interp(at, turn, y), np.interp(at, turn, z)
 
 
 def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any = False) -> tuple[ndarray, ...]:
@@ -146,27 +159,22 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
 
 
 def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Any:
+    """A mirror, an aerial."""
     polar, turn = np.linspace(0, np.pi, 40)[:, None], np.linspace(0, 2 * np.pi, 60)
     unit = np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)
     return make_part(*(c + r * u for c, r, u in zip(centre, radii, unit, strict=True)), material)
 
 
-def make_body(rng: np.random.Generator, style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
+def make_body(style: str, paint: Any, length: float, width: float, tall: float, strip: bool) -> list[Any]:
     """Everything below the windows but the wheels: sections across, from nose to tail."""
     (_, _, radius), heights, roof, axles, _, doors = STYLES[style]
-    end = 0.5 * np.linspace(0, 1, 5000) ** 6  # the outline turns fast at the ends
-    share = np.concatenate([end, 1 - end[::-1]])
-    share = even_steps(share, length * share, 0.5 * width * outline(share))[:, None]
-    turn = np.linspace(-0.42 * np.pi, 1.42 * np.pi, 20001)
-    turn = even_steps(turn, 0.9 * power(np.cos(turn), 2 / 5.5), 0.4 * power(np.sin(turn), 2 / 4.2))
+    share = lengthwise(length, width)
+    lateral, up = crosswise(-0.42 * np.pi, (2 / 5.5, 2 / 4.2), 0.9, 0.4)
     deck = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
-    ends = np.minimum(share, 1 - share)
-    belly = 0.21 + 0.1 * radius + 0.20 * np.exp(-ends / 0.012) + 0.06 * np.exp(-ends / 0.06)
-    up = power(np.sin(turn), 2 / 4.2)
+    belly = 0.21 + 0.1 * radius + 0.06 * np.exp(-np.minimum(share, 1 - share) / 0.04)
     crease = 1 + 0.025 * np.exp(-(((up - 0.35) / 0.18) ** 2)) - 0.07 * np.clip(-up, 0, 1) ** 3
     x, z = (0.5 - share) * length, 0.5 * (deck + belly) + 0.5 * (deck - belly) * up
-    y = 0.49 * width * outline(share) * (1 - 0.05 * (1 - share) ** 2) * power(np.cos(turn), 2 / 5.5) * crease
-    inner = make_part(*(a[::4, ::4] for a in np.broadcast_arrays(0.97 * x, 0.8 * y, 0.04 + belly + 0.9 * (z - belly))), BLACK)
+    y = 0.49 * width * outline(share) * (1 - 0.05 * (1 - share) ** 2) * lateral * crease
 
     side, front, rear = np.abs(y) / (0.5 * width), share < 0.06, share > 0.955
     nose, tail, flank = 0.62 + 0.9 * (radius - 0.31), 0.80 + 1.5 * (radius - 0.31), side > 0.85
@@ -176,40 +184,37 @@ def make_body(rng: np.random.Generator, style: str, paint: Any, length: float, w
         (grille, GAP),
         (grille & (np.sin(z * 160) < -0.2), CHROME),
         (front & (side < 0.75) & (np.abs(z - 0.40) < 0.05), BLACK),
-        (front & (side < 0.28) & (np.abs(z - 0.49) < 0.055), PLATE),
+        (front & (side < 0.28) & (np.abs(z - 0.47) < 0.055), PLATE),
         (front & (side > 0.5) & (np.abs(z - nose - 0.04) < 0.075), LAMP),
         (rear & (side > 0.55) & (np.abs(z - tail - 0.03) < 0.09), TAIL),
         (rear & (side < 0.28) & (np.abs(z - tail) < 0.06), PLATE),
         (rear & (np.abs(z - 0.50) < 0.012), GAP),
         (flank & (doors[0] < share) & (share < doors[2]) & (np.abs(z - 0.37) < 0.008), GAP),
-        (~flank & (side < 0.8) & (z > nose) & (np.abs(share - roof[0][0] - 0.012) < 0.001), GAP),
+        (~flank & (z > nose) & (np.abs(share - roof[0][0] - 0.012) < 0.001), GAP),
+        (flank & (np.abs(z - 0.56) < 0.022) & strip, BLACK),
     ]
-    if rng.random() < 0.5:
-        rules.append((flank & (np.abs(z - 0.56) < 0.022), BLACK))
     rules += [(flank & (np.abs(share - door) * length < 0.5 * STEP) & (z > 0.36), GAP) for door in doors]
-    handle = np.array(paint) * (0.5, 0.5, 0.5, 4, 1)
+    handle = np.multiply(paint, (0.5, 0.5, 0.5, 4, 1))
     for door in doors[1:]:
         rules.append((flank & (np.abs(door - share - 0.028) < 0.016) & (np.abs(z - 2.5 * radius) < 0.014), handle))
-    arch = [(x - (0.5 - axle) * length) ** 2 + (z - radius) ** 2 < (1.17 * radius) ** 2 for axle in axles]
-    return [make_part(x, y, z, paint, rules, arch[0] | arch[1]), inner]
+    arches = [(x - (0.5 - axle) * length) ** 2 + (z - radius) ** 2 < (1.17 * radius) ** 2 for axle in axles]
+    dark = (0.97 * x, 0.8 * y, 0.04 + belly + 0.9 * (z - belly))  # what one sees through a wheel arch
+    inside = make_part(*(a[::3, ::3] for a in np.broadcast_arrays(*dark)), BLACK)
+    return [make_part(x, y, z, paint, rules, arches[0] | arches[1]), inside]
 
 
 def make_cabin(style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
     """Windows and roof: sections from the foot of the windscreen to that of the rear window, starting in the body."""
     _, heights, roof_points, _, glass, doors = STYLES[style]
     start, stop = roof_points[0][0], roof_points[-1][0]
-    end = 0.5 * np.linspace(0, 1, 5000) ** 6
-    along = np.concatenate([end, 1 - end[::-1]])
-    along = even_steps(along, length * (stop - start) * along, 0.5 * width * outline(along))[:, None]
-    turn = np.linspace(0, np.pi, 20001)
-    turn = even_steps(turn, 0.85 * power(np.cos(turn), 2 / 5), 0.7 * np.sin(turn) ** 0.5)
+    along = lengthwise(length * (stop - start), width)
+    lateral, up = crosswise(0.0, (2 / 5, 2 / 4), 0.85, 0.7)
     share = start + (stop - start) * along
     belt = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
     roof = smooth_curve(roof_points, share) * tall
-    z = belt - 0.14 + np.maximum(roof - belt + 0.14, 0.02) * np.abs(np.sin(turn)) ** 0.5
-    lateral = power(np.cos(turn), 2 / 5)
+    z = belt - 0.14 + np.maximum(roof - belt + 0.14, 0.02) * up
     y = 0.465 * width * outline(along) * (1 - 0.06 * (2 * along - 1) ** 2) * lateral
-    y = y * (1 - 0.32 * np.clip(z - belt, 0, None))  # leans inwards
+    y = y * (1 - 0.32 * np.maximum(z - belt, 0))  # leans inwards
     flank, above = np.abs(lateral) > 0.86, z > belt + 0.03
     window = flank & above & (roof - z > 0.10) & (start + 0.06 < share) & (share < stop - 0.05)
     screen = (start + 0.004 < share) & (share < glass[0] - 0.015) | (glass[1] + 0.015 < share) & (share < stop - 0.008)
@@ -225,8 +230,9 @@ def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tu
     profile = [(0.02, 0.06), (0.2, 0.065), (0.5, 0.045), (0.62, 0.05), (0.68, 0.085), (0.7, 0.1), (0.75, 0.108)]
     profile += [(0.88, 0.112), (0.96, 0.1), (1, 0.075), (1, -0.09), (0.9, -0.11), (0.1, -0.11)]
     ring, out = np.array(profile).T
-    at = even_steps(np.arange(len(ring)), radius * ring, out)
-    ring, out = np.interp(at, np.arange(len(ring)), ring)[:, None], np.interp(at, np.arange(len(ring)), out)[:, None]
+    corner = np.arange(len(ring))
+    at = even_steps(corner, radius * ring, out)[:, None]
+    ring, out = np.interp(at, corner, ring), np.interp(at, corner, out)
     turn, spokes = np.linspace(0, 2 * np.pi, 280), rng.integers(5, 11)
     parts = []
     for axle in axles:
@@ -240,12 +246,11 @@ def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tu
 
 def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
     """A car of one of `STYLES` in one of `PAINTS`; its proportions and trim come from `rng`."""
-    size, heights, roof, axles, glass, _ = STYLES[style]
-    length, width = size[:2] * rng.uniform(0.96, 1.04, 2)
-    tall, coat = rng.uniform(0.96, 1.05), PAINTS[paint]
-    axles = tuple((0.5 - axle) * length for axle in axles)
-    parts = make_body(rng, style, coat, length, width, tall) + make_cabin(style, coat, length, width, tall)
-    parts += make_wheels(rng, size[2], width, axles)
+    (long, wide, radius), heights, roof, shares, glass, _ = STYLES[style]
+    length, width, tall = (long, wide, 1.0) * rng.uniform((0.96, 0.96, 0.96), (1.04, 1.04, 1.05))
+    coat, axles = PAINTS[paint], tuple((0.5 - share) * length for share in shares)
+    parts = make_body(style, coat, length, width, tall, rng.random() < 0.5)
+    parts += make_cabin(style, coat, length, width, tall) + make_wheels(rng, radius, width, axles)
     mirror = roof[0][0] + 0.09
     x, z = (0.5 - mirror) * length, tall * np.interp(mirror, DECK_SHARES, heights) + 0.07
     for side in (-1, 1):
@@ -256,8 +261,8 @@ def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
         parts.append(make_ellipsoid(BLACK, aerial, (0.012, 0.006, 0.16)))
     offset = np.cumsum([0] + [len(part[0]) for part in parts[:-1]])
     quads = np.concatenate([part[3] + base for part, base in zip(parts, offset, strict=True)]).astype(np.int32)
-    points, normals, materials = (np.concatenate([part[i] for part in parts]).astype(np.float32) for i in range(3))
-    return Car(points, normals, materials, quads, (float(length), float(width)), axles)
+    arrays = [np.concatenate([part[i].T for part in parts], 1, dtype=np.float32) for i in range(3)]
+    return Car(*arrays, quads, coat, (float(length), float(width)), axles)
 
 
 def step(low: float, high: float, value: Any) -> Any:
@@ -266,15 +271,14 @@ def step(low: float, high: float, value: Any) -> Any:
     return t * t * (3 - 2 * t)
 
 
-def make_studio(rng: np.random.Generator, car_length: float, width: int = 1918, height: int = 1280) -> Studio:
-    """An empty studio seen by a camera zoomed to a car: round wall, lamps, a door, a floor with a turntable."""
-    focal = rng.uniform(0.95, 1.17) * min(width, 1.5 * height) * min(1.0, 5.0 / car_length)
-    rows, columns = (height + 1) // 2, (width + 1) // 2
-    lamp, door, cloths, gloss = rng.random(4)
-    right = ((np.arange(columns) + 0.5) * 2 - 0.5 * width) / focal
-    up = (0.5 * height - (np.arange(rows)[:, None] + 0.5) * 2) / focal
+def make_studio(rng: np.random.Generator, car: Car, width: int = 1918, height: int = 1280) -> Studio:
+    """A room with a round wall, lamps, a door and a turntable in the floor, zoomed to the car's length."""
+    focal = rng.uniform(0.95, 1.17) * min(width, 1.5 * height) * min(1.0, 5.0 / car.size[0])
+    lamp, door, cloths = rng.random(3)
+    right = (np.arange(width, dtype=np.float32) + 0.5 - 0.5 * width) / focal
+    up = (0.5 * height - 0.5 - np.arange(height, dtype=np.float32)[:, None]) / focal
     dx, dy, dz = math.cos(PITCH) + up * math.sin(PITCH), -right, up * math.cos(PITCH) - math.sin(PITCH)
-    # A ray meets the wall, a cylinder about the turntable, at `far`, and the floor at `near` unless the wall comes first.
+    # A ray meets the wall, a cylinder about the turntable, at `far`, and the floor before that where z is negative.
     a, b = dx * dx + dy * dy, DISTANCE * dx
     far = (b + np.sqrt(np.maximum(b * b - a * (DISTANCE**2 - WALL_RADIUS**2), 0))) / a
     azimuth, z = np.arctan2(far * dy, far * dx - DISTANCE), EYE_HEIGHT + far * dz
@@ -290,159 +294,137 @@ def make_studio(rng: np.random.Generator, car_length: float, width: int = 1918, 
     light *= 1 - 0.6 * step(3.0, 3.05, z)
     light += 1.2 * step(3.05, 3.08, z) * step(3.33, 3.30, z) * step(0.10, 0.11, panel)
 
-    floor = np.nonzero(z <= 0)
-    near = -EYE_HEIGHT / np.broadcast_to(dz, z.shape)[floor]
-    x, y = near * np.broadcast_to(dx, z.shape)[floor] - DISTANCE, near * np.broadcast_to(dy, z.shape)[floor]
+    near = EYE_HEIGHT / np.maximum(-dz, 1e-3)
+    x, y = np.broadcast_arrays(near * dx - DISTANCE, near * dy)
     distance = np.hypot(x, y)
-    ground = np.where(distance < TABLE_RADIUS, 0.20, 0.17 + 0.10 * step(1, 5, distance))
-    ground *= 1 + 0.07 * rng.standard_normal(len(x)) + 0.05 * np.sin(3 * x + 2 * np.sin(2 * y)) * np.sin(4 * y + np.sin(3 * x))
-    ground *= 1 - 0.6 * step(0.025, 0.01, np.abs(distance - TABLE_RADIUS))
-    ground += 0.16 * step(2.5, 0, (x - 2.5) ** 2 * 0.5 + (y + 2 * (lamp - 0.5)) ** 2)  # the lamp's reflection
-    ground += step(WALL_RADIUS - 0.7, WALL_RADIUS, distance) * (shine[floor] - ground)  # the floor curves up
-    light[floor] = ground
-    spot = np.stack([x, y]).astype(np.float32)
-    return Studio(light.astype(np.float32), floor, spot, 0.06 + 0.1 * gloss, (height, width), focal)
+    floor = np.where(distance < TABLE_RADIUS, 0.20, 0.17 + 0.10 * step(1, 5, distance))
+    floor *= 1 + 0.05 * np.sin(3 * x + 2 * np.sin(2 * y)) * np.sin(4 * y + np.sin(3 * x))
+    floor *= 1 - 0.6 * step(0.025, 0.01, np.abs(distance - TABLE_RADIUS))
+    floor += 0.16 * step(2.5, 0, (x - 2.5) ** 2 * 0.5 + (y + 2 * (lamp - 0.5)) ** 2)  # the lamp's reflection
+    floor *= 1 + 0.07 * rng.standard_normal(floor.shape, dtype=np.float32)
+    floor += step(WALL_RADIUS - 0.7, WALL_RADIUS, distance) * (shine - floor)  # the floor curves up
+    light = np.where(z > 0, light, floor).astype(np.float32)
+    shaded = np.flatnonzero((z <= 0) & (distance < 0.5 * car.size[0] + 1.2))
+    return Studio(light, shaded, np.stack([x.ravel()[shaded], y.ravel()[shaded]]).astype(np.float32), focal)
 
 
-def shadow(car: Car, studio: Studio, turn: float) -> ndarray:
-    """Share of light left on each point of the floor: little under the car, least where a tyre stands."""
-    x, y = studio.spot
+def cast_shadow(car: Car, studio: Studio, turn: float) -> ndarray:
+    """(F, 3) float32 factors of the floor's light: little under the car, least at a tyre; near it, a tint of the paint."""
+    x, y = studio.spots
     x, y = x * math.cos(turn) + y * math.sin(turn), np.abs(y * math.cos(turn) - x * math.sin(turn))
     beside, ahead = y - 0.5 * car.size[1] + 0.3, np.abs(x) - 0.5 * car.size[0] + 0.45
     gap = np.hypot(np.maximum(ahead, 0), np.maximum(beside, 0)) + np.minimum(np.maximum(ahead, beside), 0)
-    ahead = np.minimum(np.abs(x - car.axles[0]), np.abs(x - car.axles[1])) - 0.1
-    tyre = np.hypot(np.maximum(ahead, 0), np.maximum(np.abs(beside - 0.12) - 0.08, 0))
-    return (1 - 0.80 * step(0.75, -0.25, gap)) * (1 - 0.7 * step(0.22, 0.02, tyre))
+    ahead = np.maximum(np.minimum(np.abs(x - car.axles[0]), np.abs(x - car.axles[1])) - 0.1, 0)
+    tyre = np.hypot(ahead, np.maximum(np.abs(beside - 0.12) - 0.08, 0))
+    left = (1 - 0.80 * step(0.75, -0.25, gap)) * (1 - 0.7 * step(0.22, 0.02, tyre))
+    return left[:, None] + 0.2 * step(1.5, 0.3, gap)[:, None] * np.array(car.paint[:3], np.float32)
 
 
 def mirrored_light(x: ndarray, y: ndarray, z: ndarray) -> ndarray:
     """What paint and glass mirror: the light of the room from a direction (unit vector)."""
     room = 0.30 + 0.50 * step(0.0, 0.12, z) - 0.35 * step(0.3, 0.75, z)
     room *= 1 - 0.6 * step(0.10, 0.06, np.abs(np.abs(y / np.hypot(x, y + 1e-6) - 0.3) - 0.35)) * step(0.5, 0.4, z)
-    z = np.maximum(z, 1e-3)  # two long soft boxes on the ceiling
-    boxes = step(0.15, 0.25, z) * step(0.55, 0.45, np.abs(np.abs(y / z - 0.2) - 1.1)) * step(2.4, 2.1, np.abs(x / z))
-    return np.where(z > 1e-3, room + 1.5 * boxes, 0.2)
+    high = np.maximum(z, 0.1)  # two long soft boxes on the ceiling
+    boxes = step(0.15, 0.25, z) * step(0.55, 0.45, np.abs(np.abs(y / high - 0.2) - 1.1)) * step(2.4, 2.1, np.abs(x / high))
+    return np.where(z > 0, room + 1.5 * boxes, 0.16 + 0.12 * step(-0.25, 0, z))
 
 
-def light_car(car: Car, turn: float, eye: ndarray) -> ndarray:
-    """(V, 3) float32 colours of the vertices seen from `eye` (in the car's coordinates), 0 for the others."""
-    colors = np.zeros_like(car.points)
-    view = eye - car.points
-    view /= np.sqrt(np.einsum("ij,ij->i", view, view))[:, None]
-    facing = np.einsum("ij,ij->i", view, car.normals)
-    seen = np.nonzero(facing > -0.2)[0]  # facets turned away a little less than their corner are seen as well
-    normals, materials, facing = car.normals[seen], car.materials[seen], np.maximum(facing[seen], 0)
-    x, y, z = (2 * facing[:, None] * normals - view[seen]).T
-    light = mirrored_light(x * math.cos(turn) - y * math.sin(turn), x * math.sin(turn) + y * math.cos(turn), z)
+def light_car(car: Car, turn: float) -> ndarray:
+    """(V, 3) float32 colours of the vertices as the camera sees them; 0 for those far on the other side."""
+    cos, sin = math.cos(turn), math.sin(turn)
+    x, y, z = (eye - axis for eye, axis in zip((-DISTANCE * cos, DISTANCE * sin, EYE_HEIGHT), car.points, strict=True))
+    facing = (x * car.normals[0] + y * car.normals[1] + z * car.normals[2]) / np.sqrt(x * x + y * y + z * z)
+    seen = np.flatnonzero(facing > -0.2)  # a facet in sight may have a corner that is turned away
+    x, y, z, facing = x[seen], y[seen], z[seen], np.maximum(facing[seen], 0)
+    scale = 1 / np.sqrt(x * x + y * y + z * z)
+    nx, ny, nz = car.normals[:, seen]
+    x, y, z = 2 * facing * nx - x * scale, 2 * facing * ny - y * scale, 2 * facing * nz - z * scale
+    light = mirrored_light(x * cos - y * sin, x * sin + y * cos, z)
     # Schlick's law, weaker on matt surfaces; near the floor the car itself hides the room.
-    mirror, metal, open_sky = materials[:, 3], materials[:, 4], step(-0.15, 0.75, car.points[seen, 2])
-    gloss = (mirror + (1 - mirror) * np.minimum(12 * mirror, 1) * (1 - facing) ** 5) * light * open_sky
+    red, green, blue, mirror, metal = car.materials[:, seen]
+    open_sky, grazing = step(-0.15, 0.75, car.points[2, seen]), (1 - facing) ** 2
+    gloss = (mirror + (1 - mirror) * np.minimum(12 * mirror, 1) * grazing * grazing * (1 - facing)) * light * open_sky
     # A bright ceiling, a dim floor, one side a little brighter; metallic paint mirrors in its own colour.
-    diffuse = 0.60 + 0.375 * normals[:, 2] + 0.18 * (normals[:, 0] * math.sin(turn) + normals[:, 1] * math.cos(turn))
-    colors[seen] = materials[:, :3] * (diffuse * open_sky * (1 - metal) + 1.1 * metal * light)[:, None] + gloss[:, None]
+    diffuse = (0.60 + 0.375 * nz + 0.18 * (nx * sin + ny * cos)) * open_sky * (1 - metal) + 1.1 * metal * light
+    colors = np.zeros((car.points.shape[1], 3), np.float32)
+    colors[seen] = np.stack([color * diffuse + gloss for color in (red, green, blue)], 1)
     return colors
 
 
-@numba.njit(cache=True, nogil=True)
-def fill_owners(quads: ndarray, screen: ndarray, depth: ndarray, owner: ndarray) -> None:
-    """z-buffer: the first vertex of the quad in front into `owner`, 1 / its distance into `depth`, both (h, w).
+@numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+def draw_facets(quads: ndarray, screen: ndarray, colors: ndarray, depth: ndarray, layer: ndarray) -> None:
+    """z-buffer with colours mixed of the corners'.
 
-    screen: (V, 3) float32: x, y in samples, 1 / distance.
+    Args:
+        quads: (Q, 4) vertices.
+        screen: (V, 3) float32: x, y in samples, 1 / distance.
+        colors: (V, 3) float32.
+        depth, layer: (h, w) zeros and (h, w, 3), filled in place: 1 / distance, and colour where that is not 0.
     """
     height, width = depth.shape
     for q in range(len(quads)):
-        first = quads[q, 0]
+        i = quads[q, 0]
+        x0, y0 = screen[i, 0], screen[i, 1]
         for half in range(1, 3):
-            i, j = quads[q, half], quads[q, half + 1]
-            x0, y0, x1, y1, x2, y2 = screen[first, 0], screen[first, 1], screen[i, 0], screen[i, 1], screen[j, 0], screen[j, 1]
-            if (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0) >= 0.0:  # turned away (y points down on the screen)
+            j, k = quads[q, half], quads[q, half + 1]
+            x1, y1, x2, y2 = screen[j, 0], screen[j, 1], screen[k, 0], screen[k, 1]
+            area = (x1 - x0) * (y2 - y0) - (x2 - x0) * (y1 - y0)
+            if area >= 0.0:  # turned away (y points down on the screen)
                 continue
-            near = screen[first, 2]
             top, bottom = max(0, math.ceil(min(y0, y1, y2))), min(height - 1, math.floor(max(y0, y1, y2)))
             left, right = max(0, math.ceil(min(x0, x1, x2))), min(width - 1, math.floor(max(x0, x1, x2)))
             for y in range(top, bottom + 1):
                 for x in range(left, right + 1):
-                    if (
-                        near > depth[y, x]
-                        and (x1 - x) * (y2 - y) <= (x2 - x) * (y1 - y)
-                        and (x2 - x) * (y0 - y) <= (x0 - x) * (y2 - y)
-                        and (x0 - x) * (y1 - y) <= (x1 - x) * (y0 - y)
-                    ):
+                    b0, b1 = (x1 - x) * (y2 - y) - (x2 - x) * (y1 - y), (x2 - x) * (y0 - y) - (x0 - x) * (y2 - y)
+                    b2 = (x0 - x) * (y1 - y) - (x1 - x) * (y0 - y)
+                    if b0 > 0.0 or b1 > 0.0 or b2 > 0.0:
+                        continue
+                    scale = 1.0 / (b0 + b1 + b2)
+                    b0, b1, b2 = b0 * scale, b1 * scale, b2 * scale
+                    near = b0 * screen[i, 2] + b1 * screen[j, 2] + b2 * screen[k, 2]
+                    if near > depth[y, x]:
                         depth[y, x] = near
-                        owner[y, x] = first
-
-
-def find_owners(car: Car, turn: float, studio: Studio, samples: float, mirror: bool = False) -> tuple[ndarray, int, int]:
-    """Which vertex is seen where, -1 for none: ((h, w) int32, left, top), at `samples` per pixel each way, cut to the car.
-
-    mirror: as seen in a glossy floor.
-    """
-    x, y, z = car.points.T
-    ahead = math.cos(turn) * x - math.sin(turn) * y + DISTANCE
-    rise = (-z if mirror else z) - EYE_HEIGHT
-    near = 1 / (ahead * math.cos(PITCH) - rise * math.sin(PITCH))
-    across = (math.sin(turn) * x + math.cos(turn) * y) * near
-    down = -(ahead * math.sin(PITCH) + rise * math.cos(PITCH)) * near
-    height, width = (round(size * samples) for size in studio.shape)
-    screen = np.stack([0.5 * width - samples * studio.focal * across, 0.5 * height + samples * studio.focal * down, near], 1)
-    low, high = screen.min(0), screen.max(0)
-    left, top = (2 * max(0, int(edge) // 2) for edge in low[:2])  # whole pixels
-    shape = (2 * math.ceil((min(high[1], height) - top) / 2), 2 * math.ceil((min(high[0], width) - left) / 2))
-    screen -= np.array([left + 0.5, top + 0.5, 0], np.float32)
-    depth, owner = np.zeros(shape, np.float32), np.full(shape, -1, np.int32)
-    fill_owners(car.quads[:, ::-1] if mirror else car.quads, screen, depth, owner)
-    return owner, left, top
+                        for c in range(3):
+                            layer[y, x, c] = b0 * colors[i, c] + b1 * colors[j, c] + b2 * colors[k, c]
 
 
 @numba.njit(cache=True, nogil=True, fastmath=True)
 def expose(
-    backdrop: ndarray, owner: ndarray, left: int, top: int, colors: ndarray, gains: ndarray, noise: ndarray
+    picture: ndarray, depth: ndarray, layer: ndarray, left: int, top: int, gains: ndarray, noise: ndarray
 ) -> tuple[ndarray, ndarray]:
     """The camera: car over backdrop, vignette, exposure, gamma 2, grain.
 
     Args:
-        backdrop: (ceil(H / 2), ceil(W / 2), 3) float32.
-        owner, left, top: of `find_owners` with two samples per pixel each way.
-        gains: (3,) float32.
+        picture: (H, W, 3) float32 without the car.
+        depth, layer: of `draw_facets`, two samples per pixel each way; left, top: the pixel they start at.
+        gains: (3,) of the colours.
         noise: (H, W, 6) uint8, uniform.
 
     Returns:
         (H, W, 3) uint8 image; (H, W) uint8 mask, 1 where the car covers half of the pixel or more.
     """
-    height, width, _ = noise.shape
-    rows, columns, _ = backdrop.shape
+    height, width, _ = picture.shape
     image, mask = np.empty((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
-    half, unit = np.float32(0.5), np.float32(1.0)
     for row in range(height):
-        y = min(max(half * row - np.float32(0.25), np.float32(0.0)), np.float32(rows - 1))
-        y0, v = int(y), (row + half) / height - half
-        y1, fy = min(y0 + 1, rows - 1), y - np.float32(y0)
         for column in range(width):
-            x = min(max(half * column - np.float32(0.25), np.float32(0.0)), np.float32(columns - 1))
-            x0, u = int(x), (column + half) / width - half
-            x1, fx = min(x0 + 1, columns - 1), x - np.float32(x0)
-            hits, red, green, blue = 0, np.float32(0.0), np.float32(0.0), np.float32(0.0)
-            sy, sx = 2 * row - top, 2 * column - left
-            if 0 <= sy < owner.shape[0] and 0 <= sx < owner.shape[1]:
-                for sample in range(4):
-                    vertex = owner[sy + sample // 2, sx + sample % 2]
-                    if vertex >= 0:
-                        hits += 1
-                        red, green, blue = red + colors[vertex, 0], green + colors[vertex, 1], blue + colors[vertex, 2]
+            y, x, hits = 2 * (row - top), 2 * (column - left), 0
+            if 0 <= y < depth.shape[0] and 0 <= x < depth.shape[1]:
+                for s in range(4):
+                    hits += depth[y + s // 2, x + s % 2] > 0
             mask[row, column] = hits >= 2
-            vignette = np.float32(255.0 * 255.0) * (unit - np.float32(0.9) * np.float32(u * u + v * v))
-            grain = np.float32(0.0)
+            u, v = column / width - 0.5, row / height - 0.5
+            vignette, grain = 1.0 - 0.9 * (u * u + v * v), -510.0
             for k in range(3):
-                grain += np.float32(noise[row, column, k]) - np.float32(127.5)
+                grain += noise[row, column, k]
             for k in range(3):
-                above = (unit - fx) * backdrop[y0, x0, k] + fx * backdrop[y0, x1, k]
-                below = (unit - fx) * backdrop[y1, x0, k] + fx * backdrop[y1, x1, k]
-                light = (above + fy * (below - above)) * np.float32(1.0 - 0.25 * hits)
-                light += np.float32(0.25) * (red if k == 0 else green if k == 1 else blue)
-                tint = np.float32(noise[row, column, 3 + k]) - np.float32(127.5)
-                value = math.sqrt(max(light * gains[k] * vignette, np.float32(0.0)))
-                value += (grain + tint) * np.float32(GRAIN / 148.0) + half  # four uniform numbers are nearly normal
-                image[row, column, k] = np.uint8(min(max(value, np.float32(0.0)), np.float32(255.0)))
+                light = picture[row, column, k] * (1.0 - 0.25 * hits)
+                if hits:
+                    for s in range(4):
+                        if depth[y + s // 2, x + s % 2] > 0:
+                            light += 0.25 * layer[y + s // 2, x + s % 2, k]
+                value = 255.0 * math.sqrt(light * gains[k] * vignette)
+                value += (grain + noise[row, column, 3 + k]) * (GRAIN / 148.0)  # four uniform numbers are nearly normal
+                image[row, column, k] = min(max(value + 0.5, 0.0), 255.0)
     return image, mask
 
 
@@ -455,23 +437,24 @@ def render_pair(car: Car, studio: Studio, turn: float, rng: np.random.Generator)
         rng: exposure, white balance and grain.
 
     Returns:
-        (H, W, 3) uint8 image and (H, W) uint8 mask of 0 and 1: the car's exact outline, without shadow or reflection.
+        (H, W, 3) uint8 image and (H, W) uint8 mask of 0 and 1: the car's exact outline, without its shadow.
     """
-    height, width = studio.shape
-    backdrop = np.repeat(studio.light[..., None], 3, axis=2)
-    backdrop[studio.floor] *= shadow(car, studio, turn)[:, None]
-    eye = np.array([-DISTANCE * math.cos(turn), DISTANCE * math.sin(turn), -EYE_HEIGHT], np.float32)
-    owner, left, top = find_owners(car, turn, studio, 0.5, mirror=True)
-    y, x = np.nonzero(owner >= 0)
-    vertex = owner[y, x]
-    share = studio.gloss * np.exp(-2.5 * car.points[vertex, 2:])  # a matt floor mirrors only what is near
-    y, x = y + top, x + left
-    inside = (y < backdrop.shape[0]) & (x < backdrop.shape[1])
-    backdrop[y[inside], x[inside]] += (share * light_car(car, turn, eye)[vertex])[inside]
-    eye[2] = EYE_HEIGHT
-    gains = rng.uniform(0.9, 1.1) * rng.uniform((0.98, 1.0, 0.96), (1.04, 1.0, 1.04)).astype(np.float32)
+    height, width = studio.light.shape
+    picture = np.repeat(studio.light[..., None], 3, axis=2)
+    picture.reshape(-1, 3)[studio.floor] *= cast_shadow(car, studio, turn)
+    x, y, z = car.points
+    ahead, rise = math.cos(turn) * x - math.sin(turn) * y + DISTANCE, z - EYE_HEIGHT
+    near = 1 / (ahead * math.cos(PITCH) - rise * math.sin(PITCH))
+    across = 0.5 * width - studio.focal * (math.sin(turn) * x + math.cos(turn) * y) * near
+    down = 0.5 * height - studio.focal * (ahead * math.sin(PITCH) + rise * math.cos(PITCH)) * near
+    left, top = max(0, int(across.min())), max(0, int(down.min()))
+    shape = 2 * (min(height, int(down.max()) + 1) - top), 2 * (min(width, int(across.max()) + 1) - left)
+    depth, layer = np.zeros(shape, np.float32), np.empty((*shape, 3), np.float32)
+    screen = np.stack([(across - left) * 2 - 0.5, (down - top) * 2 - 0.5, near], 1)
+    draw_facets(car.quads, screen, light_car(car, turn), depth, layer)
+    gains = rng.uniform(0.9, 1.1) * rng.uniform((0.98, 1.0, 0.96), (1.04, 1.0, 1.04))
     noise = np.frombuffer(rng.bytes(height * width * 6), np.uint8).reshape(height, width, 6)
-    return expose(backdrop, *find_owners(car, turn, studio, 2), light_car(car, turn, eye), gains, noise)
+    return expose(picture, depth, layer, left, top, gains, noise)
 
 
 def encode_image(image: ndarray) -> bytes:
@@ -574,7 +557,7 @@ def generate(
     def build(i: int) -> tuple[Car, Studio]:
         car_rng = np.random.default_rng((seed, i))
         car = make_car(car_rng, styles[i], paints[i])
-        return car, make_studio(car_rng, car.size[0], width, height)
+        return car, make_studio(car_rng, car, width, height)
 
     def write_pair(i: int, view: int) -> None:
         pair_rng = np.random.default_rng((seed, i, view))

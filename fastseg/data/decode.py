@@ -18,7 +18,7 @@ from fastseg.data.gif import OK, as_uint8
 from fastseg.data.resample import MASK_MODES, decode_mask_into, mask_from_array, mask_from_gif, resize_area, sampling_grid
 from fastseg.errors import DataError
 
-__all__ = ["as_dali_input", "decode_image", "decode_mask", "image_size", "is_gif", "orient"]
+__all__ = ["as_dali_input", "check_readable", "decode_image", "decode_mask", "image_size", "is_gif", "orient"]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
 JPEG_END, JPEG_END_WITHIN = b"\xff\xd9", 4096  # bytes that some cameras write behind the end
@@ -130,21 +130,28 @@ def as_dali_input(data: bytes) -> tuple[bytes, Size]:
         except ValueError:
             colorspace = "CMYK"
         if colorspace not in ("CMYK", "YCCK"):
-            check_complete(data)
-            return data, image_size(data)
+            return data, check_readable(data)
     pixels = _pixels(_open(data).convert("RGB"))
     height, width = pixels.shape[:2]
     return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes(), (height, width)
 
 
-def check_complete(data: bytes) -> None:
-    """Refuse a JPEG that ends before its end-of-image marker.
+def check_readable(data: bytes) -> Size:
+    """Height and width of a photo as displayed, having looked at its header and for its end, without decoding it.
 
     Raises:
-        DataError: it is truncated.
+        DataError: the file is no image, or it is truncated.
     """
-    if data.rfind(JPEG_END, max(0, len(data) - JPEG_END_WITHIN)) < 0:
-        raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
+    size = image_size(data)
+    if data.startswith(JPEG_MAGIC):
+        if data.rfind(JPEG_END, max(0, len(data) - JPEG_END_WITHIN)) < 0:
+            raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
+    else:
+        try:
+            _open(data).verify()
+        except (OSError, SyntaxError, ValueError, struct.error) as error:
+            raise DataError(f"is damaged or truncated ({error})") from None
+    return size
 
 
 def _decode_jpeg(data: bytes, height: int, width: int, out: NDArray[np.uint8]) -> Size:

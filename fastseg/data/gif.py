@@ -9,12 +9,13 @@ code can call them; `decode_gif` is the one for Python. Source: GIF89a specifica
 open (a frame smaller than the canvas, stray bytes between blocks) comes out as in Pillow.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, register_jitable
+from numpy.typing import NDArray
 
 from fastseg.errors import DataError
 
@@ -44,6 +45,7 @@ MAX_PIXELS_PER_BYTE = 2731
 TABLE_SIZE = 4096
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
+Bytes = NDArray[np.uint8]
 
 
 class GifHeader(NamedTuple):
@@ -65,17 +67,22 @@ class GifHeader(NamedTuple):
 
 
 @compiled
-def _refuse(status, width, height, code_size):
+def _refuse(status: int, width: int, height: int, code_size: int) -> GifHeader:
     return GifHeader(status, width, height, 0, 0, width, height, 0, 0, 0, 0, code_size, 0)
 
 
-@compiled
-def _uint16(data, position):
-    return np.int64(data[position]) | np.int64(data[position + 1]) << 8
+@register_jitable
+def _item(values: NDArray[Any], position: int) -> Any:
+    return np.int64(values[position])  # signed: numba makes int64 and uint64 together a float64
+
+
+@register_jitable
+def _uint16(data: Bytes, position: int) -> Any:
+    return _item(data, position) | _item(data, position + 1) << 8
 
 
 @compiled
-def parse_gif(data):
+def parse_gif(data: Bytes) -> GifHeader:
     """Reads the uint8 (N,) file up to the pixels of its first frame and returns a GifHeader.
 
     With status OK the frame lies within the canvas, the canvas has 1 to MAX_PIXELS pixels, the palette lies within the
@@ -88,7 +95,7 @@ def parse_gif(data):
         return _refuse(NOT_GIF, 0, 0, 0)
     if end < 13:
         return _refuse(CUT_HEADER, 0, 0, 0)
-    width, height, flags = _uint16(data, 6), _uint16(data, 8), np.int64(data[10])
+    width, height, flags = _uint16(data, 6), _uint16(data, 8), _item(data, 10)
     position, palette_start, palette_size, fill = 13, 0, 0, 0
     if flags & 128:
         palette_start, palette_size = position, 2 << (flags & 7)
@@ -104,23 +111,23 @@ def parse_gif(data):
             return _refuse(NO_IMAGE, width, height, 0)
         if kind == 33:  # "!": an extension; 249, graphic control, names the transparent index
             if position + 5 < end and data[position] == 249 and data[position + 1] >= 4 and data[position + 2] & 1:
-                fill = np.int64(data[position + 5])
+                fill = _item(data, position + 5)
             position += 1
             while position < end and data[position] != 0:
-                position += 1 + np.int64(data[position])
+                position += 1 + _item(data, position)
             position += 1
     if position + 9 >= end:
         return _refuse(CUT_HEADER, width, height, 0)
     left, top = _uint16(data, position), _uint16(data, position + 2)
     frame_width, frame_height = _uint16(data, position + 4), _uint16(data, position + 6)
-    flags = np.int64(data[position + 8])
+    flags = _item(data, position + 8)
     position += 9
     if flags & 128:  # the frame has a palette of its own
         palette_start, palette_size = position, 2 << (flags & 7)
         position += 3 * palette_size
     if position >= end:
         return _refuse(CUT_HEADER, width, height, 0)
-    code_size = np.int64(data[position])
+    code_size = _item(data, position)
     position += 1
     if frame_width == 0 or frame_height == 0:
         return _refuse(ZERO_SIZE, frame_width, frame_height, code_size)
@@ -139,10 +146,10 @@ def parse_gif(data):
 
 
 @intrinsic
-def _memcpy(typingctx, target, target_start, source, source_start, count):
+def _memcpy(typingctx: Any, target: Any, target_start: Any, source: Any, source_start: Any, count: Any) -> Any:
     """memcpy between uint8 arrays, or within one where the ranges do not overlap. Checks nothing: call `_copy`."""
 
-    def codegen(context, builder, signature, args):
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         into, start, out_of, source_start, count = args
         into = context.make_array(signature.args[0])(context, builder, into).data
         out_of = context.make_array(signature.args[2])(context, builder, out_of).data
@@ -154,18 +161,20 @@ def _memcpy(typingctx, target, target_start, source, source_start, count):
 
 
 @compiled
-def _copy(target, target_start, source, source_start, count):
+def _copy(target: Bytes, target_start: int, source: Bytes, source_start: int, count: int) -> bool:
     """Copies if both ranges lie within their arrays; returns whether."""
     if count < 0 or target_start < 0 or source_start < 0:
         return False
     if target_start + count > target.size or source_start + count > source.size:
         return False
-    _memcpy(target, target_start, source, source_start, count)
+    _memcpy(target, target_start, source, source_start, count)  # type: ignore[call-arg]  # numba gives typingctx
     return True
 
 
 @compiled
-def _decode_lzw(data, position, code_size, roots, pixels, used):
+def _decode_lzw(
+    data: Bytes, position: int, code_size: int, roots: Bytes, pixels: Bytes, used: Bytes
+) -> tuple[int, int]:
     """Fills `pixels`, in the order of the file, from the sub-blocks at `position`; otherwise as decode_indices."""
     num_pixels, end, clear = pixels.size, data.size, 1 << code_size
     starts, lengths = np.empty(TABLE_SIZE, np.int32), np.empty(TABLE_SIZE, np.int32)
@@ -177,11 +186,11 @@ def _decode_lzw(data, position, code_size, roots, pixels, used):
             if block == 0:
                 if position >= end:
                     return CUT_PIXELS, written
-                block = np.int64(data[position])
+                block = _item(data, position)
                 position += 1
                 if block == 0 or block > end - position:  # Pillow uses no part of a block that is cut either
                     return CUT_PIXELS, written
-            bits |= np.int64(data[position]) << num_bits
+            bits |= _item(data, position) << num_bits
             num_bits += 8
             position += 1
             block -= 1
@@ -208,7 +217,7 @@ def _decode_lzw(data, position, code_size, roots, pixels, used):
         else:
             if code >= next_code:
                 return BAD_CODE, written
-            start, length = np.int64(starts[code]), min(np.int64(lengths[code]), num_pixels - written)
+            start, length = _item(starts, code), min(_item(lengths, code), num_pixels - written)
             # All but its last pixel stand before `written`; the last may be the first of those copied here.
             if start + length > written + 1 or not _copy(pixels, written, pixels, start, length - 1):
                 return BAD_CODE, written
@@ -219,7 +228,7 @@ def _decode_lzw(data, position, code_size, roots, pixels, used):
 
 
 @compiled
-def _order_rows(frame, width, height):
+def _order_rows(frame: Bytes, width: int, height: int) -> None:
     """Brings the rows of an interlaced frame from the order of the file into their own, in place.
 
     In place because fresh memory is dear: mapping the pages of a second frame takes longer than all the decoding.
@@ -247,7 +256,7 @@ def _order_rows(frame, width, height):
 
 
 @compiled
-def decode_indices(data, header, roots, canvas, used):
+def decode_indices(data: Bytes, header: GifHeader, roots: Bytes, canvas: Bytes, used: Bytes) -> tuple[int, int]:
     """Decodes the first frame onto the canvas, row after row.
 
     Args:
@@ -283,28 +292,30 @@ def decode_indices(data, header, roots, canvas, used):
 
 
 @compiled
-def _binary_table(data, header, used, table):
+def _binary_table(data: Bytes, header: GifHeader, used: Bytes, table: Bytes) -> int:
     """Sets table[index] to 1 where a used index is foreground, else 0; returns the number of distinct lumas in use."""
-    lumas, seen = np.zeros(256, np.int64), np.zeros(256, np.uint8)
+    lumas = np.full(256, -1, np.int64)  # Rec. 601 in 1 / 65536, not rounded: (0, 0, 1) is brighter than black
     highest = num_lumas = 0
     for index in range(256):
         if used[index]:
             luma = index if header.palette_size == 0 else 0  # an index beyond the palette is black, as in Pillow
             if index < header.palette_size:
                 at = header.palette_start + 3 * index
-                red, green, blue = np.int64(data[at]), np.int64(data[at + 1]), np.int64(data[at + 2])
-                luma = (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16  # as Pillow's convert("L")
+                luma = 19595 * _item(data, at) + 38470 * _item(data, at + 1) + 7471 * _item(data, at + 2)
+            num_lumas += 1
+            for other in range(index):
+                if lumas[other] == luma:
+                    num_lumas -= 1
+                    break
             lumas[index] = luma
             highest = max(highest, luma)
-            num_lumas += 1 - np.int64(seen[luma])
-            seen[luma] = 1
     for index in range(256):
-        table[index] = used[index] != 0 and lumas[index] == highest and highest > 0
+        table[index] = lumas[index] == highest and highest > 0
     return num_lumas
 
 
 @compiled
-def decode_binary(data, header, canvas):
+def decode_binary(data: Bytes, header: GifHeader, canvas: Bytes) -> tuple[int, int]:
     """Decodes the first frame as a mask: 1 where it has the brighter of its two Rec. 601 lumas, else 0.
 
     So 0/1, 0/255 and any palette of two colours mean the same. A frame of one luma is foreground if that is above 0.
@@ -335,18 +346,18 @@ def decode_binary(data, header, canvas):
     return OK, detail
 
 
-def as_uint8(data: bytes) -> np.ndarray:
+def as_uint8(data: bytes) -> Bytes:
     """The bytes as a writable uint8 (N,) array: numba would compile everything again for read-only ones."""
     return np.frombuffer(bytearray(data), np.uint8) if len(data) else np.zeros(0, np.uint8)
 
 
-def gif_error(data: np.ndarray, header: GifHeader, status: int, detail: int = 0) -> DataError:
+def gif_error(data: Bytes, header: GifHeader, status: int, detail: int = 0) -> DataError:
     """The DataError for a status other than OK and the detail that came with it."""
     values = header._asdict() | {"status": status, "detail": detail, "start": bytes(data[:6]), "size": data.size}
     return DataError(STATUS_MESSAGES[status].format(pixels=header.frame_width * header.frame_height, **values))
 
 
-def decode_gif(data: bytes) -> tuple[np.ndarray, np.ndarray]:
+def decode_gif(data: bytes) -> tuple[Bytes, Bytes]:
     """Decodes the first frame of a GIF file (87a or 89a, interlaced or not).
 
     Returns:

@@ -11,11 +11,13 @@ change to gif.py, touch this file.)
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba.extending import register_jitable
+from numpy.typing import NDArray
 
-from fastseg.data.gif import OK, as_uint8, compiled, decode_binary, gif_error, parse_gif
+from fastseg.data.gif import OK, Bytes, as_uint8, compiled, decode_binary, gif_error, parse_gif
 from fastseg.errors import DataError
 
 __all__ = [
@@ -43,7 +45,7 @@ class Grid:
 
 
 @register_jitable
-def _grid_numbers(width, height, target_width, target_height):
+def _grid_numbers(width: int, height: int, target_width: int, target_height: int) -> tuple[int, int, int]:
     denominator = 8
     while denominator > 1 and (-(-width // denominator) < target_width or -(-height // denominator) < target_height):
         denominator //= 2
@@ -68,7 +70,7 @@ def sampling_grid(width: int, height: int, target_width: int, target_height: int
 
 
 @compiled
-def _average_cells(source, num_channels, extent_x, extent_y, scale, out):
+def _average_cells(source: Bytes, num_channels: int, extent_x: int, extent_y: int, scale: int, out: Bytes) -> None:
     """Area average over cells of any size, times `scale`, rounded half up.
 
     Exact: a cell's sum is an integer in units of 1 / (target_width * target_height) pixels, below 2**53, and the
@@ -115,7 +117,7 @@ def _average_cells(source, num_channels, extent_x, extent_y, scale, out):
 
 
 @compiled
-def _average_blocks(mask, block_x, block_y, out):
+def _average_blocks(mask: Bytes, block_x: int, block_y: int, out: Bytes) -> None:
     """The same as _average_cells for a mask of 0 and 1, scale 255, and cells of 1, 2, 4 or 8 by up to 31 pixels.
 
     Rows are added up as bytes; one multiplication then adds up the bytes of a cell, whose sum stays below 256.
@@ -152,7 +154,7 @@ def _average_blocks(mask, block_x, block_y, out):
 
 
 @compiled
-def _pick_centres(mask, extent_x, extent_y, out):
+def _pick_centres(mask: Bytes, extent_x: int, extent_y: int, out: Bytes) -> None:
     """255 times the pixel under the centre of each cell."""
     last_row, last_column = mask.shape[0] - 1, mask.shape[1] - 1
     target_height, target_width = out.shape
@@ -166,7 +168,7 @@ def _pick_centres(mask, extent_x, extent_y, out):
 
 
 @compiled
-def sample_mask(mask, out, mode):
+def sample_mask(mask: Bytes, out: Bytes, mode: int) -> None:
     """Samples a mask over its grid.
 
     Args:
@@ -192,7 +194,7 @@ def sample_mask(mask, out, mode):
 
 
 @compiled
-def decode_mask_into(data, out, mode):
+def decode_mask_into(data: Bytes, out: Bytes, mode: int) -> int:
     """Decodes a GIF mask and samples it over its grid.
 
     Args:
@@ -214,7 +216,7 @@ def decode_mask_into(data, out, mode):
 
 
 @compiled
-def _split_values(values, mask):
+def _split_values(values: Bytes, mask: Bytes) -> bool:
     """Sets the mask to 1 where the value is the highest and above 0, else 0; returns False if there are over two."""
     low = high = values[0, 0]
     for row in values:
@@ -235,7 +237,7 @@ def _mask_mode(mode: str) -> int:
     return MASK_MODES[mode]
 
 
-def mask_from_gif(data: bytes, target_height: int, target_width: int, mode: str = "area") -> np.ndarray:
+def mask_from_gif(data: bytes, target_height: int, target_width: int, mode: str = "area") -> Bytes:
     """Decodes a GIF mask of any two colours, the brighter of which is foreground, and samples it over its grid.
 
     Returns:
@@ -256,7 +258,7 @@ def mask_from_gif(data: bytes, target_height: int, target_width: int, mode: str 
     return out
 
 
-def mask_from_array(values: np.ndarray, target_height: int, target_width: int, mode: str = "area") -> np.ndarray:
+def mask_from_array(values: NDArray[Any], target_height: int, target_width: int, mode: str = "area") -> Bytes:
     """Like mask_from_gif for a decoded mask of any other format.
 
     Args:
@@ -276,9 +278,7 @@ def mask_from_array(values: np.ndarray, target_height: int, target_width: int, m
     return out
 
 
-def resize_area(
-    image: np.ndarray, grid: Grid, target_height: int, target_width: int, out: np.ndarray | None = None
-) -> np.ndarray:
+def resize_area(image: Bytes, grid: Grid, target_height: int, target_width: int, out: Bytes | None = None) -> Bytes:
     """Exact area average of an image over its grid.
 
     (Pillow's BOX is that only where cells are whole pixels: elsewhere a pixel counts for one cell alone.)

@@ -1,0 +1,69 @@
+"""fastseg: the shortest way from a folder of photos and a folder of masks to a trained segmentation UNet.
+
+    result = fastseg.train({"num_epochs": 5})      # reads data/train_images, data/train_masks, ...
+
+Names are loaded when first used: importing the package loads neither torch nor DALI nor numba.
+"""
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastseg.checkpoint import load_model
+    from fastseg.config import Config
+    from fastseg.data.carvana_like import generate
+    from fastseg.data.loader import Loader
+    from fastseg.data.pairs import Pairs, find_pairs, split_by_group
+    from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
+    from fastseg.inference import evaluate
+    from fastseg.training import TrainResult, train
+    from fastseg.unet import UNet
+
+_HOME = {
+    "train": "training",
+    "TrainResult": "training",
+    "Config": "config",
+    "evaluate": "inference",
+    "Loader": "data.loader",
+    "Pairs": "data.pairs",
+    "find_pairs": "data.pairs",
+    "split_by_group": "data.pairs",
+    "generate": "data.carvana_like",
+    "UNet": "unet",
+    "load_model": "checkpoint",
+    "FastsegError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "CheckpointError": "errors",
+}
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "DataError",
+    "FastsegError",
+    "Loader",
+    "Pairs",
+    "TrainResult",
+    "UNet",
+    "evaluate",
+    "find_pairs",
+    "generate",
+    "load_model",
+    "split_by_group",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("fastseg-dali")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fastseg' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastseg.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
