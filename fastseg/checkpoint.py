@@ -1,8 +1,6 @@
 """Checkpoints: written whole or not at all, read without running code, with plain state-dict keys."""
 
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,13 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror}). The last checkpoint is intact.") from None
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of what the file raised
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be written ({cause.strerror}); what was there before is intact. Make room and run again."
+        ) from None
     finally:
         draft.unlink(missing_ok=True)
 
@@ -44,10 +47,12 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Name an existing checkpoint.") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile):
-        raise CheckpointError(f"{path}: is damaged or no checkpoint. Use another, such as best.pt.") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state:
-        raise CheckpointError(f"{path}: was not written by this version of fastseg (format {FORMAT}).")
+    except Exception:  # what damaged bytes raise in torch's reader is anybody's guess
+        raise CheckpointError(f"{path}: is damaged or no checkpoint. Use another, or remove it.") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_whole(state):
+        raise CheckpointError(
+            f"{path}: is no checkpoint of this version of fastseg (format {FORMAT}). Use one that it wrote."
+        )
     return state
 
 
@@ -63,16 +68,21 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLik
         CheckpointError: they belong to a network of other channels or depth.
     """
     saved = state["config"]
+    named = os.fspath(path) == config.checkpoint
+    remedy = "give another checkpoint" if named else "give another name, or pass load_model=false"
     for field in ("base_channels", "depth"):
         if saved[field] != getattr(config, field):
             raise CheckpointError(
                 f"{path}: holds a network with {field} {saved[field]}; the configuration asks for "
-                f"{getattr(config, field)}. Set {field} to {saved[field]}, give another name, or pass load_model=false."
+                f"{getattr(config, field)}. Set {field} to {saved[field]}, or {remedy}."
             )
     try:
         model.load_state_dict(plain_keys(state["model"]))
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: does not fit the network ({str(error).splitlines()[0]}).") from None
+    except (RuntimeError, TypeError):
+        raise CheckpointError(
+            f"{path}: must hold the weights of a network with base_channels {saved['base_channels']} and depth "
+            f"{saved['depth']}, as its configuration says; it holds others. Use another checkpoint."
+        ) from None
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
@@ -85,10 +95,18 @@ def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
     try:
         config = Config(**state["config"])
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path}: holds a configuration that cannot be used ({error}).") from None
+        raise CheckpointError(f"{path}: holds a configuration that cannot be used ({error}). Use another.") from None
     model = build_model(config)
     load_weights(model, state, path, config)
     return model.eval(), config
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint has the parts that every one has."""
+    config, weights = state.get("config"), state.get("model")
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        return False
+    return {"base_channels", "depth"} <= config.keys() and all(isinstance(key, str) for key in weights)
 
 
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:

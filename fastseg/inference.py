@@ -3,8 +3,6 @@
 import os
 from typing import Any
 
-import torch
-
 from fastseg.checkpoint import load_model
 from fastseg.config import Config
 from fastseg.data.check import check_pairs
@@ -56,5 +54,4 @@ def evaluate(
         bad_samples=config.bad_samples,
         pin_memory=config.pin_memory,
     )
-    model = model.to(runtime.device, memory_format=torch.channels_last)
-    return {**score_batches(model, loader, runtime), "images": len(pairs)}
+    return {**score_batches(runtime.place(model), loader, runtime), "images": len(pairs)}

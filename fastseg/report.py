@@ -84,12 +84,13 @@ def draw_overlay(
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in all_axes:
         axes.axis("off")
-    for axes, index, image, mask, predicted, score in zip(all_axes, shown, images, masks, probability, dice, strict=False):
-        axes.imshow(image.numpy())
-        for values, colour, width in ((mask.numpy() / 255, TRUE, 1.4), (predicted.numpy(), PREDICTED, 0.9)):
+    for i, index in enumerate(shown):
+        axes = all_axes[i]
+        axes.imshow(images[i].numpy())
+        for values, colour, width in ((masks[i].numpy() / 255, TRUE, 1.4), (probability[i].numpy(), PREDICTED, 0.9)):
             if values.min() < 0.5 <= values.max():
                 axes.contour(values, levels=[0.5], colors=[colour], linewidths=width)
-        axes.set_title(f"{Path(pairs.images[index]).stem}   Dice {score:.4f}", fontsize=8)
+        axes.set_title(f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}", fontsize=8)
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
     figure.savefig(path, dpi=130)

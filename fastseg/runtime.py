@@ -4,13 +4,17 @@ import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from torch import nn
 
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 
 __all__ = ["Runtime", "choose_compile", "choose_runtime"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,10 @@ class Runtime:
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
+
+    def place(self, model: Model) -> Model:
+        """The model on the device, its convolutions channels-last."""
+        return model.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def describe(self) -> str:
@@ -58,7 +66,7 @@ def _choose_device(name: str) -> torch.device:
         if not count:
             raise ConfigError(f"device: {name} needs an NVIDIA GPU, and torch finds none here. Use auto (or cpu).")
         if (device.index or 0) >= count:
-            raise ConfigError(f"device: {name} does not exist; there are {count} GPUs here. Use cuda:{count - 1} or auto.")
+            raise ConfigError(f"device: {name} does not exist; {count} GPUs are here. Use cuda:{count - 1} or auto.")
     return device
 
 

@@ -3,7 +3,7 @@
     result = fastseg.train({"train_img_dir": "data/train_images", "num_epochs": 5})
     result.val_dice, result.run_dir
 
-The file reads in the order things happen: find the data, build, resume, epochs of steps, save, report.
+The file reads in the order things happen: find the data, epochs of steps, validation, report.
 """
 
 import json
@@ -12,35 +12,30 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastseg.augment import augment, sample_params
-from fastseg.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
+from fastseg.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastseg.config import DEFAULT_VAL_DIRS, Config, as_config
 from fastseg.data.check import check_pairs
-from fastseg.data.loader import Loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-from fastseg.errors import ConfigError, FastsegError
-from fastseg.losses import bce_dice_loss, bce_loss
+from fastseg.errors import FastsegError
 from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
+from fastseg.recipe import learning_rate, training_loss
 from fastseg.report import draw_curves, draw_overlay, versions
-from fastseg.runtime import Runtime, choose_compile, choose_runtime
+from fastseg.run import Run, build_run, open_run_dir, resume, save_last
+from fastseg.runtime import choose_runtime
 
 __all__ = ["TrainResult", "find_data", "train"]
 
-PEAK = 30  # peak of the one-cycle schedule over `learning_rate`, where it starts
-WARM_UP = 0.25  # share of the steps in which the learning rate rises
 LOG_SECONDS = 0.5  # between looks at the loss: each makes the host wait for the device
-
-NOTHING_YET = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
 
 log = logging.getLogger(__name__)
 
@@ -60,37 +55,6 @@ class TrainResult:
     seconds: float  # of this call
     interrupted: bool  # by Ctrl-C or SIGTERM; the same call goes on where it stopped
     history: list[dict[str, Any]]  # one entry an epoch, as in metrics.jsonl
-
-
-@dataclass
-class _Run:
-    """Everything that changes from step to step, and what a checkpoint keeps of it."""
-
-    config: Config
-    runtime: Runtime
-    model: nn.Module
-    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    generator: torch.Generator  # of the augmentation
-    train_loader: Loader
-    val_loader: Loader
-    loss_sum: Tensor  # over the steps of this epoch, on the device
-    epoch: int = 0
-    step: int = 0  # within the epoch
-    history: list[dict[str, Any]] = field(default_factory=list)
-    stop: bool = False  # asked to by a signal
-    trained_pairs: int = 0
-    train_seconds: float = 0.0
-
-    @property
-    def total_steps(self) -> int:
-        return self.config.num_epochs * len(self.train_loader)
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The entry of the epoch with the highest Dice."""
-        return max(self.history, key=lambda entry: entry["val_dice"], default=NOTHING_YET)
 
 
 def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> TrainResult:
@@ -113,17 +77,19 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> TrainR
     train_pairs, val_pairs = find_data(config)
     config = _fit_to_data(config, len(train_pairs))
     log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.describe)
-    run = _build(config, runtime, train_pairs, val_pairs)
-    resumed = _resume(run)
-    _open_run_dir(run, resumed)
+    run = build_run(config, runtime, train_pairs, val_pairs)
+    resume(run)
+    open_run_dir(run)
     log.info("ready after %.1f s", time.perf_counter() - started)
 
     with _stop_on_signal(run):
         while run.epoch < config.num_epochs and not run.stop:
             _train_epoch(run)
-            if run.stop:
-                break
-            _validate(run)
+            if not run.stop:
+                _validate(run)
+    if run.stop:
+        save_last(run)
+        log.info("stopped in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
     return _finish(run, left_out=[*train_pairs.left_out, *val_pairs.left_out], started=started)
 
 
@@ -167,75 +133,8 @@ def _fit_to_data(config: Config, pairs: int) -> Config:
     return config
 
 
-def _build(config: Config, runtime: Runtime, train_pairs: Pairs, val_pairs: Pairs) -> _Run:
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
-        torch.manual_seed(config.seed)
-        model = build_model(config)
-    if config.checkpoint:
-        load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
-        log.info("weights from %s", config.checkpoint)
-    model = model.to(runtime.device, memory_format=torch.channels_last)
-
-    def loader(pairs: Pairs, training: bool) -> Loader:
-        return Loader(
-            pairs,
-            height=config.image_height,
-            width=config.image_width,
-            batch_size=config.batch_size,
-            shuffle=training,
-            drop_last=training,
-            seed=config.seed,
-            device=runtime.device,
-            decoder=config.decoder,
-            num_workers=config.num_workers,
-            mask_resize=config.mask_resize,
-            cache=config.cache,
-            cache_dir=config.cache_dir,
-            bad_samples=config.bad_samples,
-            pin_memory=config.pin_memory,
-        )
-
-    train_loader = loader(train_pairs, training=True)
-    compiled = choose_compile(config, runtime.device, config.num_epochs * len(train_loader))
-    return _Run(
-        config=config,
-        runtime=runtime,
-        model=model,
-        forward=torch.compile(model) if compiled else model,
-        optimizer=_optimizer(config, model, fused=True),
-        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
-        generator=torch.Generator().manual_seed(config.seed),
-        train_loader=train_loader,
-        val_loader=loader(val_pairs, training=False),
-        loss_sum=torch.zeros((), device=runtime.device),
-    )
-
-
-def _optimizer(config: Config, model: nn.Module, fused: bool) -> torch.optim.Optimizer:
-    if config.recipe == "tutorial":
-        return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]  # biases and batch norms are not decayed
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)
-
-
-def learning_rate(config: Config, step: int, total_steps: int) -> float:
-    """Learning rate of a step: constant for the tutorial's recipe, else one cycle.
-
-    Source: Smith and Topin 2018, Super-Convergence (arXiv:1708.07120), with cosine arcs.
-    """
-    if config.recipe == "tutorial":
-        return config.learning_rate
-    peak, warm_up = PEAK * config.learning_rate, WARM_UP * total_steps
-    if step < warm_up:
-        rise = (1 - math.cos(math.pi * step / warm_up)) / 2
-        return config.learning_rate + (peak - config.learning_rate) * rise
-    return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2
-
-
-def _train_epoch(run: _Run) -> None:
-    """The steps that are left of an epoch."""
+def _train_epoch(run: Run) -> None:
+    """The steps that are left of an epoch, fewer if a signal asks to stop."""
     loader, config = run.train_loader, run.config
     run.model.train()
     began, logged, waited = time.perf_counter(), 0.0, loader.wait_seconds
@@ -265,8 +164,6 @@ def _train_epoch(run: _Run) -> None:
     run.trained_pairs += (run.step - first_step) * config.batch_size
     run.train_seconds += seconds
     if run.stop:
-        _save_last(run)
-        log.info("stopped in epoch %d at step %d of %d; last.pt is saved", run.epoch + 1, run.step, len(loader))
         return
     run.history.append(
         {
@@ -280,16 +177,15 @@ def _train_epoch(run: _Run) -> None:
     )
 
 
-def _step(run: _Run, images: Tensor, masks: Tensor) -> None:
+def _step(run: Run, images: Tensor, masks: Tensor) -> None:
     """One step of the optimizer; nothing here waits for the device."""
-    config = run.config
-    rate = learning_rate(config, run.epoch * len(run.train_loader) + run.step, run.total_steps)
+    rate = learning_rate(run.config, run.steps_done, run.total_steps)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    inputs, targets = augment(images, masks, sample_params(config, len(images), run.generator))
+    inputs, targets = augment(images, masks, sample_params(run.config, len(images), run.generator))
     with run.runtime.autocast():
         logits = run.forward(inputs)
-    loss = bce_loss(logits, targets) if config.recipe == "tutorial" else bce_dice_loss(logits, targets)
+    loss = training_loss(run.config, logits, targets)
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
@@ -298,7 +194,7 @@ def _step(run: _Run, images: Tensor, masks: Tensor) -> None:
     run.step += 1
 
 
-def _validate(run: _Run) -> None:
+def _validate(run: Run) -> None:
     """Score the epoch, write its line and its checkpoints, move on to the next."""
     run.model.eval()
     scores = score_batches(run.model, run.val_loader, run.runtime)
@@ -316,65 +212,11 @@ def _validate(run: _Run) -> None:
         save_checkpoint(run.config.run_dir / "best.pt", weights)
     run.epoch, run.step = run.epoch + 1, 0
     run.loss_sum.zero_()
-    _save_last(run)
-
-
-def _save_last(run: _Run) -> None:
-    state = {
-        "config": run.config.model_dump(),
-        "model": run.model.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "generator": run.generator.get_state(),
-        "loader": run.train_loader.state_dict(),
-        "epoch": run.epoch,
-        "step": run.step,
-        "loss_sum": run.loss_sum,
-        "history": run.history,
-    }
-    save_checkpoint(run.config.run_dir / "last.pt", state)
-
-
-def _resume(run: _Run) -> bool:
-    """Go on from the run's last checkpoint where there is one and it is wanted; says which it did."""
-    path = run.config.run_dir / "last.pt"
-    if not run.config.load_model or not path.exists():
-        log.info("a new run: %s", "no checkpoint to go on from" if run.config.load_model else "load_model is false")
-        return False
-    state = load_checkpoint(path)
-    load_weights(run.model, state, path, run.config)
-    try:
-        run.train_loader.load_state_dict(state["loader"])
-        run.optimizer.load_state_dict(state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
-        run.generator.set_state(state["generator"])
-        run.loss_sum.copy_(state["loss_sum"])
-        run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
-    except (KeyError, ValueError) as error:
-        raise ConfigError(
-            f"{path}: belongs to a run of another kind ({error}). Give another name, or pass load_model=false."
-        ) from None
-    if run.epoch >= run.config.num_epochs:
-        log.info("%s: all %d epochs are done; more need a higher num_epochs", path, run.epoch)
-    else:
-        log.info("going on from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
-    return True
-
-
-def _open_run_dir(run: _Run, resumed: bool) -> None:
-    folder = run.config.run_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.config.to_json(folder / "config.json")
-        # Epochs whose checkpoint was lost to a kill are trained again; their lines would stand there twice.
-        lines = [json.dumps(entry) + "\n" for entry in run.history] if resumed else []
-        (folder / "metrics.jsonl").write_text("".join(lines))
-    except OSError as error:
-        raise ConfigError(f"out_dir: {folder} cannot be written ({error.strerror}). Give another folder.") from None
+    save_last(run)
 
 
 @contextmanager
-def _stop_on_signal(run: _Run) -> Iterator[None]:
+def _stop_on_signal(run: Run) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM end the run after the current step; a second Ctrl-C ends it at once."""
 
     def ask_to_stop(number: int, frame: object) -> None:
@@ -383,7 +225,7 @@ def _stop_on_signal(run: _Run) -> Iterator[None]:
 
     before: dict[int, Any] = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
             before[number] = signal.signal(number, ask_to_stop)
     except ValueError:  # not the main thread: whoever owns it decides about signals
         pass
@@ -394,7 +236,7 @@ def _stop_on_signal(run: _Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _finish(run: _Run, left_out: list[str], started: float) -> TrainResult:
+def _finish(run: Run, left_out: list[str], started: float) -> TrainResult:
     """Draw the pictures and write the summary, from the best epoch's weights."""
     folder, best = run.config.run_dir, run.best
     if run.history:

@@ -1,6 +1,6 @@
 """Train as configured in a JSON file: python scripts/train.py [hyperparams.json]
 
-Without an argument it reads the hyperparams.json beside it. `fastseg train --config FILE` does the same and takes flags.
+Without an argument it reads the hyperparams.json beside it. `fastseg train --config FILE` is the same, with flags.
 """
 
 import sys

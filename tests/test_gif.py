@@ -417,6 +417,8 @@ def run_with_bounds_checks() -> None:
         copy_by_index(buffer, 4, buffer[:2], 0, 4)
     with pytest.raises(ValueError, match="overlap"):
         copy_by_index(buffer, 2, buffer, 0, 3)
+    noise = np.random.default_rng(8).integers(0, 256, (90, 100)).astype(np.uint8)
+    assert np.array_equal(decode_gif(build_gif(noise))[0], noise)  # its table is full, unlike those of small files
     outcomes = []
     for index, (data, _) in enumerate(damaged_gifs(10_000)):
         outcomes.append(decode_guarded(data))

@@ -13,12 +13,12 @@ one of the car's length, from nose to tail. Colours are linear light, 1 is white
 import math
 import os
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import lru_cache
-import errno
+from contextlib import suppress
+from functools import reduce
 from io import BytesIO
 from pathlib import Path
+from threading import Event
 from typing import Any, NamedTuple
 
 import numba
@@ -27,15 +27,16 @@ import simplejpeg
 from numpy import ndarray
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeRemainingColumn
+from rich.text import Text
 
 from fastseg.errors import ConfigError, DataError
 
 __all__ = ["PAINTS", "STYLES", "encode_image", "encode_mask", "generate", "make_car", "make_studio", "render_pair"]
 
-STEP = 0.008  # metres between vertices: about three pixels of a full-size picture
+STEP = 0.010  # metres between vertices: about four pixels of a full-size picture
 JPEG_QUALITY = 55  # its luma table starts 14 10 9 14 22 36 46 55, as Carvana's does
-GRAIN = 2.0  # grey levels, standard deviation
+GRAIN = 2.2  # grey levels, standard deviation
 DISTANCE, EYE_HEIGHT, PITCH = 6.5, 1.55, 0.115  # the camera: metres from the car, metres up, radians down
 TABLE_RADIUS, WALL_RADIUS = 3.15, 5.6  # metres: the turntable, the round wall
 DECK_SHARES = (0.0, 0.03, 0.22, 0.5, 0.8, 0.97, 1.0)
@@ -59,7 +60,7 @@ STYLES: dict[str, tuple[Any, ...]] = {
     "pickup": ((5.50, 1.97, 0.39), (0.80, 1.00, 1.15, 1.17, 1.19, 1.20, 0.9),
                ((0.21, 1.1), (0.34, 1.72), (0.44, 1.82), (0.575, 1.80), (0.635, 1.1)),
                (0.175, 0.765), (0.34, 0.59), (0.255, 0.43, 0.60)),
-    "coupe": ((4.50, 1.87, 0.34), (0.52, 0.65, 0.83, 0.89, 0.97, 1.0, 0.8),
+    "coupe": ((4.50, 1.87, 0.34), (0.56, 0.69, 0.85, 0.89, 0.97, 1.0, 0.8),
               ((0.27, 0.83), (0.46, 1.25), (0.57, 1.31), (0.68, 1.27), (0.92, 0.95)),
               (0.18, 0.79), (0.46, 0.70), (0.29, 0.60, 0.60)),
 }
@@ -126,11 +127,21 @@ def lengthwise(length: float, width: float) -> ndarray:
 
 
 def crosswise(sill: float, roundness: tuple[float, float], wide: float, tall: float) -> tuple[ndarray, ndarray]:
-    """(columns,) y and z in [-1, 1] in even steps around a rounded rectangle, from `sill` radians over the top to it."""
+    """(columns,) y and z in [-1, 1], in even steps over a rounded rectangle; sill: angle of its ends, radians."""
     turn = np.linspace(sill, np.pi - sill, 20001)
     y, z = (np.sign(a) * np.abs(a) ** e for a, e in zip((np.cos(turn), np.sin(turn)), roundness, strict=True))
     at = even_steps(turn, wide * y, tall * z)
     return np.interp(at, turn, y), np.interp(at, turn, z)
+
+
+def band(value: ndarray, centre: float, half_width: float) -> ndarray:
+    """Metres inside the strip |value - centre| < half_width."""
+    return half_width - np.abs(value - centre)
+
+
+def within(*regions: ndarray) -> ndarray:
+    """Metres inside all of the regions."""
+    return reduce(np.minimum, regions)
 
 
 def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any = False) -> tuple[ndarray, ...]:
@@ -139,7 +150,7 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
     Args:
         x, y, z: metres, broadcast to (rows, columns).
         material: of the whole.
-        rules: (where, material) pairs; the last that applies wins.
+        rules: (metres inside the region, negative outside; material) pairs, later ones over earlier ones.
         hole: where there is no surface.
     """
     points = np.stack(np.broadcast_arrays(x, y, z), 2).astype(float)
@@ -153,8 +164,10 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
     if np.sum(normals * (points - points.mean((0, 1)))) < 0:
         normals, quads = -normals, quads[:, ::-1]
     materials = np.tile(np.array(material), (rows, columns, 1))
-    for where, other in rules:
-        materials[np.broadcast_to(where, (rows, columns))] = other
+    for inside, other in rules:  # a border fades over one step: without that it would show the facets
+        weight = np.broadcast_to(np.clip(0.5 + inside / STEP, 0, 1), (rows, columns))
+        there = weight > 0
+        materials[there] += weight[there, None] * (np.array(other) - materials[there])
     return points.reshape(-1, 3), normals.reshape(-1, 3), materials.reshape(-1, 5), quads
 
 
@@ -162,7 +175,8 @@ def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tup
     """A mirror, an aerial."""
     polar, turn = np.linspace(0, np.pi, 40)[:, None], np.linspace(0, 2 * np.pi, 60)
     unit = np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)
-    return make_part(*(c + r * u for c, r, u in zip(centre, radii, unit, strict=True)), material)
+    x, y, z = (c + r * u for c, r, u in zip(centre, radii, unit, strict=True))
+    return make_part(x, y, z, material)
 
 
 def make_body(style: str, paint: Any, length: float, width: float, tall: float, strip: bool) -> list[Any]:
@@ -176,31 +190,34 @@ def make_body(style: str, paint: Any, length: float, width: float, tall: float, 
     x, z = (0.5 - share) * length, 0.5 * (deck + belly) + 0.5 * (deck - belly) * up
     y = 0.49 * width * outline(share) * (1 - 0.05 * (1 - share) ** 2) * lateral * crease
 
-    side, front, rear = np.abs(y) / (0.5 * width), share < 0.06, share > 0.955
-    nose, tail, flank = 0.62 + 0.9 * (radius - 0.31), 0.80 + 1.5 * (radius - 0.31), side > 0.85
-    grille = front & (side < 0.46) & (np.abs(z - nose) < 0.10)
+    front, rear, flank = x - 0.5 * length + 0.28, -0.5 * length + 0.21 - x, np.abs(y) - 0.42 * width
+    nose, tail = 0.62 + 0.9 * (radius - 0.31), 0.80 + 1.5 * (radius - 0.31)
+    grille = within(front, band(y, 0, 0.43), band(z, nose, 0.10))
+    gaps = [(0.5 - door) * length for door in doors]
+    to_arch = within(*(np.hypot(x - (0.5 - axle) * length, z - radius) for axle in axles)) - 1.17 * radius
     rules = [
-        (z < 0.33, BLACK),
+        (0.33 - z, BLACK),
         (grille, GAP),
-        (grille & (np.sin(z * 160) < -0.2), CHROME),
-        (front & (side < 0.75) & (np.abs(z - 0.40) < 0.05), BLACK),
-        (front & (side < 0.28) & (np.abs(z - 0.47) < 0.055), PLATE),
-        (front & (side > 0.5) & (np.abs(z - nose - 0.04) < 0.075), LAMP),
-        (rear & (side > 0.55) & (np.abs(z - tail - 0.03) < 0.09), TAIL),
-        (rear & (side < 0.28) & (np.abs(z - tail) < 0.06), PLATE),
-        (rear & (np.abs(z - 0.50) < 0.012), GAP),
-        (flank & (doors[0] < share) & (share < doors[2]) & (np.abs(z - 0.37) < 0.008), GAP),
-        (~flank & (z > nose) & (np.abs(share - roof[0][0] - 0.012) < 0.001), GAP),
-        (flank & (np.abs(z - 0.56) < 0.022) & strip, BLACK),
+        (within(grille, (-0.2 - np.sin(160 * z)) / 160), CHROME),
+        (within(front, band(y, 0, 0.70), band(z, 0.40, 0.05)), BLACK),
+        (within(front, band(y, 0, 0.26), band(z, 0.47, 0.055)), PLATE),
+        (within(front, np.abs(y) - 0.47, band(z, nose + 0.04, 0.075)), LAMP),
+        (within(rear, np.abs(y) - 0.52, band(z, tail + 0.03, 0.09)), TAIL),
+        (within(rear, band(y, 0, 0.26), band(z, tail, 0.06)), PLATE),
+        (within(rear, band(z, 0.54, 0.012)), GAP),
+        (within(flank, gaps[0] - x, x - gaps[2], band(z, 0.37, 0.006)), GAP),
+        (within(-flank, z - nose, band(x, (0.488 - roof[0][0]) * length, 0.004)), GAP),
+        (within(flank + 0.1, 0.02 - to_arch), BLACK),
     ]
-    rules += [(flank & (np.abs(share - door) * length < 0.5 * STEP) & (z > 0.36), GAP) for door in doors]
+    rules += [(within(flank, band(z, 0.54, 0.022)), BLACK)] if strip else []
+    rules += [(within(flank, z - 0.36, band(x, gap, 0.004)), GAP) for gap in gaps]
     handle = np.multiply(paint, (0.5, 0.5, 0.5, 4, 1))
-    for door in doors[1:]:
-        rules.append((flank & (np.abs(door - share - 0.028) < 0.016) & (np.abs(z - 2.5 * radius) < 0.014), handle))
-    arches = [(x - (0.5 - axle) * length) ** 2 + (z - radius) ** 2 < (1.17 * radius) ** 2 for axle in axles]
-    dark = (0.97 * x, 0.8 * y, 0.04 + belly + 0.9 * (z - belly))  # what one sees through a wheel arch
-    inside = make_part(*(a[::3, ::3] for a in np.broadcast_arrays(*dark)), BLACK)
-    return [make_part(x, y, z, paint, rules, arches[0] | arches[1]), inside]
+    rules += [(within(flank, band(x, gap + 0.13, 0.075), band(z, 2.5 * radius, 0.014)), handle) for gap in gaps[1:]]
+    body = make_part(x, y, z, paint, rules, hole=within(flank + 0.1, -to_arch) > 0)
+    # The dark that one sees through a wheel arch: a box between the wheels, and the body's far side from within.
+    box = make_part(0.97 * x[::3], 0.8 * y[::3, ::3], (0.1 * belly + 0.9 * z - 0.03)[::3, ::3], BLACK)
+    points, normals, materials, quads = make_part(x[::3], y[::3, ::3], z[::3, ::3], BLACK)
+    return [body, box, (points, normals, materials, quads[:, ::-1])]
 
 
 def make_cabin(style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
@@ -215,20 +232,22 @@ def make_cabin(style: str, paint: Any, length: float, width: float, tall: float)
     z = belt - 0.14 + np.maximum(roof - belt + 0.14, 0.02) * up
     y = 0.465 * width * outline(along) * (1 - 0.06 * (2 * along - 1) ** 2) * lateral
     y = y * (1 - 0.32 * np.maximum(z - belt, 0))  # leans inwards
-    flank, above = np.abs(lateral) > 0.86, z > belt + 0.03
-    window = flank & above & (roof - z > 0.10) & (start + 0.06 < share) & (share < stop - 0.05)
-    screen = (start + 0.004 < share) & (share < glass[0] - 0.015) | (glass[1] + 0.015 < share) & (share < stop - 0.008)
-    rules = [(~flank & above & screen, GLASS), (window, GLASS)]
-    for door, seat in ((doors[1], 0.025), (doors[2] + 0.012, 0.047)):
-        back = ((share - door + seat) / 0.022) ** 4 + ((z - belt) / 0.24) ** 4 < 1
-        rules += [(window & back, SEAT), (window & (np.abs(share - door) < 0.007), BLACK)]
-    return [make_part((0.5 - share) * length, y, z, paint, rules)]
+    flank, above, x = (np.abs(lateral) - 0.86) * 0.45 * width, z - belt - 0.03, (0.5 - share) * length
+    foot, top, rear_top, rear_foot = ((0.5 - edge) * length for edge in (start, *glass, stop))
+    window = within(flank, above, roof - z - 0.10, foot - 0.28 - x, x - rear_foot - 0.24)
+    screen = np.maximum(within(foot - 0.02 - x, x - top - 0.07), within(rear_top - 0.07 - x, x - rear_foot - 0.04))
+    rules = [(within(-flank, above, screen), GLASS), (window, GLASS)]
+    for door, seat in ((doors[1], 0.12), (doors[2] + 0.012, 0.22)):
+        pillar = (0.5 - door) * length
+        back = 1 - (((x - pillar - seat) / 0.10) ** 4 + ((z - belt) / 0.24) ** 4) ** 0.25
+        rules += [(within(window, 0.1 * back), SEAT), (within(window, band(x, pillar, 0.03)), BLACK)]
+    return [make_part(x, y, z, paint, rules)]
 
 
 def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tuple[float, ...]) -> list[Any]:
     """A profile (share of the radius, metres outwards from the tyre's middle) turned about the axles."""
-    profile = [(0.02, 0.06), (0.2, 0.065), (0.5, 0.045), (0.62, 0.05), (0.68, 0.085), (0.7, 0.1), (0.75, 0.108)]
-    profile += [(0.88, 0.112), (0.96, 0.1), (1, 0.075), (1, -0.09), (0.9, -0.11), (0.1, -0.11)]
+    profile = [(0.0, 0.06), (0.2, 0.065), (0.5, 0.045), (0.62, 0.05), (0.68, 0.085), (0.7, 0.1), (0.75, 0.108)]
+    profile += [(0.88, 0.112), (0.96, 0.1), (1, 0.075), (1, -0.09), (0.9, -0.11), (0.0, -0.11)]
     ring, out = np.array(profile).T
     corner = np.arange(len(ring))
     at = even_steps(corner, radius * ring, out)[:, None]
@@ -237,8 +256,9 @@ def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tu
     parts = []
     for axle in axles:
         for side in (-1, 1):
-            between = np.cos(turn * spokes + rng.uniform(0, 6)) < 0.4 - 0.5 * ring
-            rules = [((0.22 < ring) & (ring < 0.62) & between, GAP), (ring > 0.715, TYRE), ((out < 0) & (ring < 0.9), GAP)]
+            between = (0.4 - 0.5 * ring - np.cos(turn * spokes + rng.uniform(0, 6))) * ring * radius / spokes
+            rules = [(within(between, band(ring, 0.42, 0.20) * radius), GAP), ((ring - 0.715) * radius, TYRE)]
+            rules.append((within(0.9 - ring, -out) * radius, GAP))
             x, z = axle + radius * ring * np.cos(turn), radius + radius * ring * np.sin(turn)
             parts.append(make_part(x, side * (0.5 * width - 0.18 + out), z, CHROME, rules))
     return parts
@@ -247,7 +267,7 @@ def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tu
 def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
     """A car of one of `STYLES` in one of `PAINTS`; its proportions and trim come from `rng`."""
     (long, wide, radius), heights, roof, shares, glass, _ = STYLES[style]
-    length, width, tall = (long, wide, 1.0) * rng.uniform((0.96, 0.96, 0.96), (1.04, 1.04, 1.05))
+    length, width, tall = (rng.uniform((0.96, 0.96, 0.96), (1.04, 1.04, 1.05)) * (long, wide, 1)).tolist()
     coat, axles = PAINTS[paint], tuple((0.5 - share) * length for share in shares)
     parts = make_body(style, coat, length, width, tall, rng.random() < 0.5)
     parts += make_cabin(style, coat, length, width, tall) + make_wheels(rng, radius, width, axles)
@@ -261,8 +281,8 @@ def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
         parts.append(make_ellipsoid(BLACK, aerial, (0.012, 0.006, 0.16)))
     offset = np.cumsum([0] + [len(part[0]) for part in parts[:-1]])
     quads = np.concatenate([part[3] + base for part, base in zip(parts, offset, strict=True)]).astype(np.int32)
-    arrays = [np.concatenate([part[i].T for part in parts], 1, dtype=np.float32) for i in range(3)]
-    return Car(*arrays, quads, coat, (float(length), float(width)), axles)
+    points, normals, materials = (np.concatenate([part[i].T for part in parts], 1, dtype=np.float32) for i in range(3))
+    return Car(points, normals, materials, quads, coat, (length, width), axles)
 
 
 def step(low: float, high: float, value: Any) -> Any:
@@ -274,7 +294,7 @@ def step(low: float, high: float, value: Any) -> Any:
 def make_studio(rng: np.random.Generator, car: Car, width: int = 1918, height: int = 1280) -> Studio:
     """A room with a round wall, lamps, a door and a turntable in the floor, zoomed to the car's length."""
     focal = rng.uniform(0.95, 1.17) * min(width, 1.5 * height) * min(1.0, 5.0 / car.size[0])
-    lamp, door, cloths = rng.random(3)
+    lamp, door, cloths = rng.random(3).tolist()
     right = (np.arange(width, dtype=np.float32) + 0.5 - 0.5 * width) / focal
     up = (0.5 * height - 0.5 - np.arange(height, dtype=np.float32)[:, None]) / focal
     dx, dy, dz = math.cos(PITCH) + up * math.sin(PITCH), -right, up * math.cos(PITCH) - math.sin(PITCH)
@@ -301,7 +321,7 @@ def make_studio(rng: np.random.Generator, car: Car, width: int = 1918, height: i
     floor *= 1 + 0.05 * np.sin(3 * x + 2 * np.sin(2 * y)) * np.sin(4 * y + np.sin(3 * x))
     floor *= 1 - 0.6 * step(0.025, 0.01, np.abs(distance - TABLE_RADIUS))
     floor += 0.16 * step(2.5, 0, (x - 2.5) ** 2 * 0.5 + (y + 2 * (lamp - 0.5)) ** 2)  # the lamp's reflection
-    floor *= 1 + 0.07 * rng.standard_normal(floor.shape, dtype=np.float32)
+    floor *= 1 + 0.09 * rng.standard_normal(floor.shape, np.float32)
     floor += step(WALL_RADIUS - 0.7, WALL_RADIUS, distance) * (shine - floor)  # the floor curves up
     light = np.where(z > 0, light, floor).astype(np.float32)
     shaded = np.flatnonzero((z <= 0) & (distance < 0.5 * car.size[0] + 1.2))
@@ -309,7 +329,7 @@ def make_studio(rng: np.random.Generator, car: Car, width: int = 1918, height: i
 
 
 def cast_shadow(car: Car, studio: Studio, turn: float) -> ndarray:
-    """(F, 3) float32 factors of the floor's light: little under the car, least at a tyre; near it, a tint of the paint."""
+    """(F, 3) float32 factors of the floor's light: little under the car, least at a tyre, a tint of paint around."""
     x, y = studio.spots
     x, y = x * math.cos(turn) + y * math.sin(turn), np.abs(y * math.cos(turn) - x * math.sin(turn))
     beside, ahead = y - 0.5 * car.size[1] + 0.3, np.abs(x) - 0.5 * car.size[0] + 0.45
@@ -325,8 +345,8 @@ def mirrored_light(x: ndarray, y: ndarray, z: ndarray) -> ndarray:
     room = 0.30 + 0.50 * step(0.0, 0.12, z) - 0.35 * step(0.3, 0.75, z)
     room *= 1 - 0.6 * step(0.10, 0.06, np.abs(np.abs(y / np.hypot(x, y + 1e-6) - 0.3) - 0.35)) * step(0.5, 0.4, z)
     high = np.maximum(z, 0.1)  # two long soft boxes on the ceiling
-    boxes = step(0.15, 0.25, z) * step(0.55, 0.45, np.abs(np.abs(y / high - 0.2) - 1.1)) * step(2.4, 2.1, np.abs(x / high))
-    return np.where(z > 0, room + 1.5 * boxes, 0.16 + 0.12 * step(-0.25, 0, z))
+    boxes = step(0.55, 0.45, np.abs(np.abs(y / high - 0.2) - 1.1)) * step(2.4, 2.1, np.abs(x / high))
+    return np.where(z > 0, room + 1.5 * step(0.15, 0.25, z) * boxes, 0.16 + 0.12 * step(-0.25, 0, z))
 
 
 def light_car(car: Car, turn: float) -> ndarray:
@@ -398,7 +418,7 @@ def expose(
         picture: (H, W, 3) float32 without the car.
         depth, layer: of `draw_facets`, two samples per pixel each way; left, top: the pixel they start at.
         gains: (3,) of the colours.
-        noise: (H, W, 6) uint8, uniform.
+        noise: (H, W, 6) uint8, uniform: three for the grain of all colours, one for each colour's own.
 
     Returns:
         (H, W, 3) uint8 image; (H, W) uint8 mask, 1 where the car covers half of the pixel or more.
@@ -482,8 +502,8 @@ def write_file(path: Path, data: bytes) -> None:
         part.write_bytes(data)
         os.replace(part, path)
     except OSError as error:
-        if error.errno != errno.ENOENT:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
         raise DataError(f"{path}: cannot be written ({error.strerror}). Make room or choose another out.") from error
 
 
@@ -493,12 +513,18 @@ def prepare_folder(folder: Path, names: set[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         found = {path.name.removesuffix(".part") for path in folder.iterdir()} - names
     except OSError as error:
-        raise DataError(f"{folder}: must be a folder that can be written ({error.strerror}). Choose another out.") from error
+        message = f"{folder}: must be a folder that can be written; got {error.strerror}. Choose another out."
+        raise DataError(message) from error
     if found:
         raise DataError(
-            f"{folder}: must be empty or hold an earlier run of the same cars, views and seed; found {len(found)} other "
-            f"files, first: {min(found)}. Choose another out, or move them away."
+            f"{folder}: must be empty or hold an earlier run with the same cars, views and seed; found {len(found)} "
+            f"other files, first: {min(found)}. Choose another out or move them away."
         )
+
+
+class PairRate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.speed or 0:.1f} pairs/s")
 
 
 def generate(
@@ -539,7 +565,8 @@ def generate(
     )
     for field, value, low, high, why in rules:
         if not low <= value <= high:
-            raise ConfigError(f"{field}: must be {low} to {high} ({why}); got {value}. Use {min(max(value, low), high)}.")
+            use = min(max(value, low), high)
+            raise ConfigError(f"{field}: must be {low} to {high} ({why}); got {value}. Use {use}.")
     rng = np.random.default_rng(seed)
     stems = [rng.bytes(6).hex() for _ in range(cars)]
     rounds = range(math.ceil(cars / len(STYLES)))
@@ -547,40 +574,46 @@ def generate(
     paints = [str(paint) for _ in rounds for paint in rng.permutation(list(PAINTS))]
     num_train = cars - max(1, math.floor(cars / 4 + 0.5))
 
-    folders = {f"{split}_{kind}": Path(out) / f"{split}_{kind}" for split in ("train", "val") for kind in ("images", "masks")}
+    folders = {name: Path(out) / name for name in ("train_images", "train_masks", "val_images", "val_masks")}
     for name, folder in folders.items():
         members = stems[:num_train] if name.startswith("train") else stems[num_train:]
         ending = ".jpg" if name.endswith("images") else "_mask.gif"
         prepare_folder(folder, {f"{stem}_{view:02d}{ending}" for stem in members for view in range(1, views + 1)})
 
-    @lru_cache(maxsize=4)  # pairs come car by car
-    def build(i: int) -> tuple[Car, Studio]:
+    stop = Event()
+
+    def write_views(i: int, some: range) -> None:
         car_rng = np.random.default_rng((seed, i))
         car = make_car(car_rng, styles[i], paints[i])
-        return car, make_studio(car_rng, car, width, height)
+        studio = make_studio(car_rng, car, width, height)
+        split = "train" if i < num_train else "val"
+        for view in some:
+            if stop.is_set():
+                return
+            view_rng = np.random.default_rng((seed, i, view))
+            turn = math.pi + 2 * math.pi * (view - 1) / views + view_rng.uniform(-0.03, 0.03)
+            image, mask = render_pair(car, studio, turn, view_rng)
+            stem = f"{stems[i]}_{view:02d}"
+            write_file(folders[f"{split}_masks"] / f"{stem}_mask.gif", encode_mask(mask))  # so no image lacks its mask
+            write_file(folders[f"{split}_images"] / f"{stem}.jpg", encode_image(image))
+            bar.advance(task)
 
-    def write_pair(i: int, view: int) -> None:
-        pair_rng = np.random.default_rng((seed, i, view))
-        turn = 2 * math.pi * (view - 1) / views + pair_rng.uniform(-0.03, 0.03)
-        image, mask = render_pair(*build(i), math.pi + turn, pair_rng)
-        split, stem = "train" if i < num_train else "val", f"{stems[i]}_{view:02d}"
-        write_file(folders[f"{split}_masks"] / f"{stem}_mask.gif", encode_mask(mask))  # first: no image lacks its mask
-        write_file(folders[f"{split}_images"] / f"{stem}.jpg", encode_image(image))
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    columns = (BarColumn(), MofNCompleteColumn(), PairRate(), TimeRemainingColumn())
     shown = progress and sys.stderr.isatty()
-    begin = time.perf_counter()
+    workers = workers or numba.config.NUMBA_NUM_THREADS
+    parts = max(1, workers // cars)  # of a car's views; each thread builds the car it draws
     with (
         Progress(*columns, console=Console(stderr=True), disable=not shown) as bar,
-        ThreadPoolExecutor(workers or numba.config.NUMBA_NUM_THREADS) as pool,
+        ThreadPoolExecutor(workers) as pool,
     ):
-        task = bar.add_task("pairs", total=cars * views)
-        jobs = [pool.submit(write_pair, i, view) for i in range(cars) for view in range(1, views + 1)]
+        task = bar.add_task("", total=cars * views)
+        some_views = [range(first, views + 1, parts) for first in range(1, parts + 1)]
+        jobs = [pool.submit(write_views, i, some) for i in range(cars) for some in some_views]
         try:
-            for done, job in enumerate(as_completed(jobs), start=1):
+            for job in as_completed(jobs):
                 job.result()
-                bar.update(task, advance=1, description=f"{done / (time.perf_counter() - begin):.1f} pairs/s")
         except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)  # finish what is being written, start nothing more
+            stop.set()  # every thread finishes the pair it is at
+            pool.shutdown(cancel_futures=True)
             raise
     return {"train_pairs": num_train * views, "val_pairs": (cars - num_train) * views, **folders}

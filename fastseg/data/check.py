@@ -2,7 +2,10 @@
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,15 +15,27 @@ from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 from fastseg.progress import progress_bar
 
-__all__ = ["check_pairs", "fault_of"]
+__all__ = ["Fault", "check_pairs", "check_sets", "find_fault"]
 
-NAMED = 3  # files named in the sentence about all that are wrong
+UNREADABLE, OTHER_SIZE, OTHER_VALUES = (
+    "unreadable",
+    "with a mask of another size",
+    "with a mask of more than two values",
+)
+NAMED = 3  # files named in the sentence about all that are wrong, of each kind one first
 
 log = logging.getLogger(__name__)
 
 
-def fault_of(pairs: Pairs, index: int) -> str | None:
-    """Why a pair cannot be used, in a sentence that names the file; None if nothing is wrong.
+class Fault(NamedTuple):
+    """Why a pair cannot be used."""
+
+    kind: str
+    sentence: str  # names the file
+
+
+def find_fault(pairs: Pairs, index: int) -> Fault | None:
+    """What is wrong with a pair, or None.
 
     Of the image the header is read and its end looked for; the mask is decoded whole (a GIF in 0.1 ms), because only
     its pixels tell whether it has two values.
@@ -32,43 +47,61 @@ def fault_of(pairs: Pairs, index: int) -> str | None:
         mask_size = decode_mask(read_file(path), np.empty((1, 1), np.uint8), "nearest")
     except DataError as error:
         message = str(error)
-        return message if message.startswith(path) else f"{path}: {message}"
-    return None if mask_size == size else size_mismatch(path, mask_size, size)
+        kind = OTHER_VALUES if "two values" in message else UNREADABLE
+        return Fault(kind, message if message.startswith(path) else f"{path}: {message}")
+    return None if mask_size == size else Fault(OTHER_SIZE, size_mismatch(path, mask_size, size))
 
 
 def check_pairs(pairs: Pairs, *, bad_samples: str = "raise", num_workers: int = 2) -> Pairs:
-    """Look at every file before training begins.
+    """`check_sets` of one set."""
+    return check_sets([pairs], bad_samples=bad_samples, num_workers=num_workers)[0]
+
+
+def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers: int = 2) -> list[Pairs]:
+    """Look at every file before training begins, and report all that is wrong together.
 
     Args:
-        bad_samples: "raise" refuses the data set, naming how many pairs are wrong and the first of them; "skip"
-            leaves them out and names each.
+        sets: such as the training and the validation pairs.
+        bad_samples: "raise" refuses the data set, saying how many pairs are wrong in which way and naming the first;
+            "skip" leaves them out and names each.
 
     Returns:
-        The pairs that can be used.
+        Of each set the pairs that can be used.
 
     Raises:
-        DataError: pairs are wrong and are not skipped, or not one can be used.
+        DataError: pairs are wrong and are not skipped, or not one of a set can be used.
     """
-    faults: dict[int, str] = {}
+    places = [(pairs, index) for pairs in sets for index in range(len(pairs))]
+    faults: dict[int, Fault] = {}
     with progress_bar() as bar, ThreadPoolExecutor(num_workers) as pool:
-        task = bar.add_task("checking files", total=len(pairs), note="")
+        task = bar.add_task("checking files", total=len(places), note="")
         started = time.perf_counter()
-        for index, fault in enumerate(pool.map(lambda i: fault_of(pairs, i), range(len(pairs)))):
+        for place, fault in enumerate(pool.map(lambda place: find_fault(*place), places)):
             if fault is not None:
-                faults[index] = fault
-            if index % 64 == 63:
-                rate = (index + 1) / (time.perf_counter() - started)
-                bar.update(task, completed=index + 1, note=f"{rate:.0f} pairs/s")
-    if not faults:
-        return pairs
-    if bad_samples == "raise":
-        first = "; ".join(list(faults.values())[:NAMED])
+                faults[place] = fault
+            if place % 64 == 63:
+                rate = (place + 1) / (time.perf_counter() - started)
+                bar.update(task, completed=place + 1, note=f"{rate:.0f} pairs/s")
+    if faults and bad_samples == "raise":
         raise DataError(
-            f"{len(faults)} of {len(pairs)} pairs cannot be used; first: {first}. "
+            f"{_summarise(list(faults.values()), len(places))}. "
             'Replace the files, or pass bad_samples="skip" to leave them out.'
         )
-    for fault in faults.values():
-        log.warning("left out: %s", fault)
-    if len(faults) == len(pairs):
-        raise DataError(f"{pairs.image_dir}: not one of its {len(pairs)} pairs can be used; first: {faults[0]}.")
-    return pairs.without(faults)
+    usable = []
+    for pairs in sets:
+        bad = {places[place][1]: fault for place, fault in faults.items() if places[place][0] is pairs}
+        for fault in bad.values():
+            log.warning("left out: %s", fault.sentence)
+        if bad and len(bad) == len(pairs):
+            raise DataError(f"{pairs.image_dir}: {_summarise(list(bad.values()), len(pairs))}. Replace the files.")
+        usable.append(pairs.without(bad) if bad else pairs)
+    return usable
+
+
+def _summarise(faults: list[Fault], checked: int) -> str:
+    counts = Counter(fault.kind for fault in faults)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    firsts = [next(fault for fault in faults if fault.kind == kind) for kind in counts]
+    named = [*firsts, *(fault for fault in faults if fault not in firsts)][:NAMED]
+    first = "; ".join(fault.sentence for fault in named)
+    return f"{len(faults)} of {checked} pairs cannot be used ({kinds}); first: {first}"

@@ -6,21 +6,24 @@ processes to start, to copy from, or to die.
 
 import itertools
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastseg.data.batch import BadSamples, Batch
-from fastseg.data.decode import decode_image, decode_mask
+from fastseg.data.decode import Size, decode_image, decode_mask
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 
-__all__ = ["HostDecoder", "decode_pair", "read_file"]
+__all__ = ["HostDecoder", "check_sizes", "decode_file", "decode_pair", "read_file", "size_mismatch"]
 
 BATCHES_AHEAD = 3
+
+T = TypeVar("T")
 
 
 def read_file(path: str) -> bytes:
@@ -30,6 +33,15 @@ def read_file(path: str) -> bytes:
             return file.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def decode_file(path: str, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of the bytes of a file; a DataError names the file."""
+    data = read_file(path)
+    try:
+        return decode(data)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
 
 
 def decode_pair(
@@ -45,19 +57,18 @@ def decode_pair(
     Raises:
         DataError: a file is missing or damaged, or the two differ in size; the message names the file.
     """
-    path = pairs.image_path(index)
-    try:
-        image_size = decode_image(read_file(path), image)
-        path = pairs.mask_path(index)
-        mask_size = decode_mask(read_file(path), mask, mask_resize)
-    except DataError as error:
-        message = str(error)
-        raise DataError(message if message.startswith(path) else f"{path}: {message}") from None
-    if image_size != mask_size:
-        raise DataError(size_mismatch(path, mask_size, image_size))
+    mask_path = pairs.mask_path(index)
+    size = decode_file(pairs.image_path(index), lambda data: decode_image(data, image))
+    check_sizes(mask_path, decode_file(mask_path, lambda data: decode_mask(data, mask, mask_resize)), size)
 
 
-def size_mismatch(mask_path: str, mask_size: tuple[int, int], image_size: tuple[int, int]) -> str:
+def check_sizes(mask_path: str, mask_size: Size, image_size: Size) -> None:
+    """DataError where a mask has another size than its image."""
+    if mask_size != image_size:
+        raise DataError(size_mismatch(mask_path, mask_size, image_size))
+
+
+def size_mismatch(mask_path: str, mask_size: Size, image_size: Size) -> str:
     """The sentence about a mask of another size than its image."""
     (mask_height, mask_width), (height, width) = mask_size, image_size
     return f"{mask_path}: must have its image's size, {width}x{height}; it has {mask_width}x{mask_height}"

@@ -83,13 +83,14 @@ def find_pairs(
         DataError: a folder is missing or empty, or (with "raise") an image has no mask or more than one.
     """
     image_dir, mask_dir = os.fspath(image_dir), os.fspath(mask_dir)
-    images = find_images(image_dir)
+    images, mask_names = find_images(image_dir), _find_files(mask_dir, MASK_EXTENSIONS, "masks")
     if os.path.realpath(image_dir) == os.path.realpath(mask_dir):  # `a.png` and `a_mask.png` side by side
         images = [name for name in images if not os.path.splitext(name)[0].endswith(MASK_SUFFIX)]
+        mask_names = sorted(set(mask_names).difference(images))
 
     masks: dict[str, str] = {}
     doubled: dict[str, str] = {}
-    for name in _find_files(mask_dir, MASK_EXTENSIONS, "masks"):
+    for name in mask_names:
         stem = os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
         if masks.setdefault(stem, name) != name:
             doubled[stem] = name
@@ -100,30 +101,31 @@ def find_pairs(
     missing = [i for i, stem in enumerate(stems) if stem not in masks]
     doubles = [i for i, stem in enumerate(stems) if stem in doubled]
     twins = [i for i, stem in enumerate(stems) if counts[stem] > 1]
+    problems: list[tuple[list[int], str, str]] = []  # images, what is wrong with them, the first one and the remedy
     if missing:
         stem = stems[missing[0]]
-        looked_for = ", ".join([f"{stem}{MASK_SUFFIX}{MASK_EXTENSIONS[0]}", *MASK_EXTENSIONS[1:]])
-        _refuse(
-            bad_samples,
-            f"{len(missing)} of {len(images)} images have no mask in {mask_dir}; first: {images[missing[0]]} "
-            f"(looked for {looked_for}). Add the masks",
-        )
+        looked_for = f"{stem}{MASK_SUFFIX}.* and {os.path.basename(stem)}.*: {', '.join(MASK_EXTENSIONS)}"
+        first = f"{images[missing[0]]} (looked for {looked_for}). Add the masks"
+        problems.append((missing, f"have no mask in {mask_dir}", first))
     if doubles:
         stem = stems[doubles[0]]
-        _refuse(
-            bad_samples,
-            f"{len(doubles)} of {len(images)} images have more than one mask in {mask_dir}; first: "
-            f"{masks[stem]} and {doubled[stem]}. Keep one of each",
-        )
+        first = f"{images[doubles[0]]} ({masks[stem]} and {doubled[stem]}). Keep one of each"
+        problems.append((doubles, f"have more than one mask in {mask_dir}", first))
     if twins:
-        _refuse(
-            bad_samples,
-            f"{len(twins)} of {len(images)} images in {image_dir} share their stem with another; first: "
-            f"{images[twins[0]]}. Keep one of each",
-        )
+        twin = images[next(i for i in twins[1:] if stems[i] == stems[twins[0]])]
+        first = f"{images[twins[0]]} and {twin}. Keep one of each"
+        problems.append((twins, f"in {image_dir} share their stem with another", first))
+    if problems and bad_samples == "raise":
+        sentences = [f"{len(at)} of {len(images)} images {what}; first: {first}" for at, what, first in problems]
+        raise DataError(f'{". ".join(sentences)}, or pass bad_samples="skip" to leave them out.')
+    for at, what, _ in problems:
+        log.warning("left out: %d of %d images %s: %s", len(at), len(images), what, ", ".join(images[i] for i in at))
     found = found.without({*missing, *doubles, *twins})
     if not len(found):
-        raise DataError(f"{image_dir}: no image has one mask in {mask_dir}. Add the masks as <stem>{MASK_SUFFIX}.gif.")
+        raise DataError(
+            f"{image_dir}: not one of its {len(stems)} images has one mask in {mask_dir}. "
+            f"Add the masks as <stem>{MASK_SUFFIX}.gif."
+        )
     without_image = len(masks.keys() - counts.keys())
     if without_image:
         log.info("%s: left out %d masks without an image", mask_dir, without_image)
@@ -132,8 +134,8 @@ def find_pairs(
 
 def group_of(name: str) -> str:
     """The group (car) an image belongs to: its name up to the last `_`, such as the 12 hex digits of Carvana."""
-    stem = os.path.splitext(name)[0]
-    return stem.rpartition("_")[0] or stem
+    folder, stem = os.path.split(os.path.splitext(name)[0])
+    return os.path.join(folder, stem.rpartition("_")[0] or stem)
 
 
 def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs, Pairs]:
@@ -144,7 +146,7 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
         seed: decides which.
 
     Returns:
-        Training pairs and validation pairs.
+        Training pairs and validation pairs; the training pairs carry on what was left out of `pairs`.
 
     Raises:
         DataError: there is only one group, so that nothing can be held out.
@@ -160,7 +162,8 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
     held_out = {groups[i] for i in chosen}
     is_val = [group_of(name) in held_out for name in pairs.images]
     train = pairs.subset(i for i, val in enumerate(is_val) if not val)
-    return train, pairs.subset(i for i, val in enumerate(is_val) if val)
+    val = pairs.subset(i for i, val in enumerate(is_val) if val)
+    return replace(train, left_out=pairs.left_out), val
 
 
 def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str]:
@@ -171,9 +174,9 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
         )
     names: list[str] = []
     others: Counter[str] = Counter()
-    pending = [""]
+    pending = [("", (os.path.realpath(folder),))]
     while pending:
-        below = pending.pop()
+        below, above = pending.pop()
         try:
             with os.scandir(os.path.join(folder, below)) as entries:
                 for entry in entries:
@@ -181,24 +184,24 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
                         continue
                     name = os.path.join(below, entry.name)
                     if entry.is_dir():
-                        pending.append(name)
+                        target = os.path.realpath(entry.path)
+                        if target not in above:  # a link to a folder above it has no end
+                            pending.append((name, (*above, target)))
                     elif entry.name.lower().endswith(extensions):
                         names.append(name)
                     else:
                         others[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
         except OSError as error:
-            raise DataError(f"{os.path.join(folder, below)}: cannot be read ({error.strerror}).") from None
+            raise DataError(
+                f"{os.path.join(folder, below)}: cannot be read ({error.strerror}). Make it readable."
+            ) from None
     kinds = ", ".join(extension for extension, _ in others.most_common(5))
     if not names:
         held = f"only other files ({kinds})" if others else "nothing"
-        raise DataError(f"{folder}: holds no {what} ({', '.join(extensions)}); found {held}.")
+        raise DataError(
+            f"{folder}: must hold {what} ({', '.join(extensions)}); found {held}. Give the folder that holds them."
+        )
     if others:
         log.info("%s: left out %d files that are no %s (%s)", folder, others.total(), what, kinds)
     names.sort()
     return names
-
-
-def _refuse(bad_samples: str, sentence: str) -> None:
-    if bad_samples == "raise":
-        raise DataError(f'{sentence}, or pass bad_samples="skip" to leave them out.')
-    log.warning("left out: %s.", sentence)

@@ -6,10 +6,11 @@ would drift away from that image, by 2 columns at the right edge. So both are sa
 JPEG covers, where pixels beyond the image repeat its edge.
 
 The compiled functions take no lock and raise nothing: threads run them side by side, and other compiled code, such as
-DALI's `numba_function`, can call them. (numba's cache does not see that a function in another file has changed: after a
-change to gif.py, touch this file.)
+DALI's `numba_function`, can call them.
 """
 
+import hashlib
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from numba.extending import register_jitable
 from numpy.typing import NDArray
 
+from fastseg.data import gif
 from fastseg.data.gif import OK, Bytes, as_uint8, compiled, decode_binary, gif_error, parse_gif
 from fastseg.errors import DataError
 
@@ -193,26 +195,34 @@ def sample_mask(mask: Bytes, out: Bytes, mode: int) -> None:
         _average_cells(mask, 1, extent_x, extent_y, 255, out)
 
 
-@compiled
-def decode_mask_into(data: Bytes, out: Bytes, mode: int) -> int:
-    """Decodes a GIF mask and samples it over its grid.
+def _compile_decode_mask_into(gif_source: str) -> Any:
+    # numba keeps machine code by the text of this file and by the values of a closure. It does not see that a function
+    # in another file has changed: without the text of gif.py in the closure, its old code would live on in here.
+    def decode_mask_into(data: Bytes, out: Bytes, mode: int) -> int:
+        """Decodes a GIF mask and samples it over its grid.
 
-    Args:
-        data: uint8 (N,), the file.
-        out, mode: as for sample_mask.
+        Args:
+            data: uint8 (N,), the file.
+            out, mode: as for sample_mask.
 
-    Returns:
-        0, or a status of gif.STATUS_MESSAGES; then `out` is as it was. `mask_from_gif` gives the full message.
-    """
-    header = parse_gif(data)
-    if header.status != OK:
-        return header.status
-    # A fresh buffer costs nothing: glibc keeps freed memory of this size, so its pages are mapped once per thread.
-    pixels = np.empty(header.width * header.height, np.uint8)
-    status, _ = decode_binary(data, header, pixels)
-    if status == OK:
-        sample_mask(pixels.reshape(header.height, header.width), out, mode)
-    return status
+        Returns:
+            0, or a status of gif.STATUS_MESSAGES; then `out` is as it was. `mask_from_gif` gives the full message.
+        """
+        gif_source  # noqa: B018
+        header = parse_gif(data)
+        if header.status != OK:
+            return header.status
+        # A buffer per call costs nothing: malloc keeps freed memory of this size, so its pages stay mapped.
+        pixels = np.empty(header.width * header.height, np.uint8)
+        status, _ = decode_binary(data, header, pixels)
+        if status == OK:
+            sample_mask(pixels.reshape(header.height, header.width), out, mode)
+        return status
+
+    return compiled(decode_mask_into)
+
+
+decode_mask_into = _compile_decode_mask_into(hashlib.sha256(inspect.getsource(gif).encode()).hexdigest())
 
 
 @compiled

@@ -1,0 +1,47 @@
+"""How the weights are learned: loss, optimizer and learning rate of the two recipes.
+
+`fast` is AdamW under a one-cycle schedule on BCE + Dice; `tutorial` is what beginners' UNet projects use: Adam at one
+learning rate on BCE.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.config import Config
+from fastseg.losses import bce_dice_loss, bce_loss
+
+__all__ = ["learning_rate", "make_optimizer", "training_loss"]
+
+PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
+WARM_UP = 0.25  # share of the steps in which the learning rate rises
+
+
+def training_loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
+    """Scalar float32 loss of logits (B, 1, H, W) against coverage (B, 1, H, W) in [0, 1]."""
+    return bce_loss(logits, targets) if config.recipe == "tutorial" else bce_dice_loss(logits, targets)
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer; biases and batch norms are not decayed."""
+    if config.recipe == "tutorial":
+        return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def learning_rate(config: Config, step: int, total_steps: int) -> float:
+    """Learning rate of a step: constant for the tutorial's recipe, else one cycle with cosine arcs.
+
+    Source: Smith and Topin 2018, Super-Convergence (arXiv:1708.07120).
+    """
+    if config.recipe == "tutorial":
+        return config.learning_rate
+    peak, warm_up = PEAK * config.learning_rate, WARM_UP * total_steps
+    if step < warm_up:
+        rise = (1 - math.cos(math.pi * step / warm_up)) / 2
+        return config.learning_rate + (peak - config.learning_rate) * rise
+    return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2

@@ -1,0 +1,171 @@
+"""The state of a training run: built from a configuration, saved to `last.pt`, taken up again from there."""
+
+import json
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
+from fastseg.config import Config
+from fastseg.data.loader import Loader
+from fastseg.data.pairs import Pairs
+from fastseg.errors import ConfigError
+from fastseg.recipe import make_optimizer
+from fastseg.runtime import Runtime, choose_compile
+
+__all__ = ["Run", "build_run", "open_run_dir", "resume", "save_last"]
+
+NOTHING_YET = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """Everything that changes from step to step."""
+
+    config: Config
+    runtime: Runtime
+    model: nn.Module
+    forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    generator: torch.Generator  # of the augmentation
+    train_loader: Loader
+    val_loader: Loader
+    loss_sum: Tensor  # over the steps of this epoch, on the device
+    epoch: int = 0
+    step: int = 0  # within the epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch, as in metrics.jsonl
+    stop: bool = False  # asked to by a signal
+    trained_pairs: int = 0
+    train_seconds: float = 0.0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.config.num_epochs * len(self.train_loader)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps since the run began."""
+        return self.epoch * len(self.train_loader) + self.step
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The entry of the epoch with the highest Dice."""
+        return max(self.history, key=lambda entry: entry["val_dice"], default=NOTHING_YET)
+
+
+def build_run(config: Config, runtime: Runtime, train_pairs: Pairs, val_pairs: Pairs) -> Run:
+    """A run at its beginning."""
+    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
+        torch.manual_seed(config.seed)
+        model = build_model(config)
+    if config.checkpoint:
+        load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
+        log.info("weights from %s", config.checkpoint)
+    model = runtime.place(model)
+    train_loader = make_loader(config, runtime, train_pairs, training=True)
+    compiled = choose_compile(config, runtime.device, config.num_epochs * len(train_loader))
+    return Run(
+        config=config,
+        runtime=runtime,
+        model=model,
+        forward=torch.compile(model) if compiled else model,
+        optimizer=make_optimizer(config, model),
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
+        generator=torch.Generator().manual_seed(config.seed),
+        train_loader=train_loader,
+        val_loader=make_loader(config, runtime, val_pairs, training=False),
+        loss_sum=torch.zeros((), device=runtime.device),
+    )
+
+
+def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: bool) -> Loader:
+    """A loader as configured: shuffled whole batches for training, every pair in order for validation."""
+    return Loader(
+        pairs,
+        height=config.image_height,
+        width=config.image_width,
+        batch_size=config.batch_size,
+        shuffle=training,
+        drop_last=training,
+        seed=config.seed,
+        device=runtime.device,
+        decoder=config.decoder,
+        num_workers=config.num_workers,
+        mask_resize=config.mask_resize,
+        cache=config.cache,
+        cache_dir=config.cache_dir,
+        bad_samples=config.bad_samples,
+        pin_memory=config.pin_memory,
+    )
+
+
+def save_last(run: Run) -> None:
+    """Write all that is needed to go on as if nothing had happened."""
+    state = {
+        "config": run.config.model_dump(),
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "generator": run.generator.get_state(),
+        "loader": run.train_loader.state_dict(),
+        "epoch": run.epoch,
+        "step": run.step,
+        "loss_sum": run.loss_sum,
+        "history": run.history,
+    }
+    save_checkpoint(run.config.run_dir / "last.pt", state)
+
+
+def resume(run: Run) -> None:
+    """Go on from the run's last checkpoint where there is one and it is wanted; says which it did.
+
+    Raises:
+        CheckpointError: it belongs to another network, or is damaged.
+        ConfigError: it belongs to another recipe or other data.
+    """
+    path = run.config.run_dir / "last.pt"
+    if not run.config.load_model or not path.exists():
+        log.info("a new run: %s", "no checkpoint to go on from" if run.config.load_model else "load_model is false")
+        return
+    state = load_checkpoint(path)
+    load_weights(run.model, state, path, run.config)
+    try:
+        run.train_loader.load_state_dict(state["loader"])
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.generator.set_state(state["generator"])
+        run.loss_sum.copy_(state["loss_sum"])
+        run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
+    except (KeyError, ValueError) as error:
+        raise ConfigError(
+            f"{path}: belongs to a run of another kind ({error}). Give another name, or pass load_model=false."
+        ) from None
+    if run.epoch >= run.config.num_epochs:
+        log.info("%s: all %d epochs are done; a higher num_epochs goes on", path, run.epoch)
+    else:
+        log.info("going on from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
+
+
+def open_run_dir(run: Run) -> None:
+    """Make the run's folder and write what is known at its beginning.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    folder = run.config.run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        run.config.to_json(folder / "config.json")
+        # Epochs whose checkpoint was lost to a kill are trained again; their lines would stand there twice.
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.history))
+    except OSError as error:
+        raise ConfigError(f"out_dir: {folder} cannot be written ({error.strerror}). Give another folder.") from None

@@ -1,0 +1,245 @@
+"""Whole runs on small pairs: what they learn, write, repeat and survive."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastseg
+from fastseg.recipe import learning_rate
+from tests.conftest import write_pair
+
+SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
+DIRS = {"val_img_dir": "", "val_fraction": 0.34}
+
+
+def config(pairs_dir: Path, out: Path, **changes) -> fastseg.Config:
+    folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(pairs_dir / "masks")}
+    return fastseg.Config(**{**SMALL, **DIRS, **folders, "out_dir": str(out), "num_epochs": 2, **changes})
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_overfits_four_pairs(tmp_path):
+    """The default network, at 8 channels, learns four pairs by heart; validation is the same four."""
+    for car in range(4):
+        write_pair(tmp_path, f"car{car}_01", width=480, height=320, seed=car)
+    folders = {"img_dir": str(tmp_path / "images"), "mask_dir": str(tmp_path / "masks")}
+    result = fastseg.train(
+        {
+            **{f"{split}_{kind}": path for split in ("train", "val") for kind, path in folders.items()},
+            "base_channels": 8,
+            "batch_size": 4,
+            "num_epochs": 60,
+            "device": "cpu",
+            "out_dir": str(tmp_path / "runs"),
+        }
+    )
+    assert result.val_dice >= 0.99
+    again = fastseg.evaluate(result.run_dir / "best.pt", **folders, device="cpu")
+    assert again["dice"] == pytest.approx(result.val_dice, abs=1e-6)
+
+
+def test_same_seed_same_losses(pairs_dir, tmp_path):
+    seeds = {"first": 0, "again": 0, "other": 1}
+    runs = [fastseg.train(config(pairs_dir, tmp_path, name=name, seed=seed)) for name, seed in seeds.items()]
+    losses = [[entry["train_loss"] for entry in run.history] for run in runs]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    assert same(weights(tmp_path / "first/last.pt"), weights(tmp_path / "again/last.pt"))
+
+
+def test_a_run_leaves_what_the_readme_lists(pairs_dir, tmp_path):
+    result = fastseg.train(config(pairs_dir, tmp_path, name="full"))
+    expected = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "overlay.png", "best.pt", "last.pt"}
+    assert {path.name for path in result.run_dir.iterdir()} == expected
+    lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    best = max(lines, key=lambda line: line["val_dice"])
+    summary = json.loads((result.run_dir / "summary.json").read_text())
+    assert summary["val_dice"] == best["val_dice"] == result.val_dice
+    assert summary["best_epoch"] == best["epoch"]
+    assert {"val_iou", "pairs_per_s", "seconds", "device", "versions"} <= summary.keys()
+    assert fastseg.Config.from_json(result.run_dir / "config.json") == config(pairs_dir, tmp_path, name="full")
+    for name in ("curves.png", "overlay.png"):
+        assert np.asarray(Image.open(result.run_dir / name).convert("L")).std() > 10
+
+
+def test_state_dict_keys_are_plain_and_load_into_a_bare_network(pairs_dir, tmp_path):
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    fastseg.UNet(4, 2).load_state_dict(weights(result.run_dir / "best.pt"))
+
+
+def test_an_unchanged_finished_run_is_not_trained_again(pairs_dir, tmp_path, caplog):
+    first = fastseg.train(config(pairs_dir, tmp_path))
+    before = (first.run_dir / "last.pt").read_bytes()
+    caplog.set_level("INFO")
+    second = fastseg.train(config(pairs_dir, tmp_path))
+    assert "all 2 epochs are done" in caplog.text
+    assert second.val_dice == first.val_dice
+    assert (first.run_dir / "last.pt").read_bytes() == before
+
+
+def test_load_model_false_starts_anew(pairs_dir, tmp_path, caplog):
+    fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    caplog.set_level("INFO")
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, load_model=False, seed=5))
+    assert "a new run: load_model is false" in caplog.text
+    assert len(result.history) == 1
+
+
+def test_a_named_checkpoint_gives_the_first_weights(pairs_dir, tmp_path):
+    first = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    frozen = {"num_epochs": 1, "learning_rate": 1e-12, "weight_decay": 0, "recipe": "tutorial"}
+    path = str(first.run_dir / "best.pt")
+    second = fastseg.train(config(pairs_dir, tmp_path, name="second", checkpoint=path, **frozen))
+    old, new = weights(first.run_dir / "best.pt"), weights(second.run_dir / "last.pt")
+    torch.testing.assert_close(old["head.weight"], new["head.weight"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3])
+def test_resume_equals_uninterrupted(pairs_dir, tmp_path, killed_after, monkeypatch):
+    """Stopped after any step, in the middle of an epoch or at its end, a run ends with the same weights."""
+    whole = fastseg.train(config(pairs_dir, tmp_path, name="whole"))
+    import fastseg.training as training
+
+    taken, real_step = [], training._step
+
+    def step(run, images, masks):
+        real_step(run, images, masks)
+        taken.append(1)
+        run.stop = len(taken) == killed_after
+
+    monkeypatch.setattr(training, "_step", step)
+    stopped = fastseg.train(config(pairs_dir, tmp_path, name="stopped"))
+    assert stopped.interrupted
+    assert math.isnan(stopped.val_dice) == (killed_after <= 2)
+    monkeypatch.setattr(training, "_step", real_step)
+    resumed = fastseg.train(config(pairs_dir, tmp_path, name="stopped"))
+    assert not resumed.interrupted
+    assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
+    assert [e["train_loss"] for e in resumed.history] == [e["train_loss"] for e in whole.history]
+
+
+def test_ctrl_c_saves_and_ends_cleanly(pairs_dir, tmp_path):
+    """A real signal to a real process; then the run is finished from what it saved."""
+    settings = config(pairs_dir, tmp_path, num_epochs=400, image_height=64, image_width=96)
+    settings.to_json(tmp_path / "config.json")
+    command = [sys.executable, "-m", "fastseg", "train", "--config", str(tmp_path / "config.json")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not settings.run_dir.joinpath("best.pt").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in stderr
+    assert "last.pt is saved" in stderr
+    assert "Run the same command again to go on" in stderr
+    state = torch.load(settings.run_dir / "last.pt", weights_only=True)
+    assert 1 <= state["epoch"] < 400
+
+
+def test_early_kill_leaves_the_last_checkpoint_whole(pairs_dir, tmp_path, monkeypatch):
+    """A crash while a checkpoint is written leaves the one before, and no litter."""
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    before = (result.run_dir / "last.pt").read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(fastseg.CheckpointError, match=r"cannot be written \(No space left on device\)"):
+        fastseg.train(config(pairs_dir, tmp_path, num_epochs=2))
+    assert (result.run_dir / "last.pt").read_bytes() == before
+    assert not [path for path in result.run_dir.iterdir() if path.name.startswith(".")]
+
+
+def test_skipped_files_are_named_counted_and_training_goes_on(pairs_dir, tmp_path, caplog):
+    for path in [*pairs_dir.glob("images/*"), *pairs_dir.glob("masks/*")]:
+        target = tmp_path / path.relative_to(pairs_dir)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (tmp_path / "images/car0_01.jpg").write_bytes(b"")
+    truncated = (tmp_path / "masks/car1_02_mask.gif").read_bytes()[:200]
+    (tmp_path / "masks/car1_02_mask.gif").write_bytes(truncated)
+    with pytest.raises(fastseg.DataError, match="2 of 12 pairs cannot be used"):
+        fastseg.train(
+            config(
+                tmp_path,
+                tmp_path / "runs",
+                val_img_dir=str(pairs_dir / "images"),
+                val_mask_dir=str(pairs_dir / "masks"),
+            )
+        )
+    assert not (tmp_path / "runs").exists()
+    result = fastseg.train(
+        config(
+            tmp_path,
+            tmp_path / "runs",
+            bad_samples="skip",
+            val_img_dir=str(pairs_dir / "images"),
+            val_mask_dir=str(pairs_dir / "masks"),
+        )
+    )
+    bad = json.loads((result.run_dir / "summary.json").read_text())["bad_samples"]
+    assert bad == {"count": 2, "images": ["car0_01.jpg", "car1_02.jpg"]}
+    assert "car1_02_mask.gif" in caplog.text
+
+
+def test_more_epochs_on_a_small_data_set_only_if_none_were_asked_for(pairs_dir, tmp_path):
+    asked = fastseg.train(config(pairs_dir, tmp_path, name="asked", num_epochs=1))
+    assert len(asked.history) == 1
+    fields = config(pairs_dir, tmp_path, name="free", min_steps=9).model_dump(exclude={"num_epochs"})
+    free = fastseg.train(fields)
+    assert len(free.history) == 5  # 8 pairs, 2 steps an epoch, at least 9 steps
+    assert json.loads((free.run_dir / "config.json").read_text())["num_epochs"] == 5
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_a_sentence(pairs_dir, tmp_path):
+    with pytest.raises(fastseg.FastsegError, match=r"the loss became \w+ in epoch \d.*Lower learning_rate"):
+        fastseg.train(config(pairs_dir, tmp_path, learning_rate=1e20, recipe="tutorial", num_epochs=9))
+
+
+def test_the_callers_random_numbers_are_left_alone(pairs_dir, tmp_path):
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_one_cycle_rises_to_its_peak_and_ends_at_zero():
+    settings = fastseg.Config(learning_rate=1e-4)
+    rates = [learning_rate(settings, step, 400) for step in range(401)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[100] == pytest.approx(3e-3)
+    assert rates[400] == pytest.approx(0, abs=1e-9)
+    assert np.all(np.diff(rates[:101]) > 0)
+    assert np.all(np.diff(rates[100:]) < 0)
+    assert {learning_rate(settings.replace(recipe="tutorial"), step, 400) for step in range(400)} == {1e-4}
+
+
+@pytest.mark.skipif(os.environ.get("CC", "g++") == "", reason="needs a C++ compiler")
+def test_compiled_training_reaches_the_same_loss(pairs_dir, tmp_path):
+    eager = fastseg.train(config(pairs_dir, tmp_path, name="eager", precision="fp32"))
+    compiled = fastseg.train(config(pairs_dir, tmp_path, name="compiled", precision="fp32", compile="on"))
+    losses = [[entry["train_loss"] for entry in run.history] for run in (eager, compiled)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert not any("_orig_mod" in key for key in weights(compiled.run_dir / "last.pt"))
