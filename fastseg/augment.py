@@ -10,6 +10,7 @@ axis (a linear operation) rather than in HSV.
 import math
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from kornia.geometry.transform import get_affine_matrix2d
 from torch import Tensor
@@ -21,7 +22,7 @@ __all__ = ["AugmentParams", "augment", "normalise", "sample_params"]
 
 # The network sees (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2].
 GAIN, OFFSET = 4 / 255, -2.0
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as kornia's rgb_to_grayscale
+LUMA_WEIGHTS = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as kornia's rgb_to_grayscale
 
 
 @dataclass(frozen=True)
@@ -78,20 +79,22 @@ def normalise(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
     """Augment and normalise a batch on its device; arguments and results as for `normalise`."""
-    height, width = masks.shape[1:]
-    matrix = geometry_matrix(params, height, width)
-    pixels = torch.cat([images, masks.unsqueeze(-1)], dim=-1).permute(0, 3, 1, 2).float()
-    if not torch.equal(matrix, torch.eye(3).expand_as(matrix)):
-        pixels = warp(pixels, matrix)
-    images, targets = pixels[:, :3], pixels[:, 3:]
-    matrix, contrast = colour_matrix(params)
-    matrix, contrast = _to(matrix, images), _to(contrast, images)
-    grey = images.mean(dim=(2, 3)) @ _to(torch.tensor(LUMA), images)  # (B,) of the warped image
-    grey = grey * _to(params.brightness, images)
-    offset = GAIN * (1 - contrast) * grey + OFFSET
-    colour = torch.baddbmm(offset[:, None, None].expand(-1, 3, 1), GAIN * matrix, images.flatten(2))
-    colour = colour.clamp_(OFFSET, OFFSET + 255 * GAIN).unflatten(2, (height, width))
-    return colour.contiguous(memory_format=torch.channels_last), targets.contiguous().div_(255)
+    batch, height, width = masks.shape
+    pixels = torch.empty((batch, 4, height, width), device=images.device)  # the mask travels as a fourth channel
+    pixels[:, :3] = images.permute(0, 3, 1, 2)
+    pixels[:, 3] = masks
+    geometry = geometry_matrix(params, height, width)
+    if not torch.equal(geometry, torch.eye(3).expand_as(geometry)):
+        pixels = warp(pixels, geometry)
+    colour = torch.zeros((batch, 4, 4))
+    colour[:, :3, :3], colour[:, 3, 3] = GAIN * colour_matrix(params), 1 / 255
+    # Contrast turns about the mean grey of the picture at that point, which only the device knows.
+    share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
+    grey = (pixels[:, :3].mean(dim=(2, 3)) * _to(share, pixels)).sum(dim=1, keepdim=True)
+    offset = torch.cat([(grey + OFFSET).expand(-1, 3), torch.zeros_like(grey)], dim=1)
+    pixels = torch.baddbmm(offset[:, :, None], _to(colour, pixels), pixels.flatten(2)).unflatten(2, (height, width))
+    inputs = pixels[:, :3].clamp_(OFFSET, OFFSET + 255 * GAIN).contiguous(memory_format=torch.channels_last)
+    return inputs, pixels[:, 3:].contiguous()
 
 
 def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
@@ -111,23 +114,21 @@ def warp(pixels: Tensor, matrix: Tensor) -> Tensor:
     Equals `kornia.geometry.warp_affine` with `padding_mode="border"`, whose grid costs as much as the sampling.
     """
     height, width = pixels.shape[2:]
-    inverse = _to(torch.linalg.inv(matrix), pixels)
-    # Pixel (x, y) is at (2x / (width - 1) - 1, ...) in grid_sample's coordinates with align_corners=True.
-    x = torch.arange(width, device=pixels.device, dtype=pixels.dtype)
-    y = torch.arange(height, device=pixels.device, dtype=pixels.dtype)[:, None]
-    row = inverse[:, :2, :, None, None]
-    grid = row[:, :, 0] * x + (row[:, :, 1] * y + row[:, :, 2])  # (B, 2, H, W)
-    grid[:, 0].mul_(2 / max(width - 1, 1)).sub_(1)
-    grid[:, 1].mul_(2 / max(height - 1, 1)).sub_(1)
-    return grid_sample(pixels, grid.permute(0, 2, 3, 1), padding_mode="border", align_corners=True)
+    # Pixel x is at 2x / (width - 1) - 1 in grid_sample's coordinates (align_corners=True).
+    to_unit = np.array([[2 / max(width - 1, 1), 0, -1], [0, 2 / max(height - 1, 1), -1]])
+    source = _to(torch.from_numpy((to_unit @ np.linalg.inv(matrix.double().numpy())).astype(np.float32)), pixels)
+    along_x = torch.arange(width, device=pixels.device)[:, None] * source[:, None, None, :, 0]
+    along_y = torch.arange(height, device=pixels.device)[:, None, None] * source[:, None, None, :, 1]
+    grid = along_x + (along_y + source[:, None, None, :, 2])  # (B, H, W, 2)
+    return grid_sample(pixels, grid, padding_mode="border", align_corners=True)
 
 
-def colour_matrix(params: AugmentParams) -> tuple[Tensor, Tensor]:
-    """(B, 3, 3) of brightness, contrast, saturation and hue, and the contrast (B,) whose offset is still to add.
+def colour_matrix(params: AugmentParams) -> Tensor:
+    """(B, 3, 3) on the CPU: brightness, contrast, saturation, hue, but for the grey that contrast adds.
 
-    Saturation and hue leave greys alone, so the grey offset of the contrast passes through them unchanged.
+    Saturation and hue leave greys alone, so that grey passes through them unchanged.
     """
-    luma = torch.tensor(LUMA).expand(3, 3)
+    luma = LUMA_WEIGHTS.expand(3, 3)
     saturation = params.saturation[:, None, None]
     saturate = saturation * torch.eye(3) + (1 - saturation) * luma
     # Rodrigues' rotation about the grey axis, then luma restored: greys and brightness stay.
@@ -135,12 +136,11 @@ def colour_matrix(params: AugmentParams) -> tuple[Tensor, Tensor]:
     k = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     turn = torch.eye(3) + angle.sin() * k + (1 - angle.cos()) * (k @ k)
     turn = turn + luma @ (torch.eye(3) - turn)
-    gain = (params.brightness * params.contrast)[:, None, None]
-    return gain * (turn @ saturate), params.contrast
+    return (params.brightness * params.contrast)[:, None, None] * (turn @ saturate)
 
 
 def _to(tensor: Tensor, like: Tensor) -> Tensor:
     """Onto `like`'s device without waiting for it."""
     if like.device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(like.device, like.dtype, non_blocking=True)
+    return tensor.to(like.device, non_blocking=True)

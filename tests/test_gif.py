@@ -187,7 +187,7 @@ def test_full_table_waits_for_a_clear_code(code_size: int, clear_every: int):
 
 def test_codes_that_use_their_own_entry():
     """A frame of one colour is nothing but such codes: strings of 1, 2, 3, ... pixels."""
-    for size in [(1, 1), (1, 2), (1, 3), (7, 9), (1280, 1918)]:
+    for size in [(1, 1), (1, 2), (1, 3), (7, 9), (300, 500)]:
         assert not decode_gif(build_gif(np.zeros(size, np.uint8), code_size=2))[0].any()
     pattern = np.tile(np.array([0, 1, 0, 0, 1, 0], np.uint8), 5000).reshape(100, 300)
     assert np.array_equal(decode_gif(build_gif(pattern, code_size=2))[0], pattern)

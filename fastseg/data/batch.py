@@ -1,5 +1,6 @@
 """What decoders yield, and what becomes of a file that breaks while they run."""
 
+import itertools
 import logging
 from typing import NamedTuple
 
@@ -39,18 +40,21 @@ class BadSamples:
         """Note that a pair cannot be used.
 
         Raises:
-            DataError: the policy is "raise", or no pair is left.
+            DataError: the policy is "raise".
         """
         if self.policy == "raise":
             raise DataError(f'{error}. Replace the file, or pass bad_samples="skip" to leave it out.') from None
-        if index not in self.found:
-            self.found[index] = str(error)
-            log.warning("left out: %s", error)
-        if len(self.found) == len(self.pairs):
-            raise DataError(f"{self.pairs.image_dir}: not one of its {len(self.pairs)} pairs can be used.") from None
+        reason = str(error)
+        if self.found.setdefault(index, reason) is reason:  # in one step: threads may meet a pair at the same time
+            log.warning("left out: %s", reason)
 
     def replacement(self, index: int) -> int:
-        """The pair to use for `index`: itself, or the first one after it that is not known to be bad."""
-        while index in self.found:
-            index = (index + 1) % len(self.pairs)
-        return index
+        """The pair to use for `index`: itself, or the first one after it that is not known to be bad.
+
+        Raises:
+            DataError: no pair is left.
+        """
+        for candidate in itertools.chain(range(index, len(self.pairs)), range(index)):
+            if candidate not in self.found:
+                return candidate
+        raise DataError(f"{self.pairs.image_dir}: not one of its {len(self.pairs)} pairs can be used.")

@@ -3,12 +3,15 @@
 Carvana's training set at 160x240 is 0.8 GB. Decoding it once is all the decoding there is.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
+import uuid
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -46,10 +49,6 @@ class Cache:
     def device(self) -> torch.device:
         return self.images.device
 
-    def has(self, indices: NDArray[np.int64]) -> bool:
-        """Whether all of `indices` are there."""
-        return bool(self.filled[indices].all())
-
     def put(self, batch: Batch) -> None:
         """Keep a decoded batch."""
         rows = torch.from_numpy(batch.indices).to(self.device)
@@ -60,13 +59,13 @@ class Cache:
     def gather(self, indices: NDArray[np.int64], pin_memory: bool = False) -> Batch:
         """A new batch of the rows `indices`."""
         rows = torch.from_numpy(indices).to(self.device)
-        out = [
-            torch.empty((len(indices), *storage.shape[1:]), dtype=torch.uint8, device=self.device, pin_memory=pin_memory)
-            for storage in (self.images, self.masks)
-        ]
-        torch.index_select(self.images, 0, rows, out=out[0])
-        torch.index_select(self.masks, 0, rows, out=out[1])
-        return Batch(*out, indices)
+
+        def select(storage: torch.Tensor) -> torch.Tensor:
+            shape = (len(indices), *storage.shape[1:])
+            out = torch.empty(shape, dtype=torch.uint8, device=self.device, pin_memory=pin_memory)
+            return torch.index_select(storage, 0, rows, out=out)
+
+        return Batch(select(self.images), select(self.masks), indices)
 
     def publish(self, bad: list[int]) -> None:
         """Make the cache available to later runs, where it can be and all but the `bad` rows are there."""
@@ -76,8 +75,9 @@ class DiskCache(Cache):
     """A cache in one file, reused by later runs.
 
     The file is written beside its final name and renamed when it is complete, so a run that dies leaves the last
-    complete file untouched. Each row carries a stamp of its two files (names, sizes, times); rows whose stamp still
-    holds are taken over, the others are decoded again. Processes that map the old file keep it.
+    complete file untouched; the next run removes its draft. Each row carries a stamp of its two files (names, sizes,
+    times); rows whose stamp still holds are taken over, the others are decoded again. Processes that map the old file
+    keep it.
     """
 
     def __init__(self, pairs: Pairs, height: int, width: int, key: str, folder: Path) -> None:
@@ -93,7 +93,8 @@ class DiskCache(Cache):
             self.filled[:] = True
             log.info("disk cache: %d pairs from %s", len(pairs), self.path)
             return
-        self._draft, self._rows = _Rows.create(folder / f"{self.path.name}.{os.getpid()}.part", shape, self.stamps)
+        self._draft, self._rows = _Rows.create(self.path, shape, self.stamps)
+        self._close_draft = weakref.finalize(self, _close, self._draft)
         super().__init__(torch.from_numpy(self._rows.images), torch.from_numpy(self._rows.masks))
         for other in sorted(folder.glob(f"{key}-*.fastseg")):  # the same files, perhaps split otherwise
             self._take_over(_Rows.open(other, (None, height, width)))
@@ -111,16 +112,21 @@ class DiskCache(Cache):
                 self.filled[row] = True
 
     def publish(self, bad: list[int]) -> None:
-        if self._draft is None or np.count_nonzero(self.filled) < len(self.filled) - len(bad):
+        done = self.filled.copy()
+        done[bad] = True
+        if self._draft is None or not done.all():
             return
-        self._rows.stamps[bad] = 0  # no file has this stamp, so the next run tries them again
-        for part in (self._rows.stamps, self._rows.images, self._rows.masks):
-            part.flush()
-        os.fsync(self._draft.fileno())
-        os.replace(self._draft.name, self.path)
-        self._draft.close()
+        self._rows.stamps[~self.filled] = 0  # no file has this stamp, so the next run tries them again
+        try:
+            for part in (self._rows.stamps, self._rows.images, self._rows.masks):
+                part.flush()
+            os.fsync(self._draft.fileno())
+            os.replace(self._draft.name, self.path)
+            log.info("disk cache: wrote %s", self.path)
+        except OSError as error:  # this run needs no file: its rows stay mapped
+            log.warning("disk cache: %s cannot be written (%s); the next run decodes again", self.path, error.strerror)
         self._draft = None
-        log.info("disk cache: wrote %s", self.path)
+        self._close_draft()
 
 
 class _Rows:
@@ -135,15 +141,21 @@ class _Rows:
         )
 
     @classmethod
-    def create(
-        cls, path: Path, shape: tuple[int, int, int], stamps: NDArray[np.uint8]
-    ) -> tuple[IO[bytes], "_Rows"]:
-        file = open(path, "w+b")  # noqa: SIM115 (stays open, and locked, until it is published)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
-        file.flush()
-        os.posix_fallocate(file.fileno(), 0, _file_bytes(shape))  # a full disk is met here, not while it is filled
-        rows = cls(file, shape, "r+")
+    def create(cls, path: Path, shape: tuple[int, int, int], stamps: NDArray[np.uint8]) -> tuple[IO[bytes], "_Rows"]:
+        """A draft of `path`, locked, and its rows."""
+        file = open(f"{path}.{uuid.uuid4().hex}.part", "x+b")  # noqa: SIM115 (closed by _close)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
+            file.flush()
+            os.posix_fallocate(file.fileno(), 0, _file_bytes(shape))  # a full disk is met here, not while it is filled
+            rows = cls(file, shape, "r+")
+        except OSError:
+            _close(file)
+            raise
+        if not os.path.exists(file.name):  # before it was locked, another process took it for an orphan
+            file.close()
+            return cls.create(path, shape, stamps)
         rows.stamps[:] = stamps
         return file, rows
 
@@ -187,13 +199,19 @@ def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
 
 def _remove_orphans(folder: Path) -> None:
     """Delete drafts whose process is gone: a living one holds a lock on its draft."""
-    for path in folder.glob("*.part"):
+    for path in folder.glob("*.fastseg.*.part"):
         try:
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
         except OSError:  # locked, or another process was quicker
             continue
+
+
+def _close(draft: IO[bytes]) -> None:
+    """Close a draft and delete it, unless it has been published; at the latest when its cache or the program ends."""
+    Path(draft.name).unlink(missing_ok=True)
+    draft.close()
 
 
 def open_cache(
@@ -214,7 +232,7 @@ def open_cache(
         cache_dir: folder of disk caches; empty: `fastseg` in the user's cache folder.
 
     Raises:
-        ConfigError: the folder cannot be written.
+        ConfigError: the folder cannot be written, or the memory is not there.
     """
     size = len(pairs) * height * width * 4
     if kind == "auto":
@@ -238,9 +256,13 @@ def open_cache(
             ) from None
     place = device if kind == "device" else torch.device("cpu")
     shape = (len(pairs), height, width)
-    return Cache(
-        torch.empty((*shape, 3), dtype=torch.uint8, device=place), torch.empty(shape, dtype=torch.uint8, device=place)
-    )
+    try:
+        images = torch.empty((*shape, 3), dtype=torch.uint8, device=place)
+        return Cache(images, torch.empty(shape, dtype=torch.uint8, device=place))
+    except RuntimeError:  # torch has no narrower one for the CPU
+        raise ConfigError(
+            f"cache: {kind} has no room for the {size / 2**20:.0f} MiB of {len(pairs)} pairs. Use cache=disk or off."
+        ) from None
 
 
 def _choose_cache(size: int, device: torch.device, folder: Path) -> tuple[str, str]:
@@ -249,20 +271,24 @@ def _choose_cache(size: int, device: torch.device, folder: Path) -> tuple[str, s
         return "device", f"{needs} fit half of the GPU's free memory"
     if size <= _free_memory() / 2:
         return "memory", f"{needs} fit half of the free memory"
-    existing = next(parent for parent in [folder, *folder.parents] if parent.exists())
-    if size <= shutil.disk_usage(existing).free / 2:
+    existing = next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
+    if size <= shutil.disk_usage(existing).free / 2 and os.access(existing, os.W_OK):
         return "disk", f"{needs} fit half of the free disk"
     return "off", f"{needs} fit nowhere"
 
 
 def _free_memory() -> int:
-    """Bytes that can be taken without swapping."""
+    """Bytes that can be taken without swapping, or being killed for going beyond a container's limit."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":") for line in file)
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup 2, 1
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            free = min(free, int(Path(limit).read_text()))
+    return free
 
 
 def _folder(cache_dir: str) -> Path:
     if cache_dir:
-        return Path(cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastseg"
+        return Path(os.path.expanduser(cache_dir))
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastseg")

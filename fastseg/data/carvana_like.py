@@ -416,7 +416,7 @@ def expose(
 
     Args:
         picture: (H, W, 3) float32 without the car.
-        depth, layer: of `draw_facets`, two samples per pixel each way; left, top: the pixel they start at.
+        depth, layer: of `draw_facets`, two samples per pixel each way, the first at the corner of pixel (top, left).
         gains: (3,) of the colours.
         noise: (H, W, 6) uint8, uniform: three for the grain of all colours, one for each colour's own.
 
@@ -427,22 +427,23 @@ def expose(
     image, mask = np.empty((height, width, 3), np.uint8), np.zeros((height, width), np.uint8)
     for row in range(height):
         for column in range(width):
-            y, x, hits = 2 * (row - top), 2 * (column - left), 0
-            if 0 <= y < depth.shape[0] and 0 <= x < depth.shape[1]:
-                for s in range(4):
-                    hits += depth[y + s // 2, x + s % 2] > 0
-            mask[row, column] = hits >= 2
-            u, v = column / width - 0.5, row / height - 0.5
-            vignette, grain = 1.0 - 0.9 * (u * u + v * v), -510.0
+            # A tent over 3x3 samples, the middle one in the middle of the pixel: half covered means that one is.
+            y, x, cover, red, green, blue = 2 * (row - top), 2 * (column - left), 0.0, 0.0, 0.0, 0.0
+            if 0 <= y < depth.shape[0] - 2 and 0 <= x < depth.shape[1] - 2:
+                for i in range(y, y + 3):
+                    for j in range(x, x + 3):
+                        if depth[i, j] > 0:
+                            weight = (0.5 if i == y + 1 else 0.25) * (0.5 if j == x + 1 else 0.25)
+                            cover, red = cover + weight, red + weight * layer[i, j, 0]
+                            green, blue = green + weight * layer[i, j, 1], blue + weight * layer[i, j, 2]
+            mask[row, column] = cover >= 0.5
+            u, v, grain = column / width - 0.5, row / height - 0.5, -510.0
+            vignette = 1.0 - 0.9 * (u * u + v * v)
             for k in range(3):
                 grain += noise[row, column, k]
             for k in range(3):
-                light = picture[row, column, k] * (1.0 - 0.25 * hits)
-                if hits:
-                    for s in range(4):
-                        if depth[y + s // 2, x + s % 2] > 0:
-                            light += 0.25 * layer[y + s // 2, x + s % 2, k]
-                value = 255.0 * math.sqrt(light * gains[k] * vignette)
+                light = picture[row, column, k] * (1.0 - cover) + (red if k == 0 else green if k == 1 else blue)
+                value = 255.0 * math.sqrt(max(light * gains[k] * vignette, 0.0))
                 value += (grain + noise[row, column, 3 + k]) * (GRAIN / 148.0)  # four uniform numbers are nearly normal
                 image[row, column, k] = min(max(value + 0.5, 0.0), 255.0)
     return image, mask
@@ -467,10 +468,11 @@ def render_pair(car: Car, studio: Studio, turn: float, rng: np.random.Generator)
     near = 1 / (ahead * math.cos(PITCH) - rise * math.sin(PITCH))
     across = 0.5 * width - studio.focal * (math.sin(turn) * x + math.cos(turn) * y) * near
     down = 0.5 * height - studio.focal * (ahead * math.sin(PITCH) + rise * math.cos(PITCH)) * near
-    left, top = max(0, int(across.min())), max(0, int(down.min()))
-    shape = 2 * (min(height, int(down.max()) + 1) - top), 2 * (min(width, int(across.max()) + 1) - left)
+    left, top = max(0, int(across.min()) - 1), max(0, int(down.min()) - 1)
+    right, bottom = min(width, int(across.max()) + 2), min(height, int(down.max()) + 2)
+    shape = 2 * (bottom - top) + 1, 2 * (right - left) + 1
     depth, layer = np.zeros(shape, np.float32), np.empty((*shape, 3), np.float32)
-    screen = np.stack([(across - left) * 2 - 0.5, (down - top) * 2 - 0.5, near], 1)
+    screen = np.stack([2 * (across - left), 2 * (down - top), near], 1)
     draw_facets(car.quads, screen, light_car(car, turn), depth, layer)
     gains = rng.uniform(0.9, 1.1) * rng.uniform((0.98, 1.0, 0.96), (1.04, 1.0, 1.04))
     noise = np.frombuffer(rng.bytes(height * width * 6), np.uint8).reshape(height, width, 6)
@@ -488,7 +490,7 @@ def encode_mask(mask: ndarray) -> bytes:
     """(H, W) uint8 of 0 and 1 to a GIF as Carvana's: GIF89a, one frame, not interlaced, black and white."""
     picture, buffer = Image.fromarray(mask), BytesIO()
     picture.putpalette([0, 0, 0, 255, 255, 255])
-    picture.save(buffer, "GIF", interlace=0)
+    picture.save(buffer, "GIF", interlace=0, optimize=False)  # optimize would renumber a mask of one colour
     data = buffer.getvalue()
     # Pillow writes GIF87a and pads the palette to four colours. The blocks that follow are the same in GIF89a.
     flags, pixels = data[10], data[13 + 3 * 2 ** ((data[10] & 7) + 1) :]

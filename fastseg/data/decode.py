@@ -8,21 +8,31 @@ A GIF mask is decoded by our own decoder. Everything else, and JPEGs that libjpe
 
 import io
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from fastseg.data.gif import OK, as_uint8
-from fastseg.data.resample import MASK_MODES, decode_mask_into, mask_from_array, mask_from_gif, resize_area, sampling_grid
+from fastseg.data.gif import OK, as_uint8, parse_gif
+from fastseg.data.resample import (
+    MASK_MODES,
+    decode_mask_into,
+    mask_from_array,
+    mask_from_gif,
+    resize_area,
+    sampling_grid,
+)
 from fastseg.errors import DataError
 
 __all__ = ["as_dali_input", "check_readable", "decode_image", "decode_mask", "image_size", "is_gif", "orient"]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
 JPEG_END, JPEG_END_WITHIN = b"\xff\xd9", 4096  # bytes that some cameras write behind the end
-EXIF_WITHIN = 4096  # bytes; the EXIF segment stands first in a JPEG, or right behind the JFIF header
+PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # it knows others, some of which start other programs
 MAX_PIXELS = 2**28  # of what is decoded; a forged header must not exhaust memory
 
 Size = tuple[int, int]  # height, width
@@ -40,16 +50,18 @@ def image_size(data: bytes) -> Size:
             return (width, height) if _orientation(data) >= 5 else (height, width)
         except ValueError:
             pass  # Pillow reads some that TurboJPEG does not; what it cannot read it names
-    image = _open(data)
-    width, height = image.size
-    return (width, height) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (height, width)
+    with _pillow_errors():
+        image = _open(data)
+        width, height = image.size
+        return (width, height) if _exif_orientation(image) >= 5 else (height, width)
 
 
 def decode_image(data: bytes, out: NDArray[np.uint8]) -> Size:
     """Decode a photo onto the grid.
 
     Args:
-        data: a whole JPEG, PNG, BMP or WebP file; grey, palette, CMYK and transparent ones become RGB.
+        data: a whole JPEG, PNG, BMP or WebP file; grey (also of 16 bits), palette, CMYK and transparent ones become
+            RGB, whatever is behind what is transparent.
         out: (H, W, 3) uint8, written: the area average of the photo over each cell (`resample.sampling_grid`).
 
     Returns:
@@ -65,7 +77,7 @@ def decode_image(data: bytes, out: NDArray[np.uint8]) -> Size:
             colorspace = "CMYK"
         if colorspace not in ("CMYK", "YCCK"):
             return _decode_jpeg(data, height, width, out)
-    pixels = _pixels(_open(data).convert("RGB"))
+    pixels = _photo_pixels(data)
     height, width = pixels.shape[:2]
     _to_grid(pixels, (height, width), out)
     return height, width
@@ -75,7 +87,8 @@ def decode_mask(data: bytes, out: NDArray[np.uint8], mask_resize: str) -> Size:
     """Decode a mask onto the grid.
 
     Args:
-        data: a whole GIF, PNG or BMP file of two values, of which the brighter is foreground.
+        data: a whole GIF, PNG or BMP file of two values, of which the brighter is foreground. In a mask of one
+            colour that is transparent in places, the opaque part is.
         out: (H, W) uint8, written: coverage 0..255 of each cell ("area"), or 0 or 255 by its centre ("nearest").
         mask_resize: "area" or "nearest".
 
@@ -86,34 +99,19 @@ def decode_mask(data: bytes, out: NDArray[np.uint8], mask_resize: str) -> Size:
         DataError: the file is no image, is damaged or truncated, or has more than two values.
     """
     if is_gif(data):
-        if decode_mask_into(as_uint8(data), out, MASK_MODES[mask_resize]) != OK:
-            mask_from_gif(data, *out.shape)  # raises, with the reason
-        return gif_size(data)
-    image = _open(data)
-    if image.mode == "P":  # what a palette's indices mean is for its colours to say
-        image = image.convert("RGB")
-    if image.mode not in ("1", "L"):
-        image = image.convert("L")
-    values = _pixels(image)
-    out[:] = mask_from_array(values, *out.shape, mask_resize)
+        file = as_uint8(data)
+        if decode_mask_into(file, out, MASK_MODES[mask_resize]) != OK:
+            mask_from_gif(data, 1, 1)  # raises, with the reason
+        header = parse_gif(file)  # its size counts a frame that sticks out of the canvas, as Pillow's does
+        return header.height, header.width
+    values = _mask_values(data)
+    out[:] = mask_from_array(values, out.shape[0], out.shape[1], mask_resize)
     return values.shape[0], values.shape[1]
 
 
 def is_gif(data: bytes) -> bool:
     """Whether a file's first bytes are those of a GIF."""
     return data.startswith(GIF_MAGIC)
-
-
-def gif_size(data: bytes) -> Size:
-    """Height and width of a GIF's canvas, from its first ten bytes.
-
-    Raises:
-        DataError: the file ends before.
-    """
-    if len(data) < 10:
-        raise DataError(f"is a truncated GIF ({len(data)} bytes)")
-    width, height = struct.unpack_from("<HH", data, 6)
-    return height, width
 
 
 def as_dali_input(data: bytes) -> tuple[bytes, Size]:
@@ -131,7 +129,7 @@ def as_dali_input(data: bytes) -> tuple[bytes, Size]:
             colorspace = "CMYK"
         if colorspace not in ("CMYK", "YCCK"):
             return data, check_readable(data)
-    pixels = _pixels(_open(data).convert("RGB"))
+    pixels = _photo_pixels(data)
     height, width = pixels.shape[:2]
     return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes(), (height, width)
 
@@ -147,10 +145,8 @@ def check_readable(data: bytes) -> Size:
         if data.rfind(JPEG_END, max(0, len(data) - JPEG_END_WITHIN)) < 0:
             raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
     else:
-        try:
+        with _pillow_errors():
             _open(data).verify()
-        except (OSError, SyntaxError, ValueError, struct.error) as error:
-            raise DataError(f"is damaged or truncated ({error})") from None
     return size
 
 
@@ -188,11 +184,29 @@ def _to_grid(pixels: NDArray[np.uint8], size: Size, out: NDArray[np.uint8]) -> N
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG, 1..8; 1 (as stored) where there is none."""
-    if data.find(b"Exif\0\0", 0, EXIF_WITHIN) < 0:
+    if not _may_have_exif(data):
         return 1
     try:
-        orientation = Image.open(io.BytesIO(data)).getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, struct.error):
+        with _pillow_errors():
+            return _exif_orientation(_open(data))
+    except DataError:
+        return 1  # what Pillow cannot read, libjpeg-turbo may
+
+
+def _may_have_exif(data: bytes) -> bool:
+    """Whether an EXIF segment stands before a JPEG's pixels; also True where the segments do not join up."""
+    at = 2
+    while data.startswith(b"\xff", at) and not data.startswith((b"\xff\xda", b"\xff\xff"), at):
+        if data.startswith(b"Exif\0\0", at + 4):
+            return True
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return not data.startswith(b"\xff\xda", at)
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, struct.error):
         return 1  # an EXIF block that nobody can read says nothing
     return orientation if orientation in range(1, 9) else 1
 
@@ -208,24 +222,57 @@ def orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
     return pixels
 
 
+@contextmanager
+def _pillow_errors() -> Iterator[None]:
+    try:
+        yield
+    except UnidentifiedImageError:
+        raise DataError("is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)") from None
+    except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+        raise DataError(f"is damaged or truncated ({error})") from None
+
+
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise DataError("is empty (0 bytes)")
-    try:
-        image = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:
-        raise DataError("is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot be decoded ({error})") from None
+    image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are decoded")
     return image
 
 
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
-    """All pixels as displayed, (H, W) or (H, W, 3)."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return np.ascontiguousarray(orient(np.asarray(image), orientation))
-    except (OSError, SyntaxError, ValueError, struct.error) as error:
-        raise DataError(f"is damaged or truncated ({error})") from None
+def _photo_pixels(data: bytes) -> NDArray[np.uint8]:
+    """(H, W, 3), as displayed, by Pillow."""
+    with _pillow_errors():
+        image = _open(data)
+        image.load()
+        image.info.pop("transparency", None)  # of a palette: Pillow would warn that it is lost
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            pixels = np.repeat(grey[..., None], 3, axis=2)
+        else:
+            pixels = np.asarray(image.convert("RGB"))
+        return np.ascontiguousarray(orient(pixels, _exif_orientation(image)))
+
+
+def _mask_values(data: bytes) -> NDArray[Any]:
+    """(H, W) uint8 or bool, as displayed, by Pillow."""
+    with _pillow_errors():
+        image = _open(data)
+        image.load()
+        image.info.pop("transparency", None)
+        if image.mode.startswith("I"):  # 16 bits of grey: their ranks, because only which is brighter counts
+            grey = np.asarray(image)
+            levels = np.unique(grey)
+            values = np.minimum(np.searchsorted(levels, grey) + (levels[0] > 0), 255).astype(np.uint8)
+        else:  # what a palette's indices mean is for its colours to say
+            shown = image if image.mode in ("1", "L") else image.convert("L")
+            if "A" in image.getbands() and _is_even(shown) and not _is_even(image.getchannel("A")):
+                shown = image.getchannel("A")
+            values = np.asarray(shown)
+        return np.ascontiguousarray(orient(values, _exif_orientation(image)))
+
+
+def _is_even(channel: Image.Image) -> bool:
+    low, high = channel.getextrema()
+    return low == high

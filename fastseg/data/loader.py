@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +25,18 @@ from fastseg.data.batch import BadSamples, Batch
 from fastseg.data.cache import Cache, open_cache
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
+from fastseg.data.resample import MASK_MODES
 from fastseg.errors import ConfigError
 
-if TYPE_CHECKING:
-    from fastseg.data.dali import DaliDecoder
-
 __all__ = ["Loader", "epoch_order"]
+
+LEAST = {"height": 1, "width": 1, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 1}
+CHOICES = {
+    "decoder": ("auto", "host", "dali"),
+    "mask_resize": tuple(MASK_MODES),
+    "cache": ("auto", "device", "memory", "disk", "off"),
+    "bad_samples": ("raise", "skip"),
+}
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +72,7 @@ class Loader:
         wait_seconds: time spent waiting for batches since the loader was made.
 
     Raises:
-        ConfigError: a decoder or cache that this machine lacks.
+        ConfigError: a setting is out of range, or a decoder or cache that this machine lacks.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class Loader:
         bad_samples: str = "raise",
         pin_memory: bool = True,
     ) -> None:
+        _check_settings(locals())
         self.pairs = pairs
         self.batch_size = batch_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
@@ -133,18 +140,24 @@ class Loader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands: the next batch it gives is number `step` of `epoch`."""
-        return {"seed": self.seed, "epoch": self._epoch, "step": self._step, "pairs": len(self.pairs)}
+        place = {"seed": self.seed, "epoch": self._epoch, "step": self._step}
+        return {**place, "pairs": len(self.pairs), "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was taken, with any decoder, cache and number of threads.
 
         Raises:
-            ConfigError: the state belongs to another number of pairs.
+            ConfigError: the state belongs to another number of pairs, or stands within an epoch of other batches.
         """
         if state["pairs"] != len(self.pairs):
             raise ConfigError(
                 f"the checkpoint's epoch had {state['pairs']} training pairs; there are {len(self.pairs)} now. "
                 "Give the same data, or start anew with load_model=false."
+            )
+        if state["step"] and state["batch_size"] != self.batch_size:
+            raise ConfigError(
+                f"batch_size: must be {state['batch_size']}, as in the epoch that the checkpoint stands in; "
+                f"got {self.batch_size}. Give batch_size={state['batch_size']}, or start anew with load_model=false."
             )
         self.seed, self._epoch, self._step = state["seed"], state["epoch"], state["step"]
 
@@ -175,18 +188,23 @@ class Loader:
             return
         if self.bad.found:
             batches = [np.array([self.bad.replacement(int(i)) for i in indices], np.int64) for indices in batches]
-        # An epoch meets each pair once, so what is there at its beginning decides which batches are gathered.
-        there = [cache.has(indices) for indices in batches]
-        decoded = self.decoder.decode(indices for indices, hit in zip(batches, there, strict=True) if not hit)
-        with contextlib.closing(decoded):
-            for indices, hit in zip(batches, there, strict=True):
-                if hit:
-                    yield cache.gather(indices, self._pin_memory and cache.device.type == "cpu")
+        # An epoch meets each pair once, so what is missing at its beginning decides what is decoded.
+        missing = [~cache.filled[indices] for indices in batches]
+        todo = [indices[lack] for indices, lack in zip(batches, missing, strict=True) if lack.any()]
+        pin_memory = self._pin_memory and cache.device.type == "cpu"
+        with contextlib.closing(self.decoder.decode(todo)) as decoded:
+            for indices, lack in zip(batches, missing, strict=True):
+                if not lack.any():
+                    yield cache.gather(indices, pin_memory)
                     continue
                 batch = next(decoded)
                 if cache.device != batch.images.device and cache.device.type == "cuda":
                     batch = _move(batch, cache.device)
                 cache.put(batch)
+                if not lack.all():
+                    indices = indices.copy()
+                    indices[lack] = batch.indices  # those that replace bad samples are others than asked for
+                    batch = cache.gather(indices, pin_memory)
                 yield batch
         if self.world_size == 1 and not cache.filled.all():
             self._decode_rest(cache)
@@ -216,6 +234,17 @@ class Loader:
                     yield _arrived(*ahead.popleft())
         while ahead:
             yield _arrived(*ahead.popleft())
+
+
+def _check_settings(given: dict[str, Any]) -> None:
+    for field, least in LEAST.items():
+        if given[field] < least:
+            raise ConfigError(f"{field}: must be at least {least}; got {given[field]}.")
+    for field, known in CHOICES.items():
+        if given[field] not in known:
+            raise ConfigError(f"{field}: must be one of {', '.join(known)}; got {given[field]!r}.")
+    if given["rank"] >= given["world_size"]:
+        raise ConfigError(f"rank: must be below world_size, {given['world_size']}; got {given['rank']}.")
 
 
 def _move(batch: Batch, device: torch.device) -> Batch:

@@ -80,6 +80,7 @@ def _average_cells(source: Bytes, num_channels: int, extent_x: int, extent_y: in
 
     Args:
         source: uint8 (H, W * num_channels); pixels beyond it, up to the extent, repeat its edge.
+        extent_x, extent_y: in pixels of the source; extent_y below 2**24, so that uint32 holds the sum of a column.
         out: uint8 (target_height, target_width * num_channels), written.
     """
     last_row, num_columns = source.shape[0] - 1, source.shape[1]
