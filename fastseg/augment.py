@@ -43,6 +43,10 @@ class AugmentParams:
             if len(getattr(self, field.name)) != len(self.flip):
                 raise ValueError(f"{field.name} must have one row an image, {len(self.flip)}")
 
+    def take(self, rows: slice) -> "AugmentParams":
+        """The parameters of some of the images."""
+        return AugmentParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
 
 def sample_params(config: Config, batch_size: int, generator: torch.Generator) -> AugmentParams:
     """Draw parameters uniformly within the strengths of `config`.

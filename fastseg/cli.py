@@ -54,14 +54,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from fastseg.training import train  # loads torch: not for `--help` or a misspelt flag
-
     changes = _config_fields(options)
     config = Config(**changes) if options.config is None else Config.from_json(options.config).replace(**changes)
+
+    from fastseg.distributed import place_in_group
+    from fastseg.training import train  # loads torch: not for `--help` or a wrong value
+
     result = train(config)
     if result.interrupted:
         print(f"Interrupted. Run the same command again to go on from {result.run_dir / 'last.pt'}.", file=sys.stderr)
         return INTERRUPTED
+    if place_in_group()[0] > 0:  # the first process speaks for all
+        return 0
     print(
         f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
         f"{result.best_epoch}) after {result.seconds:.0f} s; everything is in {result.run_dir}/"

@@ -8,11 +8,11 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from fastseg.errors import ConfigError
@@ -77,13 +77,23 @@ def share_model(model: nn.Module, device: torch.device) -> Callable[[Tensor], Te
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
-        return DistributedDataParallel(
-            nn.SyncBatchNorm.convert_sync_batchnorm(model), device_ids=[device], broadcast_buffers=False
-        )
+        return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model), device_ids=[device])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.__class__ = _SyncedBatchNorm2d
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
+
+
+class _SumWithGradient(torch.autograd.Function):
+    """Sum over processes; so is the gradient, because each process's input has a part in every process's output."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return sum_over_processes(tensor.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return sum_over_processes(gradients[0].clone())
 
 
 class _SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -94,14 +104,14 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
             return super().forward(x)
         values = x.float()
         count = values.numel() / values.shape[1] * dist.get_world_size()
-        sums = all_reduce(torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))]))
+        sums = _SumWithGradient.apply(torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))]))
         mean = sums[0] / count
         variance = (sums[1] / count - mean.square()).clamp_min(0)
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
             assert self.momentum is not None
-            self.num_batches_tracked.add_(1)  # type: ignore[operator, union-attr]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
         gain = self.weight * torch.rsqrt(variance + self.eps)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastseg.augment import normalise
 from fastseg.data.batch import Batch
+from fastseg.distributed import sum_over_processes
 from fastseg.losses import bce_dice_loss
 from fastseg.runtime import Runtime
 
@@ -64,7 +65,7 @@ class Scores:
 
 
 def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], runtime: Runtime) -> dict[str, float]:
-    """Score a network in evaluation mode on decoded batches, at their resolution.
+    """Score a network in evaluation mode on decoded batches, at their resolution, those of all processes together.
 
     Masks count as foreground where at least half of a cell is covered, predictions where the logit is above 0.
 
@@ -75,7 +76,7 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
         `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`.
     """
     scores = Scores(runtime.device)
-    loss, images_seen = torch.zeros((), device=runtime.device), 0
+    loss = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over images, and their number
     with torch.inference_mode():
         for images, masks, _ in batches:
             if not len(images):  # this process's slice of a last batch smaller than the group
@@ -83,7 +84,9 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
             inputs, targets = normalise(images, masks)
             with runtime.autocast():
                 logits = model(inputs)
-            loss += bce_dice_loss(logits, targets) * len(images)
-            images_seen += len(images)
+            loss[0] += bce_dice_loss(logits, targets) * len(images)
+            loss[1] += len(images)
             scores.update(logits[:, 0] > 0, masks >= 128)
-    return {"loss": loss.item() / max(images_seen, 1), **scores.compute()}
+    sum_over_processes(scores.sums)
+    total, images_seen = sum_over_processes(loss).tolist()
+    return {"loss": total / max(images_seen, 1), **scores.compute()}

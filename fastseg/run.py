@@ -1,8 +1,10 @@
-"""The state of a training run: built from a configuration, saved to `last.pt`, taken up again from there."""
+"""The state of a training run: its data, what is built from a configuration, saved to `last.pt` and taken up again."""
 
 import json
 import logging
 import math
+import os
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,14 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
-from fastseg.config import Config
+from fastseg.config import DEFAULT_VAL_DIRS, Config
+from fastseg.data.check import check_pairs
 from fastseg.data.loader import Loader
-from fastseg.data.pairs import Pairs
+from fastseg.data.pairs import Pairs, find_pairs, split_by_group
+from fastseg.distributed import share_model
 from fastseg.errors import ConfigError
 from fastseg.recipe import make_optimizer
 from fastseg.runtime import Runtime, choose_compile
 
-__all__ = ["Run", "build_run", "open_run_dir", "resume", "save_last"]
+__all__ = ["Run", "build_run", "find_data", "fit_to_data", "open_run_dir", "resume", "save_last"]
 
 NOTHING_YET = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
 
@@ -42,9 +46,10 @@ class Run:
     epoch: int = 0
     step: int = 0  # within the epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch, as in metrics.jsonl
-    stop: bool = False  # asked to by a signal
+    signalled: bool = False  # Ctrl-C or SIGTERM has come
+    stop: bool = False  # to end after this step; all processes agree on it
     trained_pairs: int = 0
-    train_seconds: float = 0.0
+    clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by what they went into
 
     @property
     def total_steps(self) -> int:
@@ -62,6 +67,46 @@ class Run:
         return max(self.history, key=lambda entry: entry["val_dice"], default=NOTHING_YET)
 
 
+def find_data(config: Config) -> tuple[Pairs, Pairs]:
+    """Training and validation pairs as configured, with their files checked.
+
+    Validation has folders of its own; only where the default ones do not exist, or val_img_dir is empty, whole cars
+    are held out of the training folders.
+
+    Raises:
+        DataError: see `find_pairs` and `check_pairs`.
+    """
+    pairs = find_pairs(config.train_img_dir, config.train_mask_dir, bad_samples=config.bad_samples)
+    val_dirs = (config.val_img_dir, config.val_mask_dir)
+    missing = val_dirs == DEFAULT_VAL_DIRS and not any(map(_holds_files, val_dirs))
+    if missing or not config.val_img_dir:
+        train_pairs, val_pairs = split_by_group(pairs, config.val_fraction, config.seed)
+        log.info("no validation folders: %d pairs held out, whole cars at a time", len(val_pairs))
+    else:
+        train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
+    if config.check_data:
+        train_pairs = check_pairs(train_pairs, bad_samples=config.bad_samples, num_workers=config.num_workers)
+        val_pairs = check_pairs(val_pairs, bad_samples=config.bad_samples, num_workers=config.num_workers)
+    return train_pairs, val_pairs
+
+
+def _holds_files(folder: str) -> bool:
+    return os.path.isdir(folder) and any(os.scandir(folder))
+
+
+def fit_to_data(config: Config, pairs: int) -> Config:
+    """Make batch size and number of epochs definite; both are said when they change."""
+    if config.batch_size > pairs:
+        log.info("batch_size: %d, because there are no more training pairs than that", pairs)
+        config = config.replace(batch_size=pairs)
+    if "num_epochs" not in config.model_fields_set:
+        epochs = max(config.num_epochs, math.ceil(config.min_steps / (pairs // config.batch_size)))
+        if epochs > config.num_epochs:
+            log.info("num_epochs: %d, to take the %d steps of min_steps", epochs, config.min_steps)
+        config = config.replace(num_epochs=epochs)
+    return config
+
+
 def build_run(config: Config, runtime: Runtime, train_pairs: Pairs, val_pairs: Pairs) -> Run:
     """A run at its beginning."""
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
@@ -71,13 +116,14 @@ def build_run(config: Config, runtime: Runtime, train_pairs: Pairs, val_pairs: P
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
         log.info("weights from %s", config.checkpoint)
     model = runtime.place(model)
+    forward = share_model(model, runtime.device)
     train_loader = make_loader(config, runtime, train_pairs, training=True)
     compiled = choose_compile(config, runtime.device, config.num_epochs * len(train_loader))
     return Run(
         config=config,
         runtime=runtime,
         model=model,
-        forward=torch.compile(model) if compiled else model,
+        forward=torch.compile(forward) if compiled else forward,
         optimizer=make_optimizer(config, model),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
         generator=torch.Generator().manual_seed(config.seed),
@@ -97,6 +143,8 @@ def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: boo
         shuffle=training,
         drop_last=training,
         seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
         device=runtime.device,
         decoder=config.decoder,
         num_workers=config.num_workers,
@@ -109,7 +157,9 @@ def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: boo
 
 
 def save_last(run: Run) -> None:
-    """Write all that is needed to go on as if nothing had happened."""
+    """Write all that is needed to go on as if nothing had happened; the first process does."""
+    if run.runtime.rank:
+        return
     state = {
         "config": run.config.model_dump(),
         "model": run.model.state_dict(),
@@ -161,6 +211,8 @@ def open_run_dir(run: Run) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
+    if run.runtime.rank:
+        return
     folder = run.config.run_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastseg.config import Config
+from fastseg.distributed import place_in_group, share_of_batch
 from fastseg.errors import ConfigError
 
 __all__ = ["Runtime", "choose_compile", "choose_runtime"]
@@ -54,12 +55,14 @@ def choose_runtime(config: Config) -> Runtime:
         ConfigError: a GPU or a number format is asked for that this machine lacks.
     """
     device = _choose_device(config.device)
-    return Runtime(device, _choose_dtype(config.precision, device))
+    rank, world_size = place_in_group()
+    share_of_batch(config.batch_size, world_size)
+    return Runtime(device, _choose_dtype(config.precision, device), rank, world_size)
 
 
 def _choose_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -67,6 +70,8 @@ def _choose_device(name: str) -> torch.device:
             raise ConfigError(f"device: {name} needs an NVIDIA GPU, and torch finds none here. Use auto (or cpu).")
         if (device.index or 0) >= count:
             raise ConfigError(f"device: {name} does not exist; {count} GPUs are here. Use cuda:{count - 1} or auto.")
+        if device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
     return device
 
 

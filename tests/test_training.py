@@ -123,7 +123,7 @@ def test_resume_equals_uninterrupted(pairs_dir, tmp_path, killed_after, monkeypa
     def step(run, images, masks):
         real_step(run, images, masks)
         taken.append(1)
-        run.stop = len(taken) == killed_after
+        run.signalled = len(taken) == killed_after
 
     monkeypatch.setattr(training, "_step", step)
     stopped = fastseg.train(config(pairs_dir, tmp_path, name="stopped"))

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -35,6 +36,7 @@ class BadSamples:
         self.pairs = pairs
         self.policy = policy
         self.found: dict[int, str] = {}
+        self._lock = threading.Lock()
 
     def report(self, index: int, error: DataError) -> None:
         """Note that a pair cannot be used.
@@ -44,9 +46,11 @@ class BadSamples:
         """
         if self.policy == "raise":
             raise DataError(f'{error}. Replace the file, or pass bad_samples="skip" to leave it out.') from None
-        reason = str(error)
-        if self.found.setdefault(index, reason) is reason:  # in one step: threads may meet a pair at the same time
-            log.warning("left out: %s", reason)
+        with self._lock:  # threads may meet a pair at the same time
+            if index in self.found:
+                return
+            self.found[index] = str(error)
+        log.warning("left out: %s", error)
 
     def replacement(self, index: int) -> int:
         """The pair to use for `index`: itself, or the first one after it that is not known to be bad.

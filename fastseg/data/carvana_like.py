@@ -547,7 +547,7 @@ def generate(
         cars, views: the number of cars, at least 2, and of pictures of each, 1 to 99.
         seed: at least 0; the same seed gives the same bytes, whatever the number of workers.
         width, height: pixels, at least 32.
-        workers: threads (the kernels hold no GIL); None takes every core this process may use.
+        workers: threads, of some 250 MB each; None takes every core this process may use.
         progress: a bar on stderr, if that is a terminal.
 
     Returns:
@@ -605,7 +605,7 @@ def generate(
     workers = workers or numba.config.NUMBA_NUM_THREADS
     parts = max(1, workers // cars)  # of a car's views; each thread builds the car it draws
     with (
-        Progress(*columns, console=Console(stderr=True), disable=not shown) as bar,
+        Progress(*columns, console=Console(stderr=True, quiet=not shown), disable=not shown) as bar,
         ThreadPoolExecutor(workers) as pool,
     ):
         task = bar.add_task("", total=cars * views)

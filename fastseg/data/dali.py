@@ -103,7 +103,9 @@ class DaliDecoder:
             next(filled, None)  # to its end, so that the pipeline can be used again
 
     def _decode_filled(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
-        largest = max(map(len, batches), default=0)
+        if not batches:
+            return
+        largest = max(map(len, batches))
         if largest > self._batch_size or self._in_flight:  # in flight: an iterator before this one was left early
             self._drop_pipeline()
             self._batch_size = max(largest, self._batch_size)

@@ -161,9 +161,8 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
     chosen = np.random.default_rng(seed).permutation(len(groups))[:count]
     held_out = {groups[i] for i in chosen}
     is_val = [group_of(name) in held_out for name in pairs.images]
-    train = pairs.subset(i for i, val in enumerate(is_val) if not val)
-    val = pairs.subset(i for i, val in enumerate(is_val) if val)
-    return replace(train, left_out=pairs.left_out), val
+    train = replace(pairs.subset(i for i, val in enumerate(is_val) if not val), left_out=pairs.left_out)
+    return train, pairs.subset(i for i, val in enumerate(is_val) if val)
 
 
 def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str]:

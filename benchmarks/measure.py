@@ -1,0 +1,233 @@
+"""What the benchmarks share: files to measure on, exact answers, the machine's description, tables, charts, JSON.
+
+A benchmark prints a table and, as its last line, one JSON object that says what was measured, on what and how.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+import fastseg
+from fastseg.errors import DataError
+
+PACKAGES = ("fastseg-dali", "torch", "numpy", "numba", "simplejpeg", "pillow", "nvidia-dali-cuda120")
+SPLITS = ("train", "val")
+OURS, PEER, LIMIT = "#d1495b", "#8d99ae", "#2b2d42"  # colours of a chart
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def carvana_pairs(data: str | None, count: int) -> tuple[fastseg.Pairs, dict[str, Any]]:
+    """`count` pairs of DIR/{train,val}_{images,masks}, and what to report about them.
+
+    Fewer files are used again under the same names. Without a folder, Carvana-like pairs are made in the user's cache
+    folder, once.
+    """
+    folder = Path(data) if data else _generated(count)
+    images, masks = [], []
+    for split in SPLITS:
+        if (folder / f"{split}_images").is_dir():
+            found = fastseg.find_pairs(folder / f"{split}_images", folder / f"{split}_masks")
+            images += [f"{split}_images/{name}" for name in found.images]
+            masks += [f"{split}_masks/{name}" for name in found.masks]
+    if not images:
+        raise DataError(f"{folder}: must hold train_images and train_masks; make them with `fastseg synth --out`.")
+    files = fastseg.Pairs(str(folder), str(folder), images, masks)
+    pairs = files.subset(index % len(files) for index in range(count))
+    width, height = Image.open(pairs.image_path(0)).size
+    about = {
+        "source": "given folder" if data else "fastseg.generate, seed 0",
+        "pairs": count,
+        "files": min(len(files), count),
+        "pixels": f"{width}x{height}",
+        "mean_image_kib": _mean_kib(pairs.image_path(i) for i in range(count)),
+        "mean_mask_kib": _mean_kib(pairs.mask_path(i) for i in range(count)),
+    }
+    return pairs, about
+
+
+def _generated(count: int) -> Path:
+    cars = max(2, -(-count // 16))
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastseg" / "benchmarks"
+    folder = root / f"{cars}-cars"
+    if not (folder / "complete").exists():
+        print(f"making {16 * cars} Carvana-like pairs, once (0.2 s each on two cores)", file=sys.stderr)
+        fastseg.generate(folder, cars=cars, views=16, seed=0)
+        (folder / "complete").touch()
+    return folder
+
+
+def _mean_kib(paths: Any) -> float:
+    return round(float(np.mean([os.path.getsize(path) for path in paths])) / 1024, 1)
+
+
+def area_average(pixels: NDArray[Any], extent: tuple[int, int], target: tuple[int, int]) -> NDArray[np.float64]:
+    """The exact mean of (H, W, ...) over each of `target` cells, in float64.
+
+    Args:
+        extent: rows and columns that the cells cover; pixels beyond the image repeat its edge.
+    """
+    rows, columns = (_overlaps(*sizes) for sizes in zip(pixels.shape[:2], extent, target, strict=True))
+    return np.moveaxis(np.tensordot(columns, np.tensordot(rows, pixels.astype(np.float64), 1), (1, 1)), 0, 1)
+
+
+def _overlaps(source: int, extent: int, target: int) -> NDArray[np.float64]:
+    """(target, source): which share of a cell each pixel fills."""
+    pixel, edges = np.arange(extent), np.arange(target + 1) * (extent / target)
+    overlap = np.minimum(pixel + 1, edges[1:, None]) - np.maximum(pixel, edges[:-1, None])
+    shares = overlap.clip(0) / (extent / target)
+    shares[:, source - 1] += shares[:, source:].sum(1)
+    return shares[:, :source]
+
+
+def median(values: Sequence[float]) -> float:
+    return float(np.median(values))
+
+
+def spread(values: Sequence[float]) -> float:
+    """Half of the interquartile range."""
+    low, high = np.percentile(values, [25, 75])
+    return float(high - low) / 2
+
+
+def time_in_turn(jobs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
+    """Seconds of each job, `repeat` times. The jobs take turns, so that what disturbs the machine hits all alike."""
+    for job in jobs.values():
+        job()
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(repeat):
+        for name, job in jobs.items():
+            started = time.perf_counter()
+            job()
+            seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers depend on."""
+    cpu = [line.partition(":")[2].strip() for line in _text("/proc/cpuinfo").splitlines() if "model name" in line]
+    memory = [line.split()[1] for line in _text("/proc/meminfo").splitlines() if line.startswith("MemTotal")]
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader,nounits"]
+    gpu = _output(query).splitlines()
+    name, driver, watts = gpu[0].split(", ") if gpu else (None, None, None)
+    return {
+        "cpu": cpu[0] if cpu else platform.processor(),
+        "cores": cores(),
+        "ram_gib": round(int(memory[0]) / 2**20) if memory else None,
+        "gpu": name,
+        "driver": driver,
+        "power_limit_w": watts,
+        "system": platform.platform(terse=True),
+        "load_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def describe(machine: dict[str, Any]) -> str:
+    """One line for titles."""
+    return f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else ", no GPU")
+
+
+def versions(*more: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in (*PACKAGES, *more):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _output(command: list[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _text(path: str) -> str:
+    return Path(path).read_text() if os.path.exists(path) else ""
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns of a Markdown table, so that what is printed can stand in a README; the first is aligned left."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(cells)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    print(line(header), line(rule), *(line(row) for row in rows), sep="\n")
+
+
+def report(suite: str, content: dict[str, Any], about: dict[str, Any], packages: Sequence[str], path: str) -> None:
+    """Print the result as one line of JSON, and write it to `path` if there is one."""
+    arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
+    result = {
+        "suite": suite,
+        **content,
+        "machine": about,
+        "versions": versions(*packages),
+        "commit": _output(["git", "describe", "--always", "--dirty"]).strip() or None,
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *arguments]),
+    }
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result), flush=True)
+
+
+class Bar(NamedTuple):
+    label: str
+    value: float
+    spread: float = 0.0
+    color: str = PEER
+
+
+def draw_bars(path: str, title: str, subtitle: str, xlabel: str, bars: Sequence[Bar], log: bool = True) -> None:
+    """A chart of horizontal bars, longest first, each with its number behind it."""
+    from matplotlib.figure import Figure
+
+    bars = sorted(bars, key=lambda bar: bar.value)
+    figure = Figure(figsize=(9, 1.3 + 0.36 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    values = [bar.value for bar in bars]
+    drawn = axes.barh(
+        [bar.label for bar in bars],
+        values,
+        xerr=[bar.spread for bar in bars],
+        color=[bar.color for bar in bars],
+        height=0.72,
+        error_kw={"ecolor": "#444444", "elinewidth": 1, "capsize": 2},
+    )
+    axes.bar_label(drawn, labels=[f"{value:,.0f}" for value in values], padding=6, fontsize=9)
+    if log:
+        axes.set_xscale("log")
+        axes.set_xlim(min(values) / 2, max(values) * 2.2)
+    else:
+        axes.set_xlim(0, max(values) * 1.12)
+    axes.set_xlabel(xlabel)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for text, bar in zip(axes.get_yticklabels(), bars, strict=True):
+        text.set_fontweight("bold" if bar.color == OURS else "normal")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    axes.set_title(subtitle, loc="left", fontsize=9, color="#555555")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,67 @@
+"""Two real processes under torchrun against one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastseg
+from fastseg.distributed import share_of_batch
+
+FIELDS = {
+    "image_height": 32,
+    "image_width": 48,
+    "base_channels": 4,
+    "depth": 2,
+    "batch_size": 4,
+    "num_epochs": 2,
+    "device": "cpu",
+    "precision": "fp32",
+    "val_img_dir": "",
+    "val_fraction": 0.34,
+}
+
+
+def run_two(config: fastseg.Config, folder: Path) -> subprocess.CompletedProcess[str]:
+    config.to_json(folder / "two.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, "train", "--config", str(folder / "two.json")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+
+
+def test_two_processes_compute_what_one_does(pairs_dir, tmp_path):
+    folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(pairs_dir / "masks")}
+    config = fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path), name="one")
+    one = fastseg.train(config)
+    finished = run_two(config.replace(name="two"), tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("everything is in") == 1  # the first process speaks for both
+    lines = (tmp_path / "two/metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len(one.history) == 2
+    for line, entry in zip(map(json.loads, lines), one.history, strict=True):
+        for score in ("train_loss", "val_loss", "val_dice", "val_iou", "val_dice_pixels"):
+            assert line[score] == pytest.approx(entry[score], abs=1e-4), score
+    assert json.loads((tmp_path / "two/summary.json").read_text())["processes"] == 2
+
+
+def test_an_error_in_the_processes_ends_the_job(pairs_dir, tmp_path):
+    folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(tmp_path / "nowhere")}
+    finished = run_two(fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path / "runs")), tmp_path)
+    assert finished.returncode != 0
+    assert "nowhere: no such folder of masks" in finished.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_is_shared_equally_or_not_at_all():
+    assert share_of_batch(16, 4) == 4
+    with pytest.raises(fastseg.ConfigError, match=r"divisible by the 3 processes.*got 16\. Use 15 or 18\."):
+        share_of_batch(16, 3)
