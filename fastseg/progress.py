@@ -3,21 +3,29 @@
 import sys
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 __all__ = ["progress_bar"]
 
 
-def progress_bar() -> Progress:
-    """A bar on standard error. Tasks may carry `note=`, a text such as the rate, shown behind the count."""
+class _Note(ProgressColumn):
+    """The task's `note` field, or where it has none how many pairs it does a second."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("note") or f"{task.speed or 0:.3g} pairs/s")
+
+
+def progress_bar(*, shown: bool = True) -> Progress:
+    """A bar on standard error, if that is a terminal or a notebook and `shown` is true."""
     console = Console(stderr=True)
-    return Progress(
+    shown = shown and (console.is_terminal or "ipykernel" in sys.modules)
+    console.quiet = not shown  # a bar that is not shown prints a newline otherwise
+    columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        _Note(),
         TimeRemainingColumn(compact=True),
-        console=console,
-        disable=not (console.is_terminal or "ipykernel" in sys.modules),
-        transient=True,
     )
+    return Progress(*columns, console=console, disable=not shown, transient=True)

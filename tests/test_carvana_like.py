@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastseg.data import carvana_like
-from fastseg.data.carvana_like import PAINTS, STYLES, encode_mask, generate, make_car, make_studio, render_pair
+from fastseg.data import carvana_like, carvana_studio
+from fastseg.data.carvana_car import PAINTS, STYLES, make_car
+from fastseg.data.carvana_like import encode_mask, generate
+from fastseg.data.carvana_studio import make_studio, render_pair
 from fastseg.errors import ConfigError, DataError
 
 FOLDERS = ("train_images", "train_masks", "val_images", "val_masks")
@@ -211,12 +213,12 @@ def test_mask_is_where_the_mesh_projects_to(style: str) -> None:
     rng = np.random.default_rng(1)
     car = make_car(rng, style, "grey")
     studio = make_studio(rng, car, 300, 200)
-    turn, pitch = 0.7, carvana_like.PITCH
+    turn, pitch = 0.7, carvana_studio.PITCH
     image, mask = render_pair(car, studio, turn, rng)
     assert (image.shape, image.dtype, mask.shape, mask.dtype) == ((200, 300, 3), np.uint8, (200, 300), np.uint8)
     rotation = np.array([[np.cos(turn), -np.sin(turn), 0], [np.sin(turn), np.cos(turn), 0], [0, 0, 1]])
     camera = np.array([[np.cos(pitch), 0, -np.sin(pitch)], [0, -1, 0], [-np.sin(pitch), 0, -np.cos(pitch)]])
-    eye = np.array([-carvana_like.DISTANCE, 0, carvana_like.EYE_HEIGHT])
+    eye = np.array([-carvana_studio.DISTANCE, 0, carvana_studio.EYE_HEIGHT])
     depth, right, down = camera @ (rotation @ car.points.astype(float) - eye[:, None])
     x, y = 150 + studio.focal * right / depth, 100 + studio.focal * down / depth
     assert (x.min() > 0) & (x.max() < 300) & (y.min() > 0) & (y.max() < 200)

@@ -9,7 +9,7 @@ import runpy
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -57,16 +57,16 @@ Cli = Callable[..., Outcome]
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Cli]:
     """Run the command line here and now, with its log on standard error as in a process of its own."""
     root = logging.getLogger()
 
     def call(*arguments: object, run: Callable[[], object] | None = None) -> Outcome:
         monkeypatch.setattr(root, "handlers", [])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
+        with pytest.raises(SystemExit) as ended:
             run() if run else main([str(argument) for argument in arguments])
-        return Outcome(exit.value.code, *capsys.readouterr())
+        return Outcome(ended.value.code, *capsys.readouterr())
 
     level = root.level
     yield call

@@ -378,7 +378,7 @@ def read_in_every_way(data: bytes) -> list[Callable[[], object]]:
         lambda: image_size(data),
         lambda: decode_image(data, np.empty((10, 15, 3), np.uint8)),
         lambda: decode_mask(data, np.empty((10, 15), np.uint8), "area"),
-        lambda: as_dali_input(data),
+        lambda: as_dali_input(data, 10, 15),
         lambda: check_readable(data),
     ]
 
@@ -422,7 +422,7 @@ def test_half_a_file_is_refused(name: str) -> None:
             read(half, out, "area")
         if not is_mask:
             with pytest.raises(DataError, match=r"truncated|damaged"):
-                as_dali_input(half)
+                as_dali_input(half, 10, 15)
 
 
 def test_error_messages() -> None:
@@ -466,8 +466,8 @@ def test_no_other_program_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_dali_gets_jpegs_as_they_are_and_everything_else_as_pixels() -> None:
     jpeg = encode(draw_photo(60, 80), orientation=8)
-    assert as_dali_input(jpeg) == (jpeg, (80, 60))
+    assert as_dali_input(jpeg, 8, 6) == (jpeg, (80, 60), (80, 60))
     turned = encode(draw_photo(60, 80), "PNG", orientation=8)
-    data, size = as_dali_input(turned)
-    assert size == (80, 60)
-    assert np.array_equal(np.array(Image.open(io.BytesIO(data))), shown_by_pillow(turned))
+    data, encoded_size, size = as_dali_input(turned, 8, 6)
+    assert (encoded_size, size) == ((8, 6), (80, 60))
+    assert np.array_equal(np.array(Image.open(io.BytesIO(data))), decoded_image(turned, 8, 6))

@@ -152,18 +152,21 @@ class DaliDecoder:
 
     def _read(self, index: int) -> _Sample:
         """The files of a pair, or of the one that replaces it; the image checked as far as its header tells."""
-        mask = np.empty((self.height, self.width), np.uint8)
+        target = (self.height, self.width)
+        mask = np.empty(target, np.uint8)
         while True:
             index = self.bad.replacement(int(index))
             mask_path = self.pairs.mask_path(index)
             try:
-                image, size = decode_file(self.pairs.image_path(index), as_dali_input)
+                image, encoded_size, size = decode_file(
+                    self.pairs.image_path(index), lambda data: as_dali_input(data, *target)
+                )
                 mask_size = decode_file(mask_path, lambda data: decode_mask(data, mask, self.mask_resize))
                 check_sizes(mask_path, mask_size, size)
             except DataError as error:
                 self.bad.report(index, error)
                 continue
-            return _Sample(index, np.frombuffer(image, np.uint8), mask, _halvings(size, (self.height, self.width)))
+            return _Sample(index, np.frombuffer(image, np.uint8), mask, _halvings(encoded_size, target))
 
     def _feed(self) -> tuple[list[NDArray[Any]], ...]:
         """The next batch for DALI, which asks for it; StopIteration where there is none."""

@@ -114,10 +114,14 @@ def is_gif(data: bytes) -> bool:
     return data.startswith(GIF_MAGIC)
 
 
-def as_dali_input(data: bytes) -> tuple[bytes, Size]:
-    """A photo's bytes as every DALI decoder reads them alike, and its size as displayed, (height, width).
+def as_dali_input(data: bytes, height: int, width: int) -> tuple[bytes, Size, Size]:
+    """A photo's bytes as every DALI decoder reads them alike.
 
-    JPEGs pass as they are; what else libjpeg-turbo does not read (PNG, WebP, CMYK) becomes an uncompressed PPM.
+    JPEGs pass as they are; what else libjpeg-turbo does not read (PNG, WebP, CMYK) is decoded here, onto the grid of
+    height x width cells, and becomes an uncompressed PPM of those.
+
+    Returns:
+        The bytes, the size to which they decode, and the photo's own, both as displayed, (height, width).
 
     Raises:
         DataError: the file is no image, or it is truncated.
@@ -128,10 +132,11 @@ def as_dali_input(data: bytes) -> tuple[bytes, Size]:
         except ValueError:
             colorspace = "CMYK"
         if colorspace not in ("CMYK", "YCCK"):
-            return data, check_readable(data)
-    pixels = _photo_pixels(data)
-    height, width = pixels.shape[:2]
-    return b"P6 %d %d 255\n" % (width, height) + pixels.tobytes(), (height, width)
+            size = check_readable(data)
+            return data, size, size
+    cells = np.empty((height, width, 3), np.uint8)
+    size = decode_image(data, cells)
+    return b"P6 %d %d 255\n" % (width, height) + cells.tobytes(), (height, width), size
 
 
 def check_readable(data: bytes) -> Size:

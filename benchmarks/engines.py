@@ -1,0 +1,223 @@
+"""One run of one loader in a process of its own: its pixels compared with exact ones, then its time, CPU and memory.
+
+`loader.py` starts these processes. Our engines stand here, the others in `peers.py`.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import peers
+import simplejpeg
+import torch
+from measure import area_average, median
+from numpy.typing import NDArray
+from peers import HEIGHT, WIDTH, Batches, Epoch
+from PIL import Image
+
+import fastseg
+
+BATCH_SIZE = 16
+WARM_UP_BATCHES = 4
+LATER_EPOCHS, LATER_SECONDS = 2, 0.5  # at least
+WRONG_IMAGE, WRONG_MASK = 8.0, 0.02  # grey levels, share of cells: an engine beyond them does another job
+
+
+class Answers(NamedTuple):
+    """Exact averages of some pairs on both sampling grids: [0] the image's own width, [1] that of whole JPEG blocks."""
+
+    indices: list[int]
+    images: NDArray[np.float32]  # (2, N, 160, 240, 3)
+    masks: NDArray[np.float32]  # (2, N, 160, 240), coverage 0..1
+
+
+class Engine(NamedTuple):
+    make: Callable[[fastseg.Pairs, int], Epoch]
+    note: str
+    on_blocks: bool = False  # samples over whole JPEG blocks
+    search: bool = True  # try several numbers of workers; otherwise use --workers
+    needs_gpu: bool = False
+
+
+def _ours(decoder: str, cache: str = "off", device: str = "cpu") -> Callable[[fastseg.Pairs, int], Epoch]:
+    def make(pairs: fastseg.Pairs, workers: int) -> Epoch:
+        loader = fastseg.Loader(
+            pairs,
+            height=HEIGHT,
+            width=WIDTH,
+            batch_size=BATCH_SIZE,
+            device=device,
+            decoder=decoder,
+            num_workers=workers,
+            cache=cache,
+        )
+        # A whole epoch comes from the loader, in its own random order; a warm-up must leave its cache empty.
+        return lambda batches: loader if len(batches) == len(loader) else loader.decoder.decode(batches)
+
+    return make
+
+
+ENGINES = {
+    "host": Engine(_ours("host"), "ours: threads, no cache", True, search=False),
+    "cached": Engine(_ours("host", "memory"), "ours: decoded once, then from RAM", True, search=False),
+    "dali": Engine(_ours("dali"), "ours through DALI, on the CPU", True),
+    "dali_gpu": Engine(_ours("dali", device="cuda"), "ours through DALI, on the GPU", True, needs_gpu=True),
+    "cached_gpu": Engine(_ours("dali", "device", "cuda"), "ours: decoded once, then from GPU memory", True, True, True),
+    "tutorial": Engine(peers.tutorial, "DataLoader, Pillow, albumentations"),
+    "opencv": Engine(peers.opencv, "DataLoader, cv2.imread + INTER_AREA"),
+    "opencv_eighth": Engine(peers.opencv_eighth, "DataLoader, cv2 decoding at 1/8"),
+    "torchvision": Engine(peers.torchvision, "DataLoader, torchvision.io + resize"),
+    "torchcodec": Engine(peers.torchcodec, "DataLoader, torchcodec + interpolate"),
+    "spdl": Engine(peers.spdl, "SPDL threads, FFmpeg"),
+    "spdl_eighth": Engine(peers.spdl_eighth, "SPDL threads, FFmpeg decoding at 1/8"),
+    "spdl_images": Engine(peers.spdl_images, "SPDL threads, FFmpeg; images only"),
+}
+
+
+def exact_answers(pairs: fastseg.Pairs, count: int = 16) -> Answers:
+    """From Pillow's full decodes."""
+    indices = sorted({int(i) for i in np.linspace(0, len(pairs) - 1, count)})
+    images, masks = ([], []), ([], [])
+    for index in indices:
+        pixels = np.asarray(Image.open(pairs.image_path(index)).convert("RGB"))
+        mask = np.asarray(Image.open(pairs.mask_path(index)).convert("L")) > 0
+        height, width = mask.shape
+        for grid, block in enumerate((1, 8)):
+            extent = (-(-height // block) * block, -(-width // block) * block)
+            images[grid].append(area_average(pixels, extent, (HEIGHT, WIDTH)))
+            masks[grid].append(area_average(mask, extent, (HEIGHT, WIDTH)))
+    return Answers(indices, np.array(images, np.float32), np.array(masks, np.float32))
+
+
+class Errors:
+    """How far what an engine delivers is from the exact answers."""
+
+    def __init__(self, answers: Answers, on_blocks: bool) -> None:
+        self.images, self.masks = answers.images[int(on_blocks)], answers.masks[int(on_blocks)]
+        self.row_of = {index: row for row, index in enumerate(answers.indices)}
+        self.image_errors: list[float] = []
+        self.mask_errors: list[float] = []
+
+    def add(self, images: torch.Tensor, masks: torch.Tensor | None, indices: NDArray[np.int64]) -> None:
+        for place, index in enumerate(indices):
+            row = self.row_of.get(int(index))
+            if row is not None:
+                image = images[place].cpu().numpy().astype(np.float64)
+                self.image_errors.append(float(np.abs(image - self.images[row]).mean()))
+                if masks is not None:
+                    differ = (masks[place].cpu().numpy() > 127) != (self.masks[row] >= 0.5)
+                    self.mask_errors.append(float(differ.mean()))
+
+    def result(self) -> dict[str, float | None]:
+        differ = float(np.mean(self.mask_errors)) if self.mask_errors else None
+        return {"mean_abs_error": float(np.mean(self.image_errors)), "mask_disagreement": differ}
+
+
+def shuffled(count: int, epoch: int) -> Batches:
+    order = np.random.default_rng((1, epoch)).permutation(count)
+    return [order[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
+
+
+def run_engine(name: str, workers: int, pairs: fastseg.Pairs, answers: Answers) -> dict[str, Any]:
+    """One run of an engine, in a fresh process: check, warm up, time the first and later epochs, look at memory."""
+    torch.set_num_threads(1)
+    errors = Errors(answers, ENGINES[name].on_blocks)
+    epoch = ENGINES[name].make(pairs, workers)
+    for batch in epoch(np.array_split(answers.indices, len(answers.indices) // BATCH_SIZE or 1)):
+        errors.add(*batch)
+    found = errors.result()
+    if found["mean_abs_error"] > WRONG_IMAGE or (found["mask_disagreement"] or 0) > WRONG_MASK:
+        raise ValueError(f"{name} is wrong and was not timed: {found}")
+    batches = shuffled(len(pairs), 0)
+    _time_epochs(epoch, [batches[:WARM_UP_BATCHES]])
+    first = _time_epochs(epoch, [batches])
+    num_later = max(LATER_EPOCHS, round(LATER_SECONDS * min(first["rates"]) / len(pairs)))
+    later = _time_epochs(epoch, [shuffled(len(pairs), 1 + i) for i in range(num_later)])
+    if name.startswith("cached"):  # now it is known how many of them take that long
+        num_later = min(500, round(LATER_SECONDS * median(later["rates"]) / len(pairs)))
+        later = _time_epochs(epoch, [shuffled(len(pairs), 1 + i) for i in range(num_later)])
+    with _PeakMemory() as memory:
+        for batch in epoch(batches):
+            errors.add(*batch)
+    return {"first": first, "later": later, "peak_rss_mib": memory.mib, **errors.result()}
+
+
+def _time_epochs(epoch: Epoch, epochs: list[Batches]) -> dict[str, Any]:
+    rates, pairs, cpu = [], 0, _cpu_seconds()
+    for batches in epochs:
+        started = time.perf_counter()
+        count = sum(len(images) for images, _, _ in epoch(batches))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        rates.append(count / (time.perf_counter() - started))
+        pairs += count
+    return {"rates": rates, "cpu_s_per_1000_pairs": (_cpu_seconds() - cpu) / pairs * 1000}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its workers."""
+    ticks = 0
+    for child in active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+
+
+class _PeakMemory:
+    """The highest resident memory of this process and its workers; a page that several share counts once."""
+
+    def __enter__(self) -> "_PeakMemory":
+        self.mib, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.01):
+            kib = 0
+            for process in ("self", *(child.pid for child in active_children())):
+                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+                kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            self.mib = max(self.mib, kib / 1024)
+
+
+def run_limit(workers: int, pairs: fastseg.Pairs) -> dict[str, float]:
+    """libjpeg-turbo's 1/8 decode of the same JPEGs from memory: one thread, and as many threads as we use."""
+    files = [Path(pairs.image_path(index)).read_bytes() for index in range(len(pairs))]
+
+    def decode(part: list[bytes]) -> None:
+        out = np.empty((HEIGHT, WIDTH, 3), np.uint8)
+        for data in part:
+            simplejpeg.decode_jpeg(data, min_height=HEIGHT, min_width=WIDTH, buffer=out)
+
+    decode(files[:BATCH_SIZE])
+    started = time.perf_counter()
+    decode(files)
+    one = len(files) / (time.perf_counter() - started)
+    with ThreadPoolExecutor(workers) as pool:
+        started = time.perf_counter()
+        list(pool.map(decode, [files[i::workers] for i in range(workers)]))
+        all_threads = len(files) / (time.perf_counter() - started)
+    return {"one_thread": one, "all_threads": all_threads}
+
+
+def search_workers(name: str, candidates: list[int], pairs: fastseg.Pairs) -> int:
+    """The number of workers with which an engine is fastest."""
+    torch.set_num_threads(1)
+    rates = {}
+    for workers in candidates:
+        epoch = ENGINES[name].make(pairs, workers)
+        _time_epochs(epoch, [shuffled(len(pairs), 0)[:WARM_UP_BATCHES]])
+        rates[workers] = max(_time_epochs(epoch, [shuffled(len(pairs), i) for i in range(2)])["rates"])
+        del epoch  # and with it the worker processes
+    return max(rates, key=lambda workers: rates[workers])

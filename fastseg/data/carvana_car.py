@@ -1,0 +1,250 @@
+"""A car as a mesh: six body styles in ten paints, for the pictures of `carvana_like`.
+
+The mesh is so fine (`STEP`) that it needs no textures: each vertex has a material. Metres; x forward, y left, z up from
+the floor under the car's middle; a "share" is one of the car's length, from nose to tail. Colours are linear light.
+"""
+
+from functools import reduce
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+__all__ = ["PAINTS", "STYLES", "Car", "make_car"]
+
+STEP = 0.010  # metres between vertices: about four pixels of a full-size picture
+DECK_SHARES = (0.0, 0.03, 0.22, 0.5, 0.8, 0.97, 1.0)
+# fmt: off
+# Side views. Metres: (length, width, wheel radius); heights of bonnet, belt line and boot at DECK_SHARES;
+# (share, height) of the roof from the foot of the windscreen to that of the rear window. Shares: front and rear axle;
+# top of the windscreen and of the rear window; gaps of the doors.
+STYLES: dict[str, tuple[Any, ...]] = {
+    "sedan": ((4.75, 1.84, 0.335), (0.58, 0.73, 0.92, 0.96, 1.02, 1.05, 0.85),
+              ((0.24, 0.90), (0.42, 1.37), (0.54, 1.45), (0.68, 1.42), (0.87, 1.0)),
+              (0.185, 0.785), (0.42, 0.70), (0.275, 0.49, 0.70)),
+    "hatchback": ((4.10, 1.76, 0.31), (0.60, 0.75, 0.98, 1.0, 1.05, 1.05, 0.85),
+                  ((0.20, 0.94), (0.39, 1.44), (0.55, 1.51), (0.86, 1.44), (0.99, 0.98)),
+                  (0.18, 0.80), (0.39, 0.875), (0.26, 0.52, 0.73)),
+    "suv": ((4.70, 1.92, 0.375), (0.72, 0.91, 1.10, 1.13, 1.16, 1.18, 0.95),
+            ((0.21, 1.06), (0.36, 1.65), (0.5, 1.73), (0.88, 1.68), (0.985, 1.1)),
+            (0.18, 0.79), (0.36, 0.905), (0.265, 0.48, 0.69)),
+    "van": ((5.10, 1.97, 0.345), (0.62, 0.82, 1.06, 1.10, 1.11, 1.12, 0.9),
+            ((0.13, 0.98), (0.33, 1.70), (0.46, 1.80), (0.92, 1.77), (0.99, 1.1)),
+            (0.175, 0.78), (0.33, 0.945), (0.25, 0.44, 0.68)),
+    "pickup": ((5.50, 1.97, 0.39), (0.80, 1.00, 1.15, 1.17, 1.19, 1.20, 0.9),
+               ((0.21, 1.1), (0.34, 1.72), (0.44, 1.82), (0.575, 1.80), (0.635, 1.1)),
+               (0.175, 0.765), (0.34, 0.59), (0.255, 0.43, 0.60)),
+    "coupe": ((4.50, 1.87, 0.34), (0.56, 0.69, 0.85, 0.89, 0.97, 1.0, 0.8),
+              ((0.27, 0.83), (0.46, 1.25), (0.57, 1.31), (0.68, 1.27), (0.92, 0.95)),
+              (0.18, 0.79), (0.46, 0.70), (0.29, 0.60, 0.60)),
+}
+# Materials: red, green, blue, share of light mirrored head-on, share of the mirrored light that takes the colour.
+PAINTS = {  # as on the road: mostly white, black and grey
+    "white": (0.60, 0.60, 0.58, 0.045, 0.0), "pearl": (0.52, 0.54, 0.56, 0.045, 0.2),
+    "silver": (0.42, 0.43, 0.44, 0.045, 0.5), "grey": (0.24, 0.245, 0.25, 0.045, 0.4),
+    "charcoal": (0.08, 0.08, 0.085, 0.045, 0.4), "black": (0.012, 0.012, 0.014, 0.045, 0.1),
+    "blue": (0.02, 0.05, 0.16, 0.045, 0.3), "red": (0.30, 0.012, 0.015, 0.045, 0.2),
+    "beige": (0.44, 0.38, 0.29, 0.045, 0.4), "green": (0.03, 0.07, 0.05, 0.045, 0.3),
+}
+GAP, BLACK, TYRE = (0.004, 0.004, 0.004, 0.0, 0.0), (0.018, 0.018, 0.019, 0.02, 0.0), (0.016, 0.016, 0.017, 0.012, 0.0)
+GLASS, SEAT, PLATE = (0.033, 0.037, 0.037, 0.075, 0.0), (0.006, 0.006, 0.006, 0.07, 0.0), (0.5, 0.5, 0.48, 0.04, 0.0)
+CHROME, LAMP, TAIL = (0.34, 0.34, 0.35, 0.25, 0.5), (0.5, 0.51, 0.53, 0.35, 0.3), (0.22, 0.005, 0.007, 0.12, 0.2)
+# fmt: on
+
+
+class Car(NamedTuple):
+    """A mesh of V vertices and Q facets."""
+
+    points: ndarray  # (3, V) float32, metres
+    normals: ndarray  # (3, V) float32, unit length, outward
+    materials: ndarray  # (5, V) float32
+    quads: ndarray  # (Q, 4) int32 vertices, anticlockwise seen from outside
+    paint: tuple[float, ...]
+    size: tuple[float, float]  # length, width, metres
+    axles: tuple[float, ...]  # x, metres
+
+
+def smooth_curve(control: Any, share: ndarray) -> ndarray:
+    """Height at `share`, through rounded control points ((share, height), ...)."""
+    grid = np.linspace(-0.1, 1.1, 6001)
+    height = np.interp(grid, *np.array(control).T)
+    for width in (91, 91, 71):  # three box filters: nearly a Gaussian
+        height = np.convolve(np.pad(height, width // 2, mode="edge"), np.ones(width) / width, "valid")
+    return np.interp(share, grid, height)
+
+
+def even_steps(parameter: ndarray, x: ndarray, y: ndarray) -> ndarray:
+    """Values of the parameter of a curve (x, y), metres, that lie `STEP` apart on it."""
+    arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
+    return np.interp(np.linspace(0, arc[-1], int(arc[-1] / STEP) + 2), arc, parameter)
+
+
+def outline(share: ndarray) -> ndarray:
+    """Half width of a car seen from above, as a share of its largest."""
+    return (1 - np.abs(2 * share - 1) ** 6) ** (1 / 6)
+
+
+def lengthwise(length: float, width: float) -> ndarray:
+    """(rows, 1) shares in even steps along the outline of a car."""
+    end = 0.5 * np.linspace(0, 1, 5000) ** 6  # the outline turns fast at the ends
+    share = np.concatenate([end, 1 - end[::-1]])
+    return even_steps(share, length * share, 0.5 * width * outline(share))[:, None]
+
+
+def crosswise(sill: float, roundness: tuple[float, float], wide: float, tall: float) -> tuple[ndarray, ndarray]:
+    """(columns,) y and z in [-1, 1], in even steps over a rounded rectangle; sill: angle of its ends, radians."""
+    turn = np.linspace(sill, np.pi - sill, 20001)
+    y, z = (np.sign(a) * np.abs(a) ** e for a, e in zip((np.cos(turn), np.sin(turn)), roundness, strict=True))
+    at = even_steps(turn, wide * y, tall * z)
+    return np.interp(at, turn, y), np.interp(at, turn, z)
+
+
+def band(value: ndarray, centre: float, half_width: float) -> ndarray:
+    """Metres inside the strip |value - centre| < half_width."""
+    return half_width - np.abs(value - centre)
+
+
+def within(*regions: ndarray) -> ndarray:
+    """Metres inside all of the regions."""
+    return reduce(np.minimum, regions)
+
+
+def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any = False) -> tuple[ndarray, ...]:
+    """A surface over a grid, as (points, normals, materials, quads).
+
+    Args:
+        x, y, z: metres, broadcast to (rows, columns).
+        material: of the whole.
+        rules: (metres inside the region, negative outside; material) pairs, later ones over earlier ones.
+        hole: where there is no surface.
+    """
+    points = np.stack(np.broadcast_arrays(x, y, z), 2).astype(float)
+    rows, columns, _ = points.shape
+    normals = np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1))
+    normals[0], normals[-1] = normals[1], normals[-2]  # an end row may be a point or a line, which has no normal
+    normals /= np.maximum(np.linalg.norm(normals, axis=2, keepdims=True), 1e-12)
+    first = np.arange(rows * columns).reshape(rows, columns)[:-1, :-1]
+    first = first[~np.broadcast_to(hole, (rows, columns))[:-1, :-1]]
+    quads = np.stack([first, first + columns, first + columns + 1, first + 1], 1)
+    if np.sum(normals * (points - points.mean((0, 1)))) < 0:
+        normals, quads = -normals, quads[:, ::-1]
+    materials = np.tile(np.array(material), (rows, columns, 1))
+    for inside, other in rules:  # a border fades over one step: without that it would show the facets
+        weight = np.broadcast_to(np.clip(0.5 + inside / STEP, 0, 1), (rows, columns))
+        there = weight > 0
+        materials[there] += weight[there, None] * (np.array(other) - materials[there])
+    return points.reshape(-1, 3), normals.reshape(-1, 3), materials.reshape(-1, 5), quads
+
+
+def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Any:
+    """A mirror, an aerial."""
+    polar, turn = np.linspace(0, np.pi, 40)[:, None], np.linspace(0, 2 * np.pi, 60)
+    unit = np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)
+    x, y, z = (c + r * u for c, r, u in zip(centre, radii, unit, strict=True))
+    return make_part(x, y, z, material)
+
+
+def make_body(style: str, paint: Any, length: float, width: float, tall: float, strip: bool) -> list[Any]:
+    """Everything below the windows but the wheels: sections across, from nose to tail."""
+    (_, _, radius), heights, roof, axles, _, doors = STYLES[style]
+    share = lengthwise(length, width)
+    lateral, up = crosswise(-0.42 * np.pi, (2 / 5.5, 2 / 4.2), 0.9, 0.4)
+    deck = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
+    belly = 0.21 + 0.1 * radius + 0.06 * np.exp(-np.minimum(share, 1 - share) / 0.04)
+    crease = 1 + 0.025 * np.exp(-(((up - 0.35) / 0.18) ** 2)) - 0.07 * np.clip(-up, 0, 1) ** 3
+    x, z = (0.5 - share) * length, 0.5 * (deck + belly) + 0.5 * (deck - belly) * up
+    y = 0.49 * width * outline(share) * (1 - 0.05 * (1 - share) ** 2) * lateral * crease
+
+    front, rear, flank = x - 0.5 * length + 0.28, -0.5 * length + 0.21 - x, np.abs(y) - 0.42 * width
+    nose, tail = 0.62 + 0.9 * (radius - 0.31), 0.80 + 1.5 * (radius - 0.31)
+    grille = within(front, band(y, 0, 0.43), band(z, nose, 0.10))
+    gaps = [(0.5 - door) * length for door in doors]
+    to_arch = within(*(np.hypot(x - (0.5 - axle) * length, z - radius) for axle in axles)) - 1.17 * radius
+    rules = [
+        (0.33 - z, BLACK),
+        (grille, GAP),
+        (within(grille, (-0.2 - np.sin(160 * z)) / 160), CHROME),
+        (within(front, band(y, 0, 0.70), band(z, 0.40, 0.05)), BLACK),
+        (within(front, band(y, 0, 0.26), band(z, 0.47, 0.055)), PLATE),
+        (within(front, np.abs(y) - 0.47, band(z, nose + 0.04, 0.075)), LAMP),
+        (within(rear, np.abs(y) - 0.52, band(z, tail + 0.03, 0.09)), TAIL),
+        (within(rear, band(y, 0, 0.26), band(z, tail, 0.06)), PLATE),
+        (within(rear, band(z, 0.54, 0.012)), GAP),
+        (within(flank, gaps[0] - x, x - gaps[2], band(z, 0.37, 0.006)), GAP),
+        (within(-flank, z - nose, band(x, (0.488 - roof[0][0]) * length, 0.004)), GAP),
+        (within(flank + 0.1, 0.02 - to_arch), BLACK),
+    ]
+    rules += [(within(flank, band(z, 0.54, 0.022)), BLACK)] if strip else []
+    rules += [(within(flank, z - 0.36, band(x, gap, 0.004)), GAP) for gap in gaps]
+    handle = np.multiply(paint, (0.5, 0.5, 0.5, 4, 1))
+    rules += [(within(flank, band(x, gap + 0.13, 0.075), band(z, 2.5 * radius, 0.014)), handle) for gap in gaps[1:]]
+    body = make_part(x, y, z, paint, rules, hole=within(flank + 0.1, -to_arch) > 0)
+    # The dark that one sees through a wheel arch: a box between the wheels, and the body's far side from within.
+    box = make_part(0.97 * x[::3], 0.8 * y[::3, ::3], (0.1 * belly + 0.9 * z - 0.03)[::3, ::3], BLACK)
+    points, normals, materials, quads = make_part(x[::3], y[::3, ::3], z[::3, ::3], BLACK)
+    return [body, box, (points, normals, materials, quads[:, ::-1])]
+
+
+def make_cabin(style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
+    """Windows and roof: sections from the foot of the windscreen to that of the rear window, starting in the body."""
+    _, heights, roof_points, _, glass, doors = STYLES[style]
+    start, stop = roof_points[0][0], roof_points[-1][0]
+    along = lengthwise(length * (stop - start), width)
+    lateral, up = crosswise(0.0, (2 / 5, 2 / 4), 0.85, 0.7)
+    share = start + (stop - start) * along
+    belt = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
+    roof = smooth_curve(roof_points, share) * tall
+    z = belt - 0.14 + np.maximum(roof - belt + 0.14, 0.02) * up
+    y = 0.465 * width * outline(along) * (1 - 0.06 * (2 * along - 1) ** 2) * lateral
+    y = y * (1 - 0.32 * np.maximum(z - belt, 0))  # leans inwards
+    flank, above, x = (np.abs(lateral) - 0.86) * 0.45 * width, z - belt - 0.03, (0.5 - share) * length
+    foot, top, rear_top, rear_foot = ((0.5 - edge) * length for edge in (start, *glass, stop))
+    window = within(flank, above, roof - z - 0.10, foot - 0.28 - x, x - rear_foot - 0.24)
+    screen = np.maximum(within(foot - 0.02 - x, x - top - 0.07), within(rear_top - 0.07 - x, x - rear_foot - 0.04))
+    rules = [(within(-flank, above, screen), GLASS), (window, GLASS)]
+    for door, seat in ((doors[1], 0.12), (doors[2] + 0.012, 0.22)):
+        pillar = (0.5 - door) * length
+        back = 1 - (((x - pillar - seat) / 0.10) ** 4 + ((z - belt) / 0.24) ** 4) ** 0.25
+        rules += [(within(window, 0.1 * back), SEAT), (within(window, band(x, pillar, 0.03)), BLACK)]
+    return [make_part(x, y, z, paint, rules)]
+
+
+def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tuple[float, ...]) -> list[Any]:
+    """A profile (share of the radius, metres outwards from the tyre's middle) turned about the axles."""
+    profile = [(0.0, 0.06), (0.2, 0.065), (0.5, 0.045), (0.62, 0.05), (0.68, 0.085), (0.7, 0.1), (0.75, 0.108)]
+    profile += [(0.88, 0.112), (0.96, 0.1), (1, 0.075), (1, -0.09), (0.9, -0.11), (0.0, -0.11)]
+    ring, out = np.array(profile).T
+    corner = np.arange(len(ring))
+    at = even_steps(corner, radius * ring, out)[:, None]
+    ring, out = np.interp(at, corner, ring), np.interp(at, corner, out)
+    turn, spokes = np.linspace(0, 2 * np.pi, 280), rng.integers(5, 11)
+    parts = []
+    for axle in axles:
+        for side in (-1, 1):
+            between = (0.4 - 0.5 * ring - np.cos(turn * spokes + rng.uniform(0, 6))) * ring * radius / spokes
+            rules = [(within(between, band(ring, 0.42, 0.20) * radius), GAP), ((ring - 0.715) * radius, TYRE)]
+            rules.append((within(0.9 - ring, -out) * radius, GAP))
+            x, z = axle + radius * ring * np.cos(turn), radius + radius * ring * np.sin(turn)
+            parts.append(make_part(x, side * (0.5 * width - 0.18 + out), z, CHROME, rules))
+    return parts
+
+
+def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
+    """A car of one of `STYLES` in one of `PAINTS`; its proportions and trim come from `rng`."""
+    (long, wide, radius), heights, roof, shares, glass, _ = STYLES[style]
+    length, width, tall = (rng.uniform((0.96, 0.96, 0.96), (1.04, 1.04, 1.05)) * (long, wide, 1)).tolist()
+    coat, axles = PAINTS[paint], tuple((0.5 - share) * length for share in shares)
+    parts = make_body(style, coat, length, width, tall, rng.random() < 0.5)
+    parts += make_cabin(style, coat, length, width, tall) + make_wheels(rng, radius, width, axles)
+    mirror = roof[0][0] + 0.09
+    x, z = (0.5 - mirror) * length, tall * np.interp(mirror, DECK_SHARES, heights) + 0.07
+    for side in (-1, 1):
+        parts.append(make_ellipsoid(coat, (x, side * (0.5 * width + 0.06), z), (0.06, 0.11, 0.075)))
+        parts.append(make_ellipsoid(BLACK, (x, side * (0.5 * width - 0.05), z - 0.05), (0.03, 0.1, 0.02)))
+    if rng.random() < 0.6:
+        aerial = ((0.53 - glass[1]) * length, 0.0, tall * max(height for _, height in roof))
+        parts.append(make_ellipsoid(BLACK, aerial, (0.012, 0.006, 0.16)))
+    offset = np.cumsum([0] + [len(part[0]) for part in parts[:-1]])
+    quads = np.concatenate([part[3] + base for part, base in zip(parts, offset, strict=True)]).astype(np.int32)
+    points, normals, materials = (np.concatenate([part[i].T for part in parts], 1, dtype=np.float32) for i in range(3))
+    return Car(points, normals, materials, quads, coat, (length, width), axles)
