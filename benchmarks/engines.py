@@ -6,7 +6,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import active_children
 from pathlib import Path
@@ -38,16 +39,16 @@ class Answers(NamedTuple):
 
 
 class Engine(NamedTuple):
-    make: Callable[[fastseg.Pairs, int], Epoch]
+    make: Callable[[fastseg.Pairs, int], "Epoch | fastseg.Loader"]
     note: str
-    on_blocks: bool = False  # samples over whole JPEG blocks
+    on_blocks: bool = False  # samples images over whole JPEG blocks
     search: bool = True  # try several numbers of workers; otherwise use --workers
     needs_gpu: bool = False
 
 
-def _ours(decoder: str, cache: str = "off", device: str = "cpu") -> Callable[[fastseg.Pairs, int], Epoch]:
-    def make(pairs: fastseg.Pairs, workers: int) -> Epoch:
-        loader = fastseg.Loader(
+def _ours(decoder: str, cache: str = "off", device: str = "cpu") -> Callable[[fastseg.Pairs, int], fastseg.Loader]:
+    def make(pairs: fastseg.Pairs, workers: int) -> fastseg.Loader:
+        return fastseg.Loader(
             pairs,
             height=HEIGHT,
             width=WIDTH,
@@ -57,8 +58,6 @@ def _ours(decoder: str, cache: str = "off", device: str = "cpu") -> Callable[[fa
             num_workers=workers,
             cache=cache,
         )
-        # A whole epoch comes from the loader, in its own random order; a warm-up must leave its cache empty.
-        return lambda batches: loader if len(batches) == len(loader) else loader.decoder.decode(batches)
 
     return make
 
@@ -71,11 +70,11 @@ ENGINES = {
     "cached_gpu": Engine(_ours("dali", "device", "cuda"), "ours: decoded once, then from GPU memory", True, True, True),
     "tutorial": Engine(peers.tutorial, "DataLoader, Pillow, albumentations"),
     "opencv": Engine(peers.opencv, "DataLoader, cv2.imread + INTER_AREA"),
-    "opencv_eighth": Engine(peers.opencv_eighth, "DataLoader, cv2 decoding at 1/8"),
+    "opencv_eighth": Engine(peers.opencv_eighth, "DataLoader, cv2 decoding at 1/8", True),
     "torchvision": Engine(peers.torchvision, "DataLoader, torchvision.io + resize"),
     "torchcodec": Engine(peers.torchcodec, "DataLoader, torchcodec + interpolate"),
     "spdl": Engine(peers.spdl, "SPDL threads, FFmpeg"),
-    "spdl_eighth": Engine(peers.spdl_eighth, "SPDL threads, FFmpeg decoding at 1/8"),
+    "spdl_eighth": Engine(peers.spdl_eighth, "SPDL threads, FFmpeg decoding at 1/8", True),
     "spdl_images": Engine(peers.spdl_images, "SPDL threads, FFmpeg; images only"),
 }
 
@@ -126,33 +125,56 @@ def shuffled(count: int, epoch: int) -> Batches:
 
 def run_engine(name: str, workers: int, pairs: fastseg.Pairs, answers: Answers) -> dict[str, Any]:
     """One run of an engine, in a fresh process: check, warm up, time the first and later epochs, look at memory."""
-    torch.set_num_threads(1)
+    loader = _start(name, workers, pairs)
     errors = Errors(answers, ENGINES[name].on_blocks)
-    epoch = ENGINES[name].make(pairs, workers)
-    for batch in epoch(np.array_split(answers.indices, len(answers.indices) // BATCH_SIZE or 1)):
+    for batch in _stream(loader, np.array_split(answers.indices, -(-len(answers.indices) // BATCH_SIZE))):
         errors.add(*batch)
     found = errors.result()
     if found["mean_abs_error"] > WRONG_IMAGE or (found["mask_disagreement"] or 0) > WRONG_MASK:
-        raise ValueError(f"{name} is wrong and was not timed: {found}")
-    batches = shuffled(len(pairs), 0)
-    _time_epochs(epoch, [batches[:WARM_UP_BATCHES]])
-    first = _time_epochs(epoch, [batches])
-    num_later = max(LATER_EPOCHS, round(LATER_SECONDS * min(first["rates"]) / len(pairs)))
-    later = _time_epochs(epoch, [shuffled(len(pairs), 1 + i) for i in range(num_later)])
-    if name.startswith("cached"):  # now it is known how many of them take that long
-        num_later = min(500, round(LATER_SECONDS * median(later["rates"]) / len(pairs)))
-        later = _time_epochs(epoch, [shuffled(len(pairs), 1 + i) for i in range(num_later)])
+        raise ValueError(f"wrong pixels: {found}")
+    first = _time_epochs(loader, [shuffled(len(pairs), 0)])
+    later = _time_epochs(loader, [shuffled(len(pairs), 1 + i) for i in range(LATER_EPOCHS)])
+    enough = min(500, round(LATER_SECONDS * median(later["rates"]) / len(pairs)))
+    if enough > LATER_EPOCHS:
+        later = _time_epochs(loader, [shuffled(len(pairs), 1 + i) for i in range(enough)])
     with _PeakMemory() as memory:
-        for batch in epoch(batches):
+        for batch in _stream(loader, shuffled(len(pairs), 0), whole_epoch=True):
             errors.add(*batch)
     return {"first": first, "later": later, "peak_rss_mib": memory.mib, **errors.result()}
 
 
-def _time_epochs(epoch: Epoch, epochs: list[Batches]) -> dict[str, Any]:
+def search_workers(name: str, candidates: list[int], pairs: fastseg.Pairs) -> int:
+    """The number of workers with which an engine is fastest."""
+    rates = {}
+    for workers in candidates:
+        loader = _start(name, workers, pairs)
+        rates[workers] = max(_time_epochs(loader, [shuffled(len(pairs), i) for i in range(2)])["rates"])
+        del loader  # and with it the worker processes
+    return max(rates, key=lambda workers: rates[workers])
+
+
+def _start(name: str, workers: int, pairs: fastseg.Pairs) -> "Epoch | fastseg.Loader":
+    """A warm loader: its code compiled, its pipeline built, its workers running; its cache empty."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: we try that
+    loader = ENGINES[name].make(pairs, workers)
+    for _ in _stream(loader, shuffled(len(pairs), 0)[:WARM_UP_BATCHES]):
+        pass
+    return loader
+
+
+def _stream(loader: "Epoch | fastseg.Loader", batches: Batches, whole_epoch: bool = False) -> Iterable[Any]:
+    """(images, masks, indices) of batches; a whole epoch comes from our Loader in its own random order."""
+    if isinstance(loader, fastseg.Loader):
+        return loader if whole_epoch else loader.decoder.decode(batches)  # the latter leaves its cache alone
+    return loader(batches)
+
+
+def _time_epochs(loader: "Epoch | fastseg.Loader", epochs: list[Batches]) -> dict[str, Any]:
     rates, pairs, cpu = [], 0, _cpu_seconds()
     for batches in epochs:
         started = time.perf_counter()
-        count = sum(len(images) for images, _, _ in epoch(batches))
+        count = sum(len(images) for images, _, _ in _stream(loader, batches, whole_epoch=True))
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         rates.append(count / (time.perf_counter() - started))
@@ -183,7 +205,9 @@ class _PeakMemory:
         self._thread.join()
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.01):
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(0.01)
             kib = 0
             for process in ("self", *(child.pid for child in active_children())):
                 lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
@@ -209,15 +233,3 @@ def run_limit(workers: int, pairs: fastseg.Pairs) -> dict[str, float]:
         list(pool.map(decode, [files[i::workers] for i in range(workers)]))
         all_threads = len(files) / (time.perf_counter() - started)
     return {"one_thread": one, "all_threads": all_threads}
-
-
-def search_workers(name: str, candidates: list[int], pairs: fastseg.Pairs) -> int:
-    """The number of workers with which an engine is fastest."""
-    torch.set_num_threads(1)
-    rates = {}
-    for workers in candidates:
-        epoch = ENGINES[name].make(pairs, workers)
-        _time_epochs(epoch, [shuffled(len(pairs), 0)[:WARM_UP_BATCHES]])
-        rates[workers] = max(_time_epochs(epoch, [shuffled(len(pairs), i) for i in range(2)])["rates"])
-        del epoch  # and with it the worker processes
-    return max(rates, key=lambda workers: rates[workers])

@@ -9,6 +9,7 @@ an exact area average; one that is wrong is not timed. README.md says how we mea
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -65,7 +66,8 @@ def measure_all(
                 else:
                     runs[name].append(in_fresh_process(run_engine, name, best[name], pairs, answers))
             except (ImportError, OSError, RuntimeError, ValueError, BrokenProcessPool, fastseg.ConfigError) as error:
-                missing[name] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                sentence = f"{type(error).__name__}: {error}".splitlines()[0]
+                missing[name] = re.sub(r"/\S*/", "", sentence)[:120]  # without the folders of this machine
         if turn >= 0:
             limits.append(in_fresh_process(run_limit, workers, pairs))
     rows = [summarise(name, best[name], runs[name]) for name in names if name not in missing]

@@ -100,15 +100,14 @@ class DaliDecoder:
         with contextlib.closing(filled):
             for indices in batches:  # DALI takes no batch of nothing
                 yield next(filled) if len(indices) else self._new_batch(indices)
-            next(filled, None)  # to its end, so that the pipeline can be used again
 
     def _decode_filled(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
-        if not batches:
-            return
-        largest = max(map(len, batches))
+        largest = max(map(len, batches), default=0)
         if largest > self._batch_size or self._in_flight:  # in flight: an iterator before this one was left early
             self._drop_pipeline()
             self._batch_size = max(largest, self._batch_size)
+        if self._pipeline is not None:
+            self._pipeline.reset()  # it stands at the end of the batches before
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fastseg-read")
         samples = self._samples = self._read_ahead(pool, batches)
         self._error = None
@@ -119,8 +118,6 @@ class DaliDecoder:
                 except StopIteration:
                     if self._error is not None:
                         raise self._error from None
-                    if self._pipeline is not None:
-                        self._pipeline.reset()
                     return
                 except _PipelineBrokenError as error:
                     # One undecodable sample makes the whole pipeline useless. The host decoder finds the file,
@@ -221,10 +218,10 @@ class DaliDecoder:
             num_workers=self.num_workers,
             bad=self.bad,
         )
-        for batch in host.decode(batches):
+        for at, batch in enumerate(host.decode(batches), start=1):
+            if at == len(batches) and len(self.bad.found) == known_bad:
+                log.warning("the host decoded %d batches that DALI could not: %s", at, reason)
             yield batch._replace(images=batch.images.to(self.device), masks=batch.masks.to(self.device))
-        if len(self.bad.found) == known_bad:
-            log.warning("the host decoded %d batches that DALI could not: %s", len(batches), reason)
 
     def _build(self) -> Any:
         """The graph; see the module's docstring."""

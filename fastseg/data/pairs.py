@@ -173,7 +173,7 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
         )
     names: list[str] = []
     others: Counter[str] = Counter()
-    pending = [("", (os.path.realpath(folder),))]
+    pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
     while pending:
         below, above = pending.pop()
         try:
