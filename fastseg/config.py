@@ -105,7 +105,7 @@ class Config(BaseModel):
     out_dir: str = _field("runs", "folder of all runs", min_length=1)
     name: str = _field("carvana", "name of this run: results go to out_dir/name")
     load_model: bool = _field(True, "go on from this run's last checkpoint when there is one")
-    checkpoint: str = _field("", "start from this checkpoint, which must exist, instead of the run's last")
+    checkpoint: str = _field("", "weights that a new run starts from, such as another run's best.pt; must exist")
 
     def __init__(self, **fields: Any) -> None:
         try:

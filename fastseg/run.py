@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastseg.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
 from fastseg.config import DEFAULT_VAL_DIRS, Config
-from fastseg.data.check import check_pairs
+from fastseg.data.check import check_sets
 from fastseg.data.loader import Loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.distributed import share_model
@@ -22,7 +22,7 @@ from fastseg.errors import ConfigError
 from fastseg.recipe import make_optimizer
 from fastseg.runtime import Runtime, choose_compile
 
-__all__ = ["Run", "build_run", "find_data", "fit_to_data", "open_run_dir", "resume", "save_last"]
+__all__ = ["Run", "build_run", "find_data", "first_weights", "fit_to_data", "open_run_dir", "resume", "save_last"]
 
 NOTHING_YET = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
 
@@ -74,7 +74,7 @@ def find_data(config: Config) -> tuple[Pairs, Pairs]:
     are held out of the training folders.
 
     Raises:
-        DataError: see `find_pairs` and `check_pairs`.
+        DataError: see `find_pairs` and `check_sets`.
     """
     pairs = find_pairs(config.train_img_dir, config.train_mask_dir, bad_samples=config.bad_samples)
     val_dirs = (config.val_img_dir, config.val_mask_dir)
@@ -85,8 +85,8 @@ def find_data(config: Config) -> tuple[Pairs, Pairs]:
     else:
         train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
     if config.check_data:
-        train_pairs = check_pairs(train_pairs, bad_samples=config.bad_samples, num_workers=config.num_workers)
-        val_pairs = check_pairs(val_pairs, bad_samples=config.bad_samples, num_workers=config.num_workers)
+        both = check_sets([train_pairs, val_pairs], bad_samples=config.bad_samples, num_workers=config.num_workers)
+        train_pairs, val_pairs = both
     return train_pairs, val_pairs
 
 
@@ -107,14 +107,34 @@ def fit_to_data(config: Config, pairs: int) -> Config:
     return config
 
 
-def build_run(config: Config, runtime: Runtime, train_pairs: Pairs, val_pairs: Pairs) -> Run:
-    """A run at its beginning."""
+def first_weights(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
+    """The network a run begins with, and the state it goes on from where there is one and it is wanted; says which.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, belongs to another network, or is named and missing.
+        ConfigError: the run's folder cannot be written.
+    """
+    folder = next(path for path in (config.run_dir, *config.run_dir.absolute().parents) if path.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "no write permission" if folder.is_dir() else f"{folder} is a file"
+        raise ConfigError(f"out_dir: {config.run_dir} cannot be written ({reason}). Give another folder.")
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
         torch.manual_seed(config.seed)
         model = build_model(config)
     if config.checkpoint:
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
-        log.info("weights from %s", config.checkpoint)
+    path = config.run_dir / "last.pt"
+    if config.load_model and path.exists():
+        state = load_checkpoint(path)
+        load_weights(model, state, path, config)
+        return model, state
+    origin = f"weights from {config.checkpoint}" if config.checkpoint else "random weights"
+    log.info("a new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
+    return model, None
+
+
+def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: Pairs, val_pairs: Pairs) -> Run:
+    """A run at its beginning."""
     model = runtime.place(model)
     forward = share_model(model, runtime.device)
     train_loader = make_loader(config, runtime, train_pairs, training=True)
@@ -175,19 +195,15 @@ def save_last(run: Run) -> None:
     save_checkpoint(run.config.run_dir / "last.pt", state)
 
 
-def resume(run: Run) -> None:
-    """Go on from the run's last checkpoint where there is one and it is wanted; says which it did.
+def resume(run: Run, state: dict[str, Any] | None) -> None:
+    """Put a run where `state`, from its `last.pt`, was taken; says where that is.
 
     Raises:
-        CheckpointError: it belongs to another network, or is damaged.
-        ConfigError: it belongs to another recipe or other data.
+        ConfigError: the state belongs to another recipe or to other data.
     """
-    path = run.config.run_dir / "last.pt"
-    if not run.config.load_model or not path.exists():
-        log.info("a new run: %s", "no checkpoint to go on from" if run.config.load_model else "load_model is false")
+    if state is None:
         return
-    state = load_checkpoint(path)
-    load_weights(run.model, state, path, run.config)
+    path = run.config.run_dir / "last.pt"
     try:
         run.train_loader.load_state_dict(state["loader"])
         run.optimizer.load_state_dict(state["optimizer"])
@@ -195,7 +211,9 @@ def resume(run: Run) -> None:
         run.generator.set_state(state["generator"])
         run.loss_sum.copy_(state["loss_sum"])
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
-    except (KeyError, ValueError) as error:
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"{path}: belongs to a run of another kind ({error}). Give another name, or pass load_model=false."
         ) from None

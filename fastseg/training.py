@@ -29,7 +29,7 @@ from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
 from fastseg.recipe import learning_rate, training_loss
 from fastseg.report import draw_curves, draw_overlay, versions
-from fastseg.run import Run, build_run, find_data, fit_to_data, open_run_dir, resume, save_last
+from fastseg.run import Run, build_run, find_data, first_weights, fit_to_data, open_run_dir, resume, save_last
 from fastseg.runtime import choose_runtime
 
 __all__ = ["TrainResult", "train"]
@@ -75,11 +75,12 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> TrainR
     config = as_config(config)
     with process_group():
         runtime = choose_runtime(config)
+        model, state = first_weights(config)
         train_pairs, val_pairs = find_data(config)
         config = fit_to_data(config, len(train_pairs))
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.describe)
-        run = build_run(config, runtime, train_pairs, val_pairs)
-        resume(run)
+        run = build_run(config, runtime, model, train_pairs, val_pairs)
+        resume(run, state)
         open_run_dir(run)
         run.clock["start-up"] = time.perf_counter() - started
         with _stop_on_signal(run):
@@ -234,7 +235,8 @@ def _finish(run: Run, left_out: list[str], started: float) -> TrainResult:
     if run.history and run.runtime.rank == 0:
         load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
         draw_curves(run.history, folder / "curves.png")
-        draw_overlay(run.model.eval(), run.val_loader.pairs, run.config, run.runtime, folder / "overlay.png")
+        usable = run.val_loader.pairs.without(run.val_loader.bad.found)
+        draw_overlay(run.model.eval(), usable, run.config, run.runtime, folder / "overlay.png")
     run.clock["pictures"] = time.perf_counter() - began
     stepping = run.clock["steps"] + run.clock["waiting for data"]
     result = TrainResult(

@@ -1,6 +1,6 @@
-"""Train as configured in a JSON file: python scripts/train.py [hyperparams.json]
+"""Train as configured in a JSON file: python scripts/train.py [hyperparams.json] [--any-config-field VALUE ...]
 
-Without an argument it reads the hyperparams.json beside it. `fastseg train --config FILE` is the same, with flags.
+Without an argument it reads the hyperparams.json beside it. `fastseg train --config FILE` is the same.
 """
 
 import sys
@@ -9,5 +9,7 @@ from pathlib import Path
 from fastseg.cli import main
 
 if __name__ == "__main__":
-    path = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).with_name("hyperparams.json"))
-    main(["train", "--config", path, *sys.argv[2:]])
+    flags = sys.argv[1:]
+    named = bool(flags) and not flags[0].startswith("-")
+    path = flags.pop(0) if named else str(Path(__file__).with_name("hyperparams.json"))
+    main(["train", "--config", path, *flags])

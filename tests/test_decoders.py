@@ -475,6 +475,18 @@ def test_one_bad_sample_breaks_a_pipeline_and_training_goes_on(
 
 
 @pytest.mark.dali
+def test_iterator_that_another_has_replaced_says_so(pairs: Pairs) -> None:
+    decoder = DaliDecoder(pairs, 16, 24)
+    first = decoder.decode(split(range(12), 2))
+    next(first)
+    second = decoder.decode(split(range(12), 2))
+    next(second)
+    with pytest.raises(RuntimeError, match="this iterator ended when a later one began"):
+        next(first)
+    assert [batch.indices.tolist() for batch in second] == [[2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+
+
+@pytest.mark.dali
 def test_host_stands_in_for_dali_and_says_so(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -99,7 +99,7 @@ def test_load_model_false_starts_anew(pairs_dir, tmp_path, caplog):
     fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
     caplog.set_level("INFO")
     result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, load_model=False, seed=5))
-    assert "a new run: load_model is false" in caplog.text
+    assert "a new run from random weights (load_model is false)" in caplog.text
     assert len(result.history) == 1
 
 

@@ -122,9 +122,11 @@ class DaliDecoder:
                 except _PipelineBrokenError as error:
                     # One undecodable sample makes the whole pipeline useless. The host decoder finds the file,
                     # names it and replaces it; a new pipeline goes on behind the batches that were under way.
-                    batches_under_way = list(self._in_flight)
+                    under_way = list(self._in_flight)
                     self._drop_pipeline()
-                    yield from self._on_host(batches_under_way, str(error))
+                    if not under_way:
+                        raise
+                    yield from self._on_host(under_way, str(error))
                     continue
                 yield batch
             raise RuntimeError("DaliDecoder: this iterator ended when a later one began")
@@ -193,9 +195,9 @@ class DaliDecoder:
         if all(shape[:2] == (self.height, self.width) for shape in images.shape()):
             feed_ndarray(images.as_tensor(), batch.images, cuda_stream=stream)
             return batch
-        for sample, cells in zip(images, batch.images, strict=True):
-            pixels = torch.empty(sample.shape(), dtype=torch.uint8, device=self.device)
-            feed_ndarray(sample, pixels, cuda_stream=stream)
+        for at, cells in enumerate(batch.images):
+            pixels = torch.empty(images[at].shape(), dtype=torch.uint8, device=self.device)
+            feed_ndarray(images[at], pixels, cuda_stream=stream)
             cells.copy_(_average_cells(pixels, self.height, self.width))
         return batch
 
@@ -253,7 +255,7 @@ class DaliDecoder:
         return pipeline
 
 
-class _PipelineBrokenError(Exception):
+class _PipelineBrokenError(RuntimeError):
     """DALI's executor stopped; the pipeline object cannot be used again."""
 
 

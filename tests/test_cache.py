@@ -1,0 +1,592 @@
+"""Caches: decoded once, right for ever, whoever is killed or interrupted meanwhile."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pair
+from test_decoders import BROKEN, breaks, copy_pairs, remove_image, run_within
+
+from fastseg import Loader, Pairs, find_pairs
+from fastseg.data import cache as cache_module
+from fastseg.data import host
+from fastseg.data.batch import Batch
+from fastseg.errors import ConfigError
+
+KINDS = ["memory", "disk"]
+
+
+@pytest.fixture
+def own_pairs(pairs_dir: Path, tmp_path: Path) -> Pairs:
+    return copy_pairs(pairs_dir, tmp_path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def make(own_pairs: Pairs, folder: Path) -> Callable[..., Loader]:
+    def make(**settings: Any) -> Loader:
+        defaults = {"height": 16, "width": 24, "batch_size": 5, "decoder": "host", "cache": "disk"}
+        return Loader(settings.pop("pairs", own_pairs), **{**defaults, "cache_dir": str(folder), **settings})
+
+    return make
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Indices of the pairs that have been decoded, in no order."""
+    indices: list[int] = []
+    original = host.decode_pair
+
+    def decode_pair(pairs: Pairs, index: int, *rest: Any) -> None:
+        indices.append(index)
+        original(pairs, index, *rest)
+
+    monkeypatch.setattr(host, "decode_pair", decode_pair)
+    return indices
+
+
+def pixels_of(loader: Loader) -> dict[int, tuple[bytes, bytes]]:
+    """What one epoch gives for each pair."""
+    return {
+        int(index): (image.numpy().tobytes(), mask.numpy().tobytes())
+        for images, masks, indices in loader
+        for image, mask, index in zip(images, masks, indices, strict=True)
+    }
+
+
+def drafts(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.part"))
+
+
+def published(folder: Path) -> Path:
+    (path,) = folder.glob("*.fastseg")
+    return path
+
+
+# Filled in the first epoch, used from the second
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_file_is_opened_after_the_first_epoch(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], kind: str, drop_last: bool
+) -> None:
+    expected = pixels_of(make(cache="off"))
+    decoded.clear()
+    loader = make(cache=kind, drop_last=drop_last)
+    first = pixels_of(loader)
+    assert sorted(decoded) == list(range(12))  # also what drop_last left out
+    for index in range(12):
+        os.unlink(own_pairs.image_path(index))
+        os.unlink(own_pairs.mask_path(index))
+    for _ in range(4):
+        later = pixels_of(loader)
+        assert len(later) == (10 if drop_last else 12)
+        assert all(expected[index] == pixels for index, pixels in [*first.items(), *later.items()])
+    assert len(decoded) == 12
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("kind", KINDS)
+def test_dali_fills_the_cache_too(make: Callable[..., Loader], own_pairs: Pairs, kind: str) -> None:
+    loader = make(cache=kind, decoder="dali", drop_last=True)
+    first = pixels_of(loader)
+    for index in range(12):
+        os.unlink(own_pairs.image_path(index))
+    later = [pixels_of(loader) for _ in range(4)]
+    assert {index for epoch in later for index in epoch} == set(range(12))
+    assert all(epoch[index] == first[index] for epoch in later for index in epoch.keys() & first.keys())
+
+
+def test_off_keeps_nothing(make: Callable[..., Loader], decoded: list[int], folder: Path) -> None:
+    loader = make(cache="off")
+    for epoch in (1, 2):
+        pixels_of(loader)
+        assert len(decoded) == 12 * epoch
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_interrupted_epoch_decoded_is_not_decoded_again(
+    make: Callable[..., Loader], decoded: list[int], kind: str
+) -> None:
+    loader = make(cache=kind, num_workers=1, batch_size=2)
+    first = next(iter(loader)).indices.tolist()
+    loader.load_state_dict({**loader.state_dict(), "step": 0})
+    decoded.clear()
+    pixels_of(loader)
+    assert sorted(decoded) == sorted(set(range(12)) - set(first))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_what_is_missing_of_a_batch_is_decoded(make: Callable[..., Loader], decoded: list[int], kind: str) -> None:
+    expected = pixels_of(make(cache="off"))
+    for rank in (0, 1):  # a process sees half of each epoch, and other halves of the next
+        decoded.clear()
+        loader = make(cache=kind, rank=rank, world_size=2)
+        for _ in range(12):
+            assert all(expected[index] == pixels for index, pixels in pixels_of(loader).items())
+        assert sorted(decoded) == list(range(12))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bad_pair_does_not_keep_the_cache_from_being_complete(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], kind: str
+) -> None:
+    breaks(remove_image, own_pairs)
+    loader = make(cache=kind, bad_samples="skip", num_workers=1)
+    for _ in range(3):
+        assert set(pixels_of(loader)) == set(range(12)) - {BROKEN}
+    assert sorted(set(decoded)) == list(range(12))
+    assert decoded.count(BROKEN) == 1
+
+
+# The disk cache outlives the run
+
+
+def test_next_run_decodes_nothing(make: Callable[..., Loader], decoded: list[int], folder: Path) -> None:
+    expected = pixels_of(make())
+    assert drafts(folder) == []
+    decoded.clear()
+    assert pixels_of(make(shuffle=False, batch_size=3, num_workers=1, drop_last=True)) == expected
+    assert decoded == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pairs: write_pair(Path(pairs.image_dir).parent, "car1_02", seed=77),
+        lambda pairs: os.utime(pairs.image_path(BROKEN), ns=(0, 123_456_789)),
+        lambda pairs: os.utime(pairs.mask_path(BROKEN), ns=(0, 123_456_789)),
+    ],
+    ids=["other files", "image touched", "mask touched"],
+)
+def test_only_files_that_changed_are_decoded_again(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], folder: Path, change: Callable[[Pairs], object]
+) -> None:
+    pixels_of(make())
+    change(own_pairs)
+    expected = pixels_of(make(cache="off"))
+    decoded.clear()
+    assert pixels_of(make()) == expected
+    assert decoded == [BROKEN]
+    assert pixels_of(make()) == expected
+    assert decoded == [BROKEN]
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_new_pairs_join_those_that_are_there(make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]) -> None:
+    pixels_of(make())
+    for view in (5, 6):
+        write_pair(Path(own_pairs.image_dir).parent, f"car1_{view:02d}", seed=view)
+    more = find_pairs(own_pairs.image_dir, own_pairs.mask_dir)
+    expected = pixels_of(make(pairs=more, cache="off"))
+    decoded.clear()
+    assert pixels_of(make(pairs=more)) == expected
+    assert sorted(more.images[index] for index in decoded) == ["car1_05.jpg", "car1_06.jpg"]
+
+
+def test_other_splits_of_the_same_files_share_what_is_decoded(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]
+) -> None:
+    expected = pixels_of(make())
+    decoded.clear()
+    chosen = [11, 3, 4, 8]
+    part = pixels_of(make(pairs=own_pairs.subset(chosen)))
+    assert part == {at: expected[index] for at, index in enumerate(chosen)}
+    assert decoded == []
+
+
+def test_pair_that_was_bad_is_tried_again_by_the_next_run(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]
+) -> None:
+    expected = pixels_of(make(cache="off"))
+    data = Path(own_pairs.image_path(BROKEN)).read_bytes()
+    times = os.stat(own_pairs.image_path(BROKEN))
+    Path(own_pairs.image_path(BROKEN)).write_bytes(b"")
+    pixels_of(make(bad_samples="skip"))
+    Path(own_pairs.image_path(BROKEN)).write_bytes(data)
+    os.utime(own_pairs.image_path(BROKEN), ns=(times.st_atime_ns, times.st_mtime_ns))
+    decoded.clear()
+    assert pixels_of(make(bad_samples="skip")) == expected
+    assert decoded == [BROKEN]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"height": 17}, {"width": 12, "height": 32}, {"mask_resize": "nearest"}, pytest.param({"decoder": "dali"}, marks=pytest.mark.dali)],
+    ids=str,
+)  # fmt: skip
+def test_other_pixels_do_not_mix(make: Callable[..., Loader], folder: Path, other: dict[str, Any]) -> None:
+    pixels_of(make())
+    assert pixels_of(make(**other)) == pixels_of(make(cache="off", **other))
+    assert len(list(folder.glob("*.fastseg"))) == 2
+    assert pixels_of(make()) == pixels_of(make(cache="off"))
+
+
+def test_other_folders_do_not_mix(make: Callable[..., Loader], tmp_path: Path) -> None:
+    pixels_of(make())
+    for view in range(12):
+        write_pair(tmp_path / "others", f"car{view // 4}_{view % 4 + 1:02d}", seed=100 + view)
+    others = find_pairs(tmp_path / "others" / "images", tmp_path / "others" / "masks")
+    assert pixels_of(make(pairs=others)) == pixels_of(make(pairs=others, cache="off"))
+
+
+def test_draft_goes_with_its_loader(make: Callable[..., Loader], folder: Path) -> None:
+    loader = make()
+    next(iter(loader))
+    assert len(drafts(folder)) == 1
+    del loader
+    assert list(folder.iterdir()) == []
+
+
+def test_two_loaders_of_one_process_do_not_wait_for_each_other(make: Callable[..., Loader], folder: Path) -> None:
+    expected = pixels_of(make(cache="off"))
+
+    def work() -> None:
+        first, second = make(), make()  # as when a cell of a notebook is run twice
+        batches = iter(first)
+        next(batches)
+        assert pixels_of(second) == expected
+        list(batches)
+        assert pixels_of(first) == expected
+
+    run_within(60, work)
+    assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
+
+
+# Killed, or disturbed
+
+
+DRIVER = """
+    import os, random, signal, sys
+    import fastseg
+
+    images, masks, folder, task, seed = sys.argv[1:]
+    pairs = fastseg.find_pairs(images, masks)
+    random = random.Random(int(seed))
+
+    def epoch(report):
+        loader = fastseg.Loader(
+            pairs, height=64, width=96, batch_size=2, num_workers=1, decoder="host", cache="disk", cache_dir=folder
+        )
+        os.write(report, b"opened ")
+        for _ in loader:
+            os.write(report, b"batch ")
+        os.write(report, b"published ")
+
+    def start():
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                epoch(theirs)
+            finally:
+                os._exit(0)
+        os.close(theirs)
+        return child, ours
+
+    if task == "kill":
+        for marks in (0, 1, 2, 4, 6, 7, 7, 8):  # before the file is there, while it is written, while it is published
+            child, report = start()
+            seen = b""
+            while seen.count(b" ") < marks and (read := os.read(report, 1)):
+                seen += read
+            for _ in range(random.randrange(20_000)):
+                pass
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            if marks == 4:
+                print("drafts", len([name for name in os.listdir(folder) if name.endswith(".part")]))
+            os.close(report)
+            for name in os.listdir(folder) if marks >= 7 and os.path.isdir(folder) else ():
+                if name.endswith(".fastseg"):  # so that the next one has something to write
+                    os.unlink(os.path.join(folder, name))
+    else:
+        children = [start() for _ in range(3)]
+        for child, report in children:
+            seen = b""
+            while read := os.read(report, 100):
+                seen += read
+            print(seen.decode())
+            os.waitpid(child, 0)
+"""
+
+
+def run_driver(pairs: Pairs, folder: Path, task: str, seed: int = 0) -> str:
+    script = [sys.executable, "-c", textwrap.dedent(DRIVER)]
+    arguments = [pairs.image_dir, pairs.mask_dir, str(folder), task, str(seed)]
+    root = str(Path(__file__).parents[1])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_run_after_one_that_was_killed_is_right_and_complete(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], folder: Path
+) -> None:
+    assert run_driver(own_pairs, folder, "kill") == "drafts 1\n"  # the killed did write, and their drafts were removed
+    size = {"height": 64, "width": 96, "batch_size": 2}
+    expected = pixels_of(make(cache="off", **size))
+    for _ in range(2):
+        assert pixels_of(make(**size)) == expected
+        assert drafts(folder) == []
+    decoded.clear()
+    assert pixels_of(make(**size)) == expected
+    assert decoded == []
+
+
+def test_processes_at_once_all_get_the_right_pixels(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], folder: Path
+) -> None:
+    whole = "opened " + 6 * "batch " + "published "
+    assert run_driver(own_pairs, folder, "together").splitlines() == [whole] * 3
+    size = {"height": 64, "width": 96, "batch_size": 2}
+    assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
+    assert pixels_of(make(**size)) == pixels_of(make(cache="off", **size))
+    assert len(decoded) == 12  # those of cache="off"
+
+
+def test_orphan_is_removed_and_a_draft_in_use_is_not(make: Callable[..., Loader], folder: Path) -> None:
+    in_use = make()
+    next(iter(in_use))
+    (draft,) = drafts(folder)
+    orphan = folder / draft.replace(draft.split(".")[-2], "0" * 32)
+    orphan.write_bytes(b"half a cache")
+    other = make(height=8)
+    assert not orphan.exists()
+    assert len(drafts(folder)) == 2
+    pixels_of(in_use)
+    pixels_of(other)
+    assert len(list(folder.glob("*.fastseg"))) == 2
+
+
+def test_draft_taken_for_an_orphan_before_it_was_locked_is_made_again(
+    make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, quicker = cache_module.fcntl.flock, []
+
+    def flock(file: Any, operation: int) -> None:
+        if not quicker and operation == cache_module.fcntl.LOCK_EX:
+            quicker.append(os.unlink(file.name))
+        original(file, operation)
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", flock)
+    loader = make()
+    assert quicker == [None]
+    assert len(drafts(folder)) == 1
+    assert pixels_of(loader) == pixels_of(make(cache="off"))
+    assert published(folder).exists()
+
+
+def test_files_of_others_stay_as_they_are(make: Callable[..., Loader], folder: Path, own_pairs: Pairs) -> None:
+    expected = pixels_of(make())
+    name = published(folder).name
+    others = {
+        "film.mp4.part": b"a browser's",
+        "notes.txt": b"mine",
+        "other.fastseg": b"\x00\x01\x02",
+        f"{name.split('-')[0]}-0.fastseg": b"[]",
+        f"{name.split('-')[0]}-1.fastseg": json.dumps({"format": 1, "shape": [12, 16, 24]}).encode(),
+        f"{name.split('-')[0]}-2.fastseg": json.dumps({"format": 1, "shape": "12"}).encode().ljust(5000),
+        f"{name.split('-')[0]}-3.fastseg": b"",
+    }
+    for other, data in others.items():
+        (folder / other).write_bytes(data)
+    (folder / f"{name.split('-')[0]}-4.fastseg").mkdir()
+    os.utime(own_pairs.image_path(0), ns=(0, 1))  # so that every file is looked at
+    assert pixels_of(make()) == expected
+    assert {path.name for path in folder.iterdir()} == {*others, name, f"{name.split('-')[0]}-4.fastseg"}
+    assert all((folder / other).read_bytes() == data for other, data in others.items())
+
+
+@pytest.mark.parametrize(
+    "corrupt",
+    [
+        lambda data: b"",
+        lambda data: data[:100],
+        lambda data: data[:-1],
+        lambda data: data + b"\0",
+        lambda data: bytes(len(data)),
+        lambda data: b"\xff" * len(data),
+        lambda data: data.replace(b'"format": ', b'"format": 9', 1),
+        lambda data: data.replace(b"[12, 16, 24]", b"[12, 24, 16]", 1),
+        lambda data: data.replace(b"[12, 16, 24]", b"[-2, 16, 24]", 1),
+        lambda data: data.replace(b"[12, 16, 24]", b"[1e9,16,24]", 1),
+        lambda data: data[:4096] + np.random.default_rng(0).bytes(12 * 16) + data[4096 + 12 * 16 :],
+    ],
+)
+def test_corrupt_file_is_rebuilt(
+    make: Callable[..., Loader], folder: Path, decoded: list[int], corrupt: Callable[[bytes], bytes]
+) -> None:
+    expected = pixels_of(make())
+    data = published(folder).read_bytes()
+    published(folder).write_bytes(corrupt(data))
+    decoded.clear()
+    assert pixels_of(make()) == expected
+    assert len(decoded) == 12
+    assert published(folder).read_bytes() == data
+    assert pixels_of(make()) == expected
+    assert len(decoded) == 12
+
+
+def test_folder_that_cannot_be_written_is_refused(make: Callable[..., Loader], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place, reason in [("file", "File exists"), ("file/below", "Not a directory")]:
+        with pytest.raises(ConfigError) as error:
+            make(cache_dir=str(tmp_path / place))
+        assert str(error.value) == (
+            f"cache_dir: {tmp_path / place} cannot be written ({reason}). Give another folder, or cache=off."
+        )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_folder_without_permission_is_refused(make: Callable[..., Loader], tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(ConfigError, match=r"locked cannot be written \(Permission denied\)\. Give another folder"):
+        make(cache_dir=str(tmp_path / "locked"))
+
+
+def test_full_disk_is_met_before_the_epoch(
+    make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def posix_fallocate(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
+    with pytest.raises(ConfigError, match=r"cache cannot be written \(No space left on device\)\. Give another folder"):
+        make()
+    assert list(folder.iterdir()) == []
+
+
+def test_file_that_cannot_be_published_costs_the_file_not_the_run(
+    make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pixels_of(make(cache="off"))
+    loader = make()
+
+    def replace(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", replace)
+    for _ in range(3):
+        assert pixels_of(loader) == expected
+    (line,) = [line for line in caplog.messages if "cannot be written" in line]
+    assert line.endswith("cannot be written (Input/output error); the next run decodes again")
+    assert list(folder.iterdir()) == []
+
+
+def test_run_that_maps_a_file_keeps_it_when_another_replaces_it(make: Callable[..., Loader], own_pairs: Pairs) -> None:
+    pixels_of(make())
+    reader = make()
+    before = pixels_of(reader)
+    write_pair(Path(own_pairs.image_dir).parent, "car1_02", seed=77)
+    after = pixels_of(make())
+    assert after != before
+    assert pixels_of(reader) == before
+    assert pixels_of(make()) == after
+
+
+def test_cache_folder_of_the_user(make: Callable[..., Loader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    pixels_of(make(cache_dir=""))
+    assert len(list((tmp_path / "home" / ".cache" / "fastseg").iterdir())) == 1
+    pixels_of(make(cache_dir="~/mine"))
+    assert len(list((tmp_path / "home" / "mine").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    pixels_of(make(cache_dir=""))
+    assert len(list((tmp_path / "xdg" / "fastseg").iterdir())) == 1
+
+
+# Which one
+
+
+SIZE = 12 * 16 * 24 * 4
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "chosen"),
+    [
+        (2 * SIZE, 0, "memory"),
+        (2 * SIZE - 2, 2 * SIZE, "disk"),
+        (2 * SIZE - 2, 2 * SIZE - 2, "off"),
+        (10 * SIZE, 10 * SIZE, "memory"),
+        (0, 0, "off"),
+    ],
+)
+def test_auto_takes_the_fastest_that_holds_it_in_half_the_free_space(
+    make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    memory: int, disk: int, chosen: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(cache_module, "_free_memory", lambda: memory)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    with caplog.at_level(logging.INFO):
+        loader = make(cache="auto")
+    assert sum(line.startswith(f"cache: {chosen} (0 MiB fit") for line in caplog.messages) == 1
+    assert (type(loader.cache).__name__ if loader.cache else None) == {
+        "memory": "Cache", "disk": "DiskCache", "off": None,
+    }[chosen]  # fmt: skip
+    assert folder.exists() == (chosen == "disk")
+    assert len(pixels_of(loader)) == 12
+
+
+def test_auto_does_not_choose_a_disk_that_cannot_be_written(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "_free_memory", lambda: 0)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert make(cache="auto").cache is None
+
+
+def test_free_memory_is_that_of_the_machine_within_the_limit_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert 0 < cache_module._free_memory() <= pages
+    for limit, free in [("1048576\n", 2**20), ("max\n", None)]:
+        monkeypatch.setattr(Path, "read_text", lambda path, limit=limit: limit)
+        assert cache_module._free_memory() == free if free else cache_module._free_memory() > 2**20
+
+
+def test_memory_that_is_not_there_is_refused(make: Callable[..., Loader]) -> None:
+    with pytest.raises(ConfigError, match=r"^cache: memory has no room for the \d+ MiB of 12 pairs\. Use cache=disk"):
+        make(cache="memory", height=2**22, width=2**22)
+
+
+def test_cache_takes_no_part_of_a_batch_by_reference() -> None:
+    cache = cache_module.Cache(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.zeros(3, 2, 2, dtype=torch.uint8))
+    batch = Batch(torch.ones(2, 2, 2, 3, dtype=torch.uint8), torch.ones(2, 2, 2, dtype=torch.uint8), np.array([2, 0]))
+    cache.put(batch)
+    batch.images.zero_()
+    assert cache.filled.tolist() == [True, False, True]
+    gathered = cache.gather(np.array([0, 2]))
+    assert gathered.images.unique().tolist() == [1]
+    gathered.images.zero_()
+    assert cache.gather(np.array([2])).images.unique().tolist() == [1]
+
+
+def test_threads_that_load_at_once_do_not_disturb_each_other(make: Callable[..., Loader], folder: Path) -> None:
+    expected = pixels_of(make(cache="off"))
+    got: list[dict[int, tuple[bytes, bytes]]] = []
+    threads = [threading.Thread(target=lambda: got.append(pixels_of(make())), daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert got == [expected] * 4
+    assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
