@@ -1,5 +1,6 @@
 """The state of a training run: its data, what is built from a configuration, saved to `last.pt` and taken up again."""
 
+import errno
 import json
 import logging
 import math
@@ -116,7 +117,7 @@ def first_weights(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
     """
     folder = next(path for path in (config.run_dir, *config.run_dir.absolute().parents) if path.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "no write permission" if folder.is_dir() else f"{folder} is a file"
+        reason = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
         raise ConfigError(f"out_dir: {config.run_dir} cannot be written ({reason}). Give another folder.")
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
         torch.manual_seed(config.seed)

@@ -136,12 +136,11 @@ def test_what_an_interrupted_epoch_decoded_is_not_decoded_again(
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_what_is_missing_of_a_batch_is_decoded(make: Callable[..., Loader], decoded: list[int], kind: str) -> None:
     expected = pixels_of(make(cache="off"))
-    for rank in (0, 1):  # a process sees half of each epoch, and other halves of the next
-        decoded.clear()
-        loader = make(cache=kind, rank=rank, world_size=2)
-        for _ in range(12):
-            assert all(expected[index] == pixels for index, pixels in pixels_of(loader).items())
-        assert sorted(decoded) == list(range(12))
+    loader = make(cache=kind, rank=1, world_size=2)  # a process sees half of an epoch, another half of the next
+    decoded.clear()
+    for _ in range(12):
+        assert all(expected[index] == pixels for index, pixels in pixels_of(loader).items())
+    assert sorted(decoded) == list(range(12))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -229,9 +228,14 @@ def test_pair_that_was_bad_is_tried_again_by_the_next_run(
 
 @pytest.mark.parametrize(
     "other",
-    [{"height": 17}, {"width": 12, "height": 32}, {"mask_resize": "nearest"}, pytest.param({"decoder": "dali"}, marks=pytest.mark.dali)],
-    ids=str,
-)  # fmt: skip
+    [
+        {"height": 17},
+        {"width": 12, "height": 32},
+        {"mask_resize": "nearest"},
+        pytest.param({"decoder": "dali"}, marks=pytest.mark.dali),
+    ],
+    ids="-".join,
+)
 def test_other_pixels_do_not_mix(make: Callable[..., Loader], folder: Path, other: dict[str, Any]) -> None:
     pixels_of(make())
     assert pixels_of(make(**other)) == pixels_of(make(cache="off", **other))
@@ -276,10 +280,13 @@ def test_two_loaders_of_one_process_do_not_wait_for_each_other(make: Callable[..
 DRIVER = """
     import os, random, signal, sys
     import fastseg
+    import fastseg.data.host
 
     images, masks, folder, task, seed = sys.argv[1:]
     pairs = fastseg.find_pairs(images, masks)
     random = random.Random(int(seed))
+
+    next(fastseg.data.host.HostDecoder(pairs, 64, 96).decode([[0]]))  # loads what is compiled, before the forks
 
     def epoch(report):
         loader = fastseg.Loader(

@@ -141,7 +141,7 @@ def test_train_help_shows_every_field_with_its_description_and_choices(cli):
         )
     assert "--batch-size N pairs a step, over all processes (default: 16) " in text
     assert "--bad-samples raise|skip " in text
-    assert "is one (default: true) --checkpoint TEXT start from this checkpoint, " in text
+    assert "is one (default: true) --checkpoint TEXT weights that a new run starts from, " in text
 
 
 def test_help_names_the_commands(cli):
@@ -413,7 +413,7 @@ def test_bad_file_is_refused_before_and_during_training(damage, name, fault, che
         ),
         (
             {"name": "notes.txt", "out_dir": "."},
-            "out_dir: notes.txt cannot be written (File exists). Give another folder.",
+            "out_dir: notes.txt cannot be written (Not a directory). Give another folder.",
         ),
         (
             {"out_dir": "/proc"},

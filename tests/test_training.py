@@ -179,7 +179,7 @@ def test_skipped_files_are_named_counted_and_training_goes_on(pairs_dir, tmp_pat
     (tmp_path / "images/car0_01.jpg").write_bytes(b"")
     truncated = (tmp_path / "masks/car1_02_mask.gif").read_bytes()[:200]
     (tmp_path / "masks/car1_02_mask.gif").write_bytes(truncated)
-    with pytest.raises(fastseg.DataError, match="2 of 12 pairs cannot be used"):
+    with pytest.raises(fastseg.DataError, match="2 of 24 pairs cannot be used"):
         fastseg.train(
             config(
                 tmp_path,
