@@ -17,10 +17,9 @@ import numpy as np
 import peers
 import simplejpeg
 import torch
-from measure import area_average, median
+from measure import area_average, median, read_pixels
 from numpy.typing import NDArray
 from peers import HEIGHT, WIDTH, Batches, Epoch
-from PIL import Image
 
 import fastseg
 
@@ -84,8 +83,8 @@ def exact_answers(pairs: fastseg.Pairs, count: int = 16) -> Answers:
     indices = sorted({int(i) for i in np.linspace(0, len(pairs) - 1, count)})
     images, masks = ([], []), ([], [])
     for index in indices:
-        pixels = np.asarray(Image.open(pairs.image_path(index)).convert("RGB"))
-        mask = np.asarray(Image.open(pairs.mask_path(index)).convert("L")) > 0
+        pixels = read_pixels(pairs.image_path(index), "RGB")
+        mask = read_pixels(pairs.mask_path(index), "L") > 0
         height, width = mask.shape
         for grid, block in enumerate((1, 8)):
             extent = (-(-height // block) * block, -(-width // block) * block)

@@ -48,7 +48,7 @@ def carvana_pairs(data: str | None, count: int) -> tuple[fastseg.Pairs, dict[str
         raise DataError(f"{folder}: must hold train_images and train_masks; make them with `fastseg synth --out`.")
     files = fastseg.Pairs(str(folder), str(folder), images, masks)
     pairs = files.subset(index % len(files) for index in range(count))
-    width, height = Image.open(pairs.image_path(0)).size
+    height, width, _ = read_pixels(pairs.image_path(0), "RGB").shape
     about = {
         "source": "given folder" if data else "fastseg.generate, seed 0",
         "pairs": count,
@@ -73,6 +73,12 @@ def _generated(count: int) -> Path:
 
 def _mean_kib(paths: Any) -> float:
     return round(float(np.mean([os.path.getsize(path) for path in paths])) / 1024, 1)
+
+
+def read_pixels(path: str, mode: str) -> NDArray[np.uint8]:
+    """The whole picture, by Pillow."""
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert(mode))
 
 
 def area_average(pixels: NDArray[Any], extent: tuple[int, int], target: tuple[int, int]) -> NDArray[np.float64]:
@@ -163,15 +169,17 @@ def _text(path: str) -> str:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns of a Markdown table, so that what is printed can stand in a README; the first is aligned left."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    """A Markdown table, so that what is printed can stand in a README; columns of numbers are aligned right."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(cell[:1].isdigit() or cell == "-" for cell in column[1:]) for column in columns]
 
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(cells)} |"
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return f"| {' | '.join(padded)} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    print(line(header), line(rule), *(line(row) for row in rows), sep="\n")
+    rule = [("-" * (width - 1)) + (":" if r else "-") for width, r in zip(widths, right, strict=True)]
+    print(line(header), line(rule), *map(line, rows), sep="\n")
 
 
 def report(suite: str, content: dict[str, Any], about: dict[str, Any], packages: Sequence[str], path: str) -> None:
@@ -198,36 +206,36 @@ class Bar(NamedTuple):
     color: str = PEER
 
 
-def draw_bars(path: str, title: str, subtitle: str, xlabel: str, bars: Sequence[Bar], log: bool = True) -> None:
-    """A chart of horizontal bars, longest first, each with its number behind it."""
+def draw_bars(path: str, title: str, subtitle: str, xlabel: str, panels: dict[str, Sequence[Bar]]) -> None:
+    """Panels of horizontal bars, each with its own scale from 0, longest bar first, its number behind it."""
     from matplotlib.figure import Figure
 
-    bars = sorted(bars, key=lambda bar: bar.value)
-    figure = Figure(figsize=(9, 1.3 + 0.36 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    values = [bar.value for bar in bars]
-    drawn = axes.barh(
-        [bar.label for bar in bars],
-        values,
-        xerr=[bar.spread for bar in bars],
-        color=[bar.color for bar in bars],
-        height=0.72,
-        error_kw={"ecolor": "#444444", "elinewidth": 1, "capsize": 2},
-    )
-    axes.bar_label(drawn, labels=[f"{value:,.0f}" for value in values], padding=6, fontsize=9)
-    if log:
-        axes.set_xscale("log")
-        axes.set_xlim(min(values) / 2, max(values) * 2.2)
-    else:
-        axes.set_xlim(0, max(values) * 1.12)
-    axes.set_xlabel(xlabel)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for text, bar in zip(axes.get_yticklabels(), bars, strict=True):
-        text.set_fontweight("bold" if bar.color == OURS else "normal")
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    axes.set_title(subtitle, loc="left", fontsize=9, color="#555555")
+    sizes = [len(bars) for bars in panels.values()]
+    height = 1.2 + sum(0.55 + 0.3 * size for size in sizes)
+    figure = Figure(figsize=(9.5, height), layout="constrained")
+    grid = figure.subplots(len(panels), height_ratios=[0.5 + size for size in sizes], squeeze=False)
+    for axes, (name, bars) in zip(grid[:, 0], panels.items(), strict=True):
+        bars = sorted(bars, key=lambda bar: bar.value)
+        drawn = axes.barh(
+            [bar.label for bar in bars],
+            [bar.value for bar in bars],
+            xerr=[bar.spread for bar in bars],
+            color=[bar.color for bar in bars],
+            height=0.74,
+            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
+        )
+        axes.bar_label(drawn, labels=[f"{bar.value:,.0f}" for bar in bars], padding=5, fontsize=9)
+        axes.set_xlim(0, max(bar.value + bar.spread for bar in bars) * 1.1)
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.tick_params(labelsize=9)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for text, bar in zip(axes.get_yticklabels(), bars, strict=True):
+            text.set_fontweight("bold" if bar.color == OURS else "normal")
+    grid[-1, 0].set_xlabel(xlabel)
+    figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=11, linespacing=1.5)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=120)

@@ -103,8 +103,8 @@ class DaliDecoder:
 
     def _decode_filled(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         largest = max(map(len, batches), default=0)
-        if largest > self._batch_size or self._in_flight:  # in flight: an iterator before this one was left early
-            self._drop_pipeline()
+        if largest > self._batch_size or self._in_flight:  # in flight: the iterator before this one was left early,
+            self._drop_pipeline()  # and what is under way would come out first
             self._batch_size = max(largest, self._batch_size)
         if self._pipeline is not None:
             self._pipeline.reset()  # it stands at the end of the batches before
@@ -132,8 +132,6 @@ class DaliDecoder:
             raise RuntimeError("DaliDecoder: this iterator ended when a later one began")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            if self._samples is samples and (self._in_flight or self._error):
-                self._drop_pipeline()  # what is under way would come out first the next time
 
     def _drop_pipeline(self) -> None:
         self._pipeline = None

@@ -8,6 +8,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -116,29 +117,50 @@ class HostDecoder:
             DataError: a pair cannot be decoded and bad samples are not skipped.
         """
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fastseg-decode")
-        pending: deque[tuple[Batch, list[Future[int]]]] = deque()
+        ahead: deque[_Filling] = deque()
         todo = iter(batches)
         try:
             while True:
-                for indices in itertools.islice(todo, BATCHES_AHEAD - len(pending)):
-                    pending.append(self._start(pool, indices))
-                if not pending:
+                for indices in itertools.islice(todo, BATCHES_AHEAD - len(ahead)):
+                    ahead.append(self._start(pool, indices))
+                if not ahead:
                     return
-                batch, decoded = pending.popleft()
-                batch.indices[:] = [future.result() for future in decoded]
-                yield batch
+                filling = ahead.popleft()
+                for thread in filling.threads:
+                    thread.result()
+                if filling.errors:
+                    raise filling.errors[min(filling.errors)]
+                yield filling.batch
         finally:  # the caller may leave early; then what is queued is dropped and what runs is waited for
+            for filling in ahead:
+                filling.places.clear()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor, indices: NDArray[np.int64]) -> tuple[Batch, list[Future[int]]]:
+    def _start(self, pool: ThreadPoolExecutor, indices: NDArray[np.int64]) -> "_Filling":
         shape = (len(indices), self.height, self.width)
-        images = torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self.pin_memory)
-        masks = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory)
-        futures = [
-            pool.submit(self._decode, int(index), image, mask)
-            for index, image, mask in zip(indices, images.numpy(), masks.numpy(), strict=True)
-        ]
-        return Batch(images, masks, np.array(indices, dtype=np.int64)), futures
+        batch = Batch(
+            torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self.pin_memory),
+            torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory),
+            np.array(indices, dtype=np.int64),
+        )
+        filling = _Filling(batch, deque(range(len(indices))))
+        # A job a thread and batch, not one a pair: handing a pair over costs a good part of what its mask costs.
+        for _ in range(min(self.num_workers, len(indices))):
+            filling.threads.append(pool.submit(self._fill, filling))
+        return filling
+
+    def _fill(self, filling: "_Filling") -> None:
+        """Decode pairs of a batch, beside other threads, until none is left or one breaks."""
+        images, masks, indices = filling.batch.images.numpy(), filling.batch.masks.numpy(), filling.batch.indices
+        while not filling.errors:
+            try:
+                place = filling.places.popleft()
+            except IndexError:
+                return
+            try:
+                indices[place] = self._decode(int(indices[place]), images[place], masks[place])
+            except DataError as error:
+                filling.errors[place] = error
 
     def _decode(self, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> int:
         """Decode a pair, or the one that replaces it; returns which."""
@@ -149,3 +171,13 @@ class HostDecoder:
                 return index
             except DataError as error:
                 self.bad.report(index, error)
+
+
+@dataclass
+class _Filling:
+    """A batch that threads are filling."""
+
+    batch: Batch
+    places: deque[int]  # that no thread has taken yet
+    errors: dict[int, DataError] = field(default_factory=dict)  # by place; the first is raised, as one thread would
+    threads: list[Future[None]] = field(default_factory=list)

@@ -1,0 +1,74 @@
+"""The engines of loader.py under pytest-benchmark: `pytest benchmarks/test_loader.py --benchmark-enable`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import engines
+import loader
+import measure
+import numpy as np
+import pytest
+import torch
+
+import fastseg
+
+
+@pytest.mark.parametrize("name", ["host", "cached"])
+def test_later_epoch(benchmark: Any, pairs: fastseg.Pairs, name: str) -> None:
+    batches = engines.ENGINES[name].make(pairs, 2)
+    for _ in batches:  # the first epoch
+        pass
+    count = benchmark(lambda: sum(len(images) for images, _, _ in batches))
+    assert count == len(pairs)
+
+
+def test_one_run(pairs: fastseg.Pairs) -> None:
+    run = engines.run_engine("cached", 2, pairs, engines.exact_answers(pairs, 4))
+    assert run["mean_abs_error"] < 0.5
+    assert run["mask_disagreement"] == 0
+    assert run["first"]["rates"][0] > 0
+    assert len(run["later"]["rates"]) >= engines.LATER_EPOCHS
+    assert run["peak_rss_mib"] > 50
+
+
+def test_a_wrong_engine_is_refused(pairs: fastseg.Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_black(pairs: fastseg.Pairs, workers: int) -> Any:
+        def epoch(batches: Any) -> Any:
+            for indices in batches:
+                yield torch.zeros(len(indices), 160, 240, 3), torch.zeros(len(indices), 160, 240), indices
+
+        return epoch
+
+    monkeypatch.setitem(engines.ENGINES, "black", engines.Engine(make_black, "all black"))
+    with pytest.raises(ValueError, match="wrong pixels"):
+        engines.run_engine("black", 1, pairs, engines.exact_answers(pairs, 2))
+
+
+def test_command(
+    pairs: fastseg.Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The whole script, but for the fresh processes."""
+    result = tmp_path / "loader.json"
+    data = str(Path(pairs.image_dir).parent)
+    options = ["--data", data, "--pairs", "12", "--engines", "host,cached_gpu", "--repeat", "1", "--json", str(result)]
+    monkeypatch.setattr(sys, "argv", ["loader.py", *options])
+    monkeypatch.setattr(loader, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loader.main()
+    last_line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last_line == json.loads(result.read_text())
+    assert [row["engine"] for row in last_line["rows"]] == ["host"]
+    assert last_line["missing"] == {"cached_gpu": "no GPU"}
+    assert last_line["data"]["files"] == 8
+    assert data not in result.read_text()
+    assert result.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_area_average_is_exact() -> None:
+    pixels = np.arange(12.0).reshape(3, 4)
+    assert measure.area_average(pixels, (3, 4), (1, 2)).tolist() == [[4.5, 6.5]]
+    assert measure.area_average(pixels, (4, 4), (2, 1)).tolist() == [[3.5], [9.5]]
+    half = measure.area_average(np.array([[0.0, 1.0, 2.0]]), (1, 3), (1, 2))
+    assert half.tolist() == [[pytest.approx(1 / 3), pytest.approx(5 / 3)]]
