@@ -97,9 +97,7 @@ def difference_from_kornia(images: torch.Tensor, masks: torch.Tensor) -> float:
     shape = {"forward_input_shape": torch.tensor(both[:, :3].shape)}
     expected = K.ColorJitter(0.1, 0.1, 0.1, 0.0, p=1.0)(both[:, :3], params={**factors, **fixed, **shape})
     picture, mask = augment(images, masks, params)
-    return max(
-        ((picture.cpu() + 2) / 4 - expected).abs().max().item(), (mask.cpu() - both[:, 3:]).abs().max().item()
-    )
+    return max(((picture.cpu() + 2) / 4 - expected).abs().max().item(), (mask.cpu() - both[:, 3:]).abs().max().item())
 
 
 def main() -> None:

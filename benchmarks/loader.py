@@ -19,22 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chart import LIMIT, OURS, PEER, Bar, draw_bars
 from engines import ENGINES, exact_answers, run_engine, run_limit, search_workers
-from measure import (
-    LIMIT,
-    OURS,
-    PEER,
-    Bar,
-    carvana_pairs,
-    cores,
-    describe,
-    draw_bars,
-    machine,
-    median,
-    print_table,
-    report,
-    spread,
-)
+from measure import carvana_pairs, cores, describe, machine, median, print_table, report, spread
 
 import fastseg
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: files to measure on, exact answers, the machine's description, tables, charts, JSON.
+"""What the benchmarks share: files to measure on, exact answers, the machine's description, tables, JSON.
 
 A benchmark prints a table and, as its last line, one JSON object that says what was measured, on what and how.
 """
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from fastseg.errors import DataError
 
 PACKAGES = ("fastseg-dali", "torch", "numpy", "numba", "simplejpeg", "pillow", "nvidia-dali-cuda120")
 SPLITS = ("train", "val")
-OURS, PEER, LIMIT = "#d1495b", "#8d99ae", "#2b2d42"  # colours of a chart
+BUSY = 0.03  # share of CPU time that others take above which the numbers deserve a warning
 
 
 def cores() -> int:
@@ -142,6 +142,19 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _others_seconds() -> float:
+    """CPU time that processes other than this one and its finished children have used, counted from any point."""
+    fields = [int(field) for field in _text("/proc/stat").partition("\n")[0].split()[1:9]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+
+def others_share() -> float:
+    """Share of this machine's CPU time that other processes have taken since this module was loaded."""
+    seconds, others = time.perf_counter() - STARTED[0], _others_seconds() - STARTED[1]
+    return max(0.0, others / seconds / (os.cpu_count() or 1))
+
+
 def describe(machine: dict[str, Any]) -> str:
     """One line for titles."""
     return f"{machine['cpu']}, {machine['cores']} cores" + (f", {machine['gpu']}" if machine["gpu"] else ", no GPU")
@@ -185,10 +198,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def report(suite: str, content: dict[str, Any], about: dict[str, Any], packages: Sequence[str], path: str) -> None:
     """Print the result as one line of JSON, and write it to `path` if there is one."""
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
+    others = round(others_share(), 3)
+    if others > BUSY:
+        print(f"The machine was not idle: other processes took {others:.0%} of its CPU time.")
     result = {
         "suite": suite,
         **content,
-        "machine": about,
+        "machine": {**about, "others_cpu_share": others},
         "versions": versions(*packages),
         "commit": _output(["git", "describe", "--always", "--dirty"]).strip() or None,
         "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *arguments]),
@@ -199,43 +215,4 @@ def report(suite: str, content: dict[str, Any], about: dict[str, Any], packages:
     print(json.dumps(result), flush=True)
 
 
-class Bar(NamedTuple):
-    label: str
-    value: float
-    spread: float = 0.0
-    color: str = PEER
-
-
-def draw_bars(path: str, title: str, subtitle: str, xlabel: str, panels: dict[str, Sequence[Bar]]) -> None:
-    """Panels of horizontal bars, each with its own scale from 0, longest bar first, its number behind it."""
-    from matplotlib.figure import Figure
-
-    sizes = [len(bars) for bars in panels.values()]
-    height = 1.2 + sum(0.55 + 0.3 * size for size in sizes)
-    figure = Figure(figsize=(9.5, height), layout="constrained")
-    grid = figure.subplots(len(panels), height_ratios=[0.5 + size for size in sizes], squeeze=False)
-    for axes, (name, bars) in zip(grid[:, 0], panels.items(), strict=True):
-        bars = sorted(bars, key=lambda bar: bar.value)
-        drawn = axes.barh(
-            [bar.label for bar in bars],
-            [bar.value for bar in bars],
-            xerr=[bar.spread for bar in bars],
-            color=[bar.color for bar in bars],
-            height=0.74,
-            error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
-        )
-        axes.bar_label(drawn, labels=[f"{bar.value:,.0f}" for bar in bars], padding=5, fontsize=9)
-        axes.set_xlim(0, max(bar.value + bar.spread for bar in bars) * 1.1)
-        axes.set_title(name, loc="left", fontsize=10)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.tick_params(labelsize=9)
-        axes.tick_params(axis="y", length=0)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        for text, bar in zip(axes.get_yticklabels(), bars, strict=True):
-            text.set_fontweight("bold" if bar.color == OURS else "normal")
-    grid[-1, 0].set_xlabel(xlabel)
-    figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=11, linespacing=1.5)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+STARTED = (time.perf_counter(), _others_seconds())

@@ -15,6 +15,11 @@ import torch
 import fastseg
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "LATER_SECONDS", 0.05)
+
+
 @pytest.mark.parametrize("name", ["host", "cached"])
 def test_later_epoch(benchmark: Any, pairs: fastseg.Pairs, name: str) -> None:
     batches = engines.ENGINES[name].make(pairs, 2)
@@ -52,7 +57,7 @@ def test_command(
     """The whole script, but for the fresh processes."""
     result = tmp_path / "loader.json"
     data = str(Path(pairs.image_dir).parent)
-    options = ["--data", data, "--pairs", "12", "--engines", "host,cached_gpu", "--repeat", "1", "--json", str(result)]
+    options = ["--data", data, "--pairs", "4", "--engines", "host,cached_gpu", "--repeat", "1", "--json", str(result)]
     monkeypatch.setattr(sys, "argv", ["loader.py", *options])
     monkeypatch.setattr(loader, "in_fresh_process", lambda function, *arguments: function(*arguments))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -61,7 +66,6 @@ def test_command(
     assert last_line == json.loads(result.read_text())
     assert [row["engine"] for row in last_line["rows"]] == ["host"]
     assert last_line["missing"] == {"cached_gpu": "no GPU"}
-    assert last_line["data"]["files"] == 8
     assert data not in result.read_text()
     assert result.with_suffix(".png").stat().st_size > 10_000
 
@@ -72,3 +76,10 @@ def test_area_average_is_exact() -> None:
     assert measure.area_average(pixels, (4, 4), (2, 1)).tolist() == [[3.5], [9.5]]
     half = measure.area_average(np.array([[0.0, 1.0, 2.0]]), (1, 3), (1, 2))
     assert half.tolist() == [[pytest.approx(1 / 3), pytest.approx(5 / 3)]]
+
+
+def test_fewer_files_than_pairs_are_used_again(pairs: fastseg.Pairs) -> None:
+    found, about = measure.carvana_pairs(str(Path(pairs.image_dir).parent), 10)
+    assert (len(found), about["pairs"], about["files"]) == (10, 10, 8)
+    assert found.image_path(8) == found.image_path(0)
+    assert about["pixels"] == "1918x1280"

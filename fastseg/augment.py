@@ -13,12 +13,14 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from kornia.geometry.transform import get_affine_matrix2d
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
+from fastseg.augment_host import augment_on_host
 from fastseg.config import Config
 
-__all__ = ["AugmentParams", "augment", "normalise", "sample_params"]
+__all__ = ["AugmentParams", "augment", "augment_on_device", "normalise", "sample_params"]
 
 # The network sees (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2].
 GAIN, OFFSET = 4 / 255, -2.0
@@ -83,22 +85,39 @@ def normalise(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
     """Augment and normalise a batch on its device; arguments and results as for `normalise`."""
+    height, width = masks.shape[1:]
+    geometry, colour = geometry_matrix(params, height, width), GAIN * colour_matrix(params)
+    source = np.linalg.inv(geometry.double().numpy())[:, :2].astype(np.float32)  # from the result to the source
+    # Contrast turns about the mean grey of the picture at that point, which only the device knows.
+    share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
+    apply = augment_on_host if images.device.type == "cpu" else augment_on_device
+    return apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
+
+
+def augment_on_device(
+    images: Tensor,
+    masks: Tensor,
+    source: NDArray[np.float32],
+    colour: NDArray[np.float32],
+    share: NDArray[np.float32],
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    """`augment_on_host`, which documents the arguments, in torch's operations for any device."""
     batch, height, width = masks.shape
     pixels = torch.empty((batch, 4, height, width), device=images.device)  # the mask travels as a fourth channel
     pixels[:, :3] = images.permute(0, 3, 1, 2)
     pixels[:, 3] = masks
-    geometry = geometry_matrix(params, height, width)
-    if not torch.equal(geometry, torch.eye(3).expand_as(geometry)):
-        pixels = warp(pixels, geometry)
-    colour = torch.zeros((batch, 4, 4))
-    colour[:, :3, :3], colour[:, 3, 3] = GAIN * colour_matrix(params), 1 / 255
-    # Contrast turns about the mean grey of the picture at that point, which only the device knows.
-    share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
+    pixels = warp(pixels, source)
+    matrix = np.zeros((batch, 4, 4), np.float32)
+    matrix[:, :3, :3], matrix[:, 3, 3] = colour, 1 / 255
     grey = (pixels[:, :3].mean(dim=(2, 3)) * _to(share, pixels)).sum(dim=1, keepdim=True)
-    offset = torch.cat([(grey + OFFSET).expand(-1, 3), torch.zeros_like(grey)], dim=1)
-    pixels = torch.baddbmm(offset[:, :, None], _to(colour, pixels), pixels.flatten(2)).unflatten(2, (height, width))
-    inputs = pixels[:, :3].clamp_(OFFSET, OFFSET + 255 * GAIN).contiguous(memory_format=torch.channels_last)
-    return inputs, pixels[:, 3:].contiguous()
+    offset = torch.cat([(grey + low).expand(-1, 3), torch.zeros_like(grey)], dim=1)
+    pixels = torch.baddbmm(offset[:, :, None], _to(matrix, pixels), pixels.flatten(2)).unflatten(2, (height, width))
+    return (
+        pixels[:, :3].clamp_(low, high).contiguous(memory_format=torch.channels_last),
+        pixels[:, 3:].contiguous(),
+    )
 
 
 def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
@@ -112,18 +131,18 @@ def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
     return get_affine_matrix2d(params.shift, center, scale, params.angle) @ flip
 
 
-def warp(pixels: Tensor, matrix: Tensor) -> Tensor:
-    """Sample (B, C, H, W) bilinearly where the inverse of `matrix` (B, 3, 3) points; the edge is repeated.
+def warp(pixels: Tensor, source: NDArray[np.float32]) -> Tensor:
+    """Sample (B, C, H, W) bilinearly where `source` (B, 2, 3) points; beyond the edge the edge repeats.
 
     Equals `kornia.geometry.warp_affine` with `padding_mode="border"`, whose grid costs as much as the sampling.
     """
     height, width = pixels.shape[2:]
     # Pixel x is at 2x / (width - 1) - 1 in grid_sample's coordinates (align_corners=True).
-    to_unit = np.array([[2 / max(width - 1, 1), 0, -1], [0, 2 / max(height - 1, 1), -1]])
-    source = _to(torch.from_numpy((to_unit @ np.linalg.inv(matrix.double().numpy())).astype(np.float32)), pixels)
-    along_x = torch.arange(width, device=pixels.device)[:, None] * source[:, None, None, :, 0]
-    along_y = torch.arange(height, device=pixels.device)[:, None, None] * source[:, None, None, :, 1]
-    grid = along_x + (along_y + source[:, None, None, :, 2])  # (B, H, W, 2)
+    unit = np.array([[2 / max(width - 1, 1)], [2 / max(height - 1, 1)]], np.float32)
+    to_unit = _to(source * unit - np.array([0, 0, 1], np.float32), pixels)[:, None, None]
+    along_x = torch.arange(width, device=pixels.device)[:, None] * to_unit[..., 0]
+    along_y = torch.arange(height, device=pixels.device)[:, None, None] * to_unit[..., 1]
+    grid = along_x + (along_y + to_unit[..., 2])  # (B, H, W, 2)
     return grid_sample(pixels, grid, padding_mode="border", align_corners=True)
 
 
@@ -143,8 +162,9 @@ def colour_matrix(params: AugmentParams) -> Tensor:
     return (params.brightness * params.contrast)[:, None, None] * (turn @ saturate)
 
 
-def _to(tensor: Tensor, like: Tensor) -> Tensor:
+def _to(array: NDArray[np.float32], like: Tensor) -> Tensor:
     """Onto `like`'s device without waiting for it."""
+    tensor = torch.from_numpy(array)
     if like.device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(like.device, non_blocking=True)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastseg.augment
 from fastseg.augment import AugmentParams, augment, normalise, sample_params
 from fastseg.config import Config
 
@@ -118,3 +119,14 @@ def test_strengths_bound_the_draws_and_a_state_repeats_them():
     generator.set_state(state)
     again = sample_params(config, 4000, generator)
     assert all(torch.equal(getattr(drawn, f.name), getattr(again, f.name)) for f in fields(AugmentParams))
+
+
+def test_the_compiled_pass_equals_torchs_operations(monkeypatch):
+    images, masks = smooth_batch()
+    drawn = sample_params(Config(image_height=48, image_width=80), len(images), torch.Generator().manual_seed(1))
+    compiled = augment(images, masks, drawn)
+    monkeypatch.setattr(fastseg.augment, "augment_on_host", fastseg.augment.augment_on_device)
+    for got, expected in zip(compiled, augment(images, masks, drawn), strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
+    assert compiled[0].is_contiguous(memory_format=torch.channels_last)

@@ -150,6 +150,21 @@ def test_decoders_agree(varied: Any, size: tuple[int, int], mask_resize: str) ->
         assert all(np.array_equal(on_host[1][at], expected_centres(masks[i], *size)) for at, i in enumerate(on_host[2]))
 
 
+@pytest.mark.gpu
+@pytest.mark.dali
+@pytest.mark.parametrize("size", SIZES, ids=ids)
+@pytest.mark.usefixtures("no_fallback")
+def test_decoders_agree_on_a_gpu(varied: Any, size: tuple[int, int]) -> None:
+    pairs = varied[0]
+    batches = split(np.random.default_rng(0).permutation(len(pairs)), 5)
+    decoder = DaliDecoder(pairs, *size, device="cuda")
+    by_dali = decode_all(decoder, batches)
+    assert_same_pictures(by_dali, decode_all(HostDecoder(pairs, *size), batches))
+    again = decode_all(decoder, batches)
+    assert np.array_equal(again[0], by_dali[0])
+    assert {batch.images.device.type for batch in decoder.decode(batches[:1])} == {"cuda"}
+
+
 @pytest.mark.dali
 @pytest.mark.usefixtures("no_fallback")
 def test_dali_agrees_with_pillow_on_carvana_like_pictures(tmp_path: Path) -> None:
@@ -286,11 +301,24 @@ def test_host_memory_does_not_grow_with_the_data(pairs: Pairs) -> None:
 
 def test_leaving_early_drops_what_is_queued(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
-    monkeypatch.setattr(host, "decode_pair", lambda pairs, index, *rest: (time.sleep(0.01), decoded.append(index)))
+
+    def decode_pair(pairs: Pairs, index: int, *rest: Any) -> None:
+        decoded.append(index)
+        while index == 4 and not batches.gi_running:  # until the caller leaves
+            time.sleep(0.001)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(host, "decode_pair", decode_pair)
     batches = HostDecoder(pairs, 16, 24, num_workers=1).decode(split(range(12), 4))
     next(batches)
     batches.close()
-    assert 4 <= len(decoded) < 12
+    assert 4 <= len(decoded) <= 6
+
+
+def test_threads_decode_side_by_side(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    all_there = threading.Barrier(3)
+    monkeypatch.setattr(host, "decode_pair", lambda *_: all_there.wait(30))
+    assert len(list(HostDecoder(pairs, 16, 24, num_workers=3).decode(split(range(12), 6)))) == 2
 
 
 # Files that break after they were checked. Each takes the image and the mask of the pair.

@@ -285,6 +285,34 @@ def test_data_that_is_gone_is_an_error_and_no_hang(make: Callable[..., Loader], 
                 run_within(60, functools.partial(list, loader))
 
 
+@pytest.mark.parametrize("cache", ["off", "memory", "disk"])
+@pytest.mark.parametrize("decoder", ["host", dali])
+def test_batches_may_be_taken_in_inference_mode(make: Callable[..., Loader], decoder: str, cache: str) -> None:
+    loader = make(decoder=decoder, cache=cache, shuffle=False, height=20)
+    with torch.inference_mode():
+        inside = list(loader)
+    assert_same_batches(list(loader), inside)
+    with torch.inference_mode():
+        assert_same_batches(list(loader), inside)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["off", "device", "memory", "disk"])
+@pytest.mark.parametrize("decoder", ["host", dali])
+def test_batches_arrive_on_the_gpu(make: Callable[..., Loader], decoder: str, cache: str) -> None:
+    expected = make(cache="off")
+    loader = make(device="cuda", decoder=decoder, cache=cache)
+    for _ in range(3):
+        batches = list(loader)
+        assert (
+            {batch.images.device.type for batch in batches}
+            == {batch.masks.device.type for batch in batches}
+            == {"cuda"}
+        )
+        on_host = [Batch(images.cpu(), masks.cpu(), indices) for images, masks, indices in batches]
+        assert_same_batches(on_host, list(expected), across_decoders=True)
+
+
 def test_both_mask_modes_arrive(make: Callable[..., Loader]) -> None:
     values = {
         mode: torch.cat([batch.masks for batch in make(mask_resize=mode)]).unique() for mode in ("area", "nearest")
