@@ -58,7 +58,7 @@ def test_good_pairs_pass_as_they_are(pairs):
     assert check_pairs(pairs, bad_samples="skip") is pairs
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
 def test_truncated_image_is_named(kind, folder):
     path = folder / "images" / "b_01.jpg"
     save_bytes(path, read_picture(path), kind)

@@ -442,6 +442,11 @@ def test_error_messages() -> None:
         check_readable(jpeg[:-100])
 
 
+def test_a_jpeg_with_a_film_behind_its_end_is_readable() -> None:
+    jpeg = FILES["jpeg"]()
+    assert check_readable(jpeg + bytes(100_000)) == check_readable(jpeg)
+
+
 def test_forged_sizes_are_refused() -> None:
     png = bytearray(encode(draw_photo(60, 80), "PNG"))
     png[16:24] = (60_000).to_bytes(4, "big") * 2

@@ -31,7 +31,7 @@ from fastseg.errors import DataError
 __all__ = ["as_dali_input", "check_readable", "decode_image", "decode_mask", "image_size", "is_gif", "orient"]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
-JPEG_END, JPEG_END_WITHIN = b"\xff\xd9", 4096  # bytes that some cameras write behind the end
+JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers: the pixels begin, the picture ends
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # it knows others, some of which start other programs
 MAX_PIXELS = 2**28  # of what is decoded; a forged header must not exhaust memory
 
@@ -147,11 +147,12 @@ def check_readable(data: bytes) -> Size:
     """
     size = image_size(data)
     if data.startswith(JPEG_MAGIC):
-        if data.rfind(JPEG_END, max(0, len(data) - JPEG_END_WITHIN)) < 0:
+        if data.rfind(JPEG_END, max(data.find(JPEG_SCAN), 0)) < 0:  # phones write films behind the end
             raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
     else:
         with _pillow_errors():
-            _open(data).verify()
+            image = _open(data)
+            image.load() if image.format == "BMP" else image.verify()  # a BMP has nothing to verify but its length
     return size
 
 
