@@ -28,7 +28,7 @@ def run(*arguments: str) -> None:
 
 if __name__ == "__main__":
     if not any(folder.is_dir() and any(folder.iterdir()) for folder in FOLDERS):
-        run("synth", "--out", "data", "--cars", "8")
+        run("synth", "--out", "data", "--cars", "16")
     channels = Config.model_fields["base_channels"].default if torch.cuda.is_available() else 16
     run("train", "--name", "demo", "--base-channels", str(channels), *sys.argv[1:])
     images, masks = FOLDERS[2:]
