@@ -50,8 +50,8 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     losses.set(title="Loss (BCE + Dice)", xlabel="epoch", yscale="log")
     for name, label in (("val_dice", "Dice"), ("val_iou", "IoU")):
         scores.plot(epochs, [entry[name] for entry in history], marker="o", markersize=3, label=label)
-    title = f"Validation, mean over images: best Dice {best['val_dice']:.4f}, IoU {best['val_iou']:.4f}"
-    scores.set(title=title, xlabel="epoch")
+    title = f"Validation: best Dice {best['val_dice']:.4f}, IoU {best['val_iou']:.4f}"
+    scores.set(title=title, xlabel="epoch", ylabel="mean over images")
     scores.axvline(best["epoch"], color="grey", linewidth=0.8, linestyle=":")
     for axes in (losses, scores):
         axes.grid(alpha=0.3)

@@ -155,6 +155,31 @@ def test_ctrl_c_saves_and_ends_cleanly(pairs_dir, tmp_path):
     assert 1 <= state["epoch"] < 400
 
 
+def test_kill_nine_costs_nothing_but_time(pairs_dir, tmp_path):
+    """Killed three times at random moments and started again, a run ends with the weights of one left alone."""
+    settings = config(pairs_dir, tmp_path, num_epochs=60, name="killed")
+    whole = fastseg.train(settings.replace(name="whole"))
+    settings.to_json(tmp_path / "config.json")
+    command = [sys.executable, "-m", "fastseg", "train", "--config", str(tmp_path / "config.json")]
+    rng, epochs = np.random.default_rng(), []
+    for _ in range(3):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        last = settings.run_dir / "last.pt"
+        written = last.stat().st_mtime_ns if last.exists() else 0
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == written):
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        epochs.append(torch.load(settings.run_dir / "last.pt", weights_only=True)["epoch"])
+    assert 0 < epochs[0] < 60  # it was killed in the middle
+    resumed = fastseg.train(settings)
+    assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
+    lines = [json.loads(line) for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 61))
+    assert [line["train_loss"] for line in lines] == [entry["train_loss"] for entry in whole.history]
+
+
 def test_early_kill_leaves_the_last_checkpoint_whole(pairs_dir, tmp_path, monkeypatch):
     """A crash while a checkpoint is written leaves the one before, and no litter."""
     result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))

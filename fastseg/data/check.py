@@ -1,7 +1,6 @@
 """What is wrong with a data set, found before hours are spent on it."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastseg.data.decode import check_readable, decode_mask
-from fastseg.data.host import read_file, size_mismatch
+from fastseg.data.host import decode_file, size_mismatch
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 from fastseg.progress import progress_bar
@@ -40,16 +39,13 @@ def find_fault(pairs: Pairs, index: int) -> Fault | None:
     Of the image the header is read and its end looked for; the mask is decoded whole (a GIF in 0.1 ms), because only
     its pixels tell whether it has two values.
     """
-    path = pairs.image_path(index)
+    mask_path, cell = pairs.mask_path(index), np.empty((1, 1), np.uint8)
     try:
-        size = check_readable(read_file(path))
-        path = pairs.mask_path(index)
-        mask_size = decode_mask(read_file(path), np.empty((1, 1), np.uint8), "nearest")
+        size = decode_file(pairs.image_path(index), check_readable)
+        mask_size = decode_file(mask_path, lambda data: decode_mask(data, cell, "nearest"))
     except DataError as error:
-        message = str(error)
-        kind = OTHER_VALUES if "two values" in message else UNREADABLE
-        return Fault(kind, message if message.startswith(path) else f"{path}: {message}")
-    return None if mask_size == size else Fault(OTHER_SIZE, size_mismatch(path, mask_size, size))
+        return Fault(OTHER_VALUES if "two values" in str(error) else UNREADABLE, str(error))
+    return None if mask_size == size else Fault(OTHER_SIZE, size_mismatch(mask_path, mask_size, size))
 
 
 def check_pairs(pairs: Pairs, *, bad_samples: str = "raise", num_workers: int = 2) -> Pairs:
@@ -74,14 +70,11 @@ def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers
     places = [(pairs, index) for pairs in sets for index in range(len(pairs))]
     faults: dict[int, Fault] = {}
     with progress_bar() as bar, ThreadPoolExecutor(num_workers) as pool:
-        task = bar.add_task("checking files", total=len(places), note="")
-        started = time.perf_counter()
+        task = bar.add_task("checking files", total=len(places))
         for place, fault in enumerate(pool.map(lambda place: find_fault(*place), places)):
             if fault is not None:
                 faults[place] = fault
-            if place % 64 == 63:
-                rate = (place + 1) / (time.perf_counter() - started)
-                bar.update(task, completed=place + 1, note=f"{rate:.0f} pairs/s")
+            bar.advance(task)
     if faults and bad_samples == "raise":
         raise DataError(
             f"{_summarise(list(faults.values()), len(places))}. "

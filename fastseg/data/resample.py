@@ -5,8 +5,7 @@ blocks: 1918 columns at 1/8 are 240 pixels that cover 1920 columns. A mask resiz
 would drift away from that image, by 2 columns at the right edge. So both are sampled over the extent that the scaled
 JPEG covers, where pixels beyond the image repeat its edge.
 
-The compiled functions take no lock and raise nothing: threads run them side by side, and other compiled code, such as
-DALI's `numba_function`, can call them.
+The compiled functions take no lock and raise nothing, so that threads run them side by side.
 """
 
 import hashlib
