@@ -156,6 +156,9 @@ def _start(name: str, workers: int, pairs: fastseg.Pairs) -> "Epoch | fastseg.Lo
     """A warm loader: its code compiled, its pipeline built, its workers running; its cache empty."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: we try that
+    for index in range(len(pairs)):  # into the page cache
+        for path in (pairs.image_path(index), pairs.mask_path(index)):
+            Path(path).read_bytes()
     loader = ENGINES[name].make(pairs, workers)
     for _ in _stream(loader, shuffled(len(pairs), 0)[:WARM_UP_BATCHES]):
         pass
