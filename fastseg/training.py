@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,11 +57,16 @@ class TrainResult:
     history: list[dict[str, Any]]  # one entry an epoch, as in metrics.jsonl
 
 
-def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> TrainResult:
+def train(
+    config: Config | Mapping[str, Any] | str | os.PathLike[str],
+    *,
+    after_epoch: Callable[[dict[str, Any]], bool] | None = None,
+) -> TrainResult:
     """Train a network; writes `out_dir/name/`.
 
     Args:
         config: a `Config`, a mapping of its fields, or the path of a JSON file such as `hyperparams.json`.
+        after_epoch: called with each epoch's entry, as in metrics.jsonl; the run ends there where it returns true.
 
     Returns:
         The scores and where the files are: `config.json`, `metrics.jsonl` (one line an epoch), `summary.json`,
@@ -88,6 +93,9 @@ def train(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> TrainR
                 _train_epoch(run)
                 if not run.stop:
                     _validate(run)
+                    if after_epoch and any_process(after_epoch(dict(run.history[-1])), runtime.device):
+                        log.info("ended after epoch %d, as asked", run.epoch)
+                        break
         if run.stop:
             save_last(run)
             log.info("stopped in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)

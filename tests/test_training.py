@@ -268,3 +268,16 @@ def test_compiled_training_reaches_the_same_loss(pairs_dir, tmp_path):
     losses = [[entry["train_loss"] for entry in run.history] for run in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert not any("_orig_mod" in key for key in weights(compiled.run_dir / "last.pt"))
+
+
+def test_after_epoch_sees_each_epoch_and_ends_the_run(pairs_dir, tmp_path):
+    seen = []
+
+    def after_epoch(entry):
+        seen.append(entry)
+        return entry["epoch"] == 2
+
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=5), after_epoch=after_epoch)
+    assert seen == result.history
+    assert [entry["epoch"] for entry in seen] == [1, 2]
+    assert not result.interrupted

@@ -1,0 +1,34 @@
+"""Logits back at the photo's size, against the sampling grid itself."""
+
+import numpy as np
+import torch
+
+from fastseg.data.resample import mask_from_array
+from fastseg.upsample import upsample_logits
+
+
+def test_upsampled_ramp_stands_where_the_grid_says():
+    """The mean column of each cell, upsampled, is the column itself: 1918 columns under 240 cells of 8."""
+    centres = 8 * torch.arange(240.0) + 3.5
+    columns = upsample_logits(centres.expand(1, 1, 160, 240), 1280, 1918)[0, 0]
+    assert columns.shape == (1280, 1918)
+    inside = torch.arange(4, 1916)
+    torch.testing.assert_close(columns[:, inside], inside.float().expand(1280, -1), atol=2e-3, rtol=0)
+
+
+def test_an_area_mask_comes_back_at_its_place():
+    """A disc's coverage, upsampled and cut at one half, is the disc but for its outline, without drift."""
+    y, x = np.mgrid[:1280, :1918]
+    for centre in (300, 960, 1600):
+        disc = ((x - centre) ** 2 + (y - 640) ** 2 < 280**2).astype(np.uint8)
+        cells = torch.from_numpy(mask_from_array(disc, 160, 240, "area")).float() / 255 - 0.5
+        back = (upsample_logits(cells[None, None], 1280, 1918)[0, 0] > 0).numpy()
+        dice = 2 * (back & (disc > 0)).sum() / (back.sum() + disc.sum())
+        assert dice > 0.997
+        assert abs(x[back].mean() - x[disc > 0].mean()) < 0.1
+
+
+def test_photos_smaller_than_the_cells_get_the_mean():
+    logits = torch.randn(2, 1, 16, 24)
+    assert torch.allclose(upsample_logits(logits, 1, 1)[:, :, 0, 0], logits.mean((2, 3)), atol=0.2)
+    assert upsample_logits(logits, 5, 7).shape == (2, 1, 5, 7)
