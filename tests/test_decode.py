@@ -12,7 +12,15 @@ import pytest
 import simplejpeg
 from PIL import Image, ImageOps
 
-from fastseg.data.decode import as_dali_input, check_readable, decode_image, decode_mask, image_size
+from fastseg.data.decode import (
+    as_dali_input,
+    check_readable,
+    decode_full_mask,
+    decode_full_photo,
+    decode_image,
+    decode_mask,
+    image_size,
+)
 from fastseg.errors import DataError
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -477,3 +485,16 @@ def test_dali_gets_jpegs_as_they_are_and_everything_else_as_pixels() -> None:
     data, encoded_size, size = as_dali_input(turned, 8, 6)
     assert (encoded_size, size) == ((8, 6), (80, 60))
     assert np.array_equal(np.array(Image.open(io.BytesIO(data))), decoded_image(turned, 8, 6))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_full_size_is_what_pillow_shows(orientation):
+    """A JPEG whose sides no DCT block divides, and its masks, at their own size and turned as EXIF says."""
+    data = encode(draw_photo(61, 83), orientation=orientation, subsampling=0)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert np.array_equal(decode_full_photo(data), shown)
+    disc = draw_disc(61, 83)
+    for kind in ("GIF", "PNG"):
+        mask = decode_full_mask(encode(disc, kind))
+        assert mask.dtype == np.bool_
+        assert np.array_equal(mask, disc)

@@ -28,7 +28,17 @@ from fastseg.data.resample import (
 )
 from fastseg.errors import DataError
 
-__all__ = ["as_dali_input", "check_readable", "decode_image", "decode_mask", "image_size", "is_gif", "orient"]
+__all__ = [
+    "as_dali_input",
+    "check_readable",
+    "decode_full_mask",
+    "decode_full_photo",
+    "decode_image",
+    "decode_mask",
+    "image_size",
+    "is_gif",
+    "orient",
+]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
 JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers: the pixels begin, the picture ends
@@ -107,6 +117,20 @@ def decode_mask(data: bytes, out: NDArray[np.uint8], mask_resize: str) -> Size:
     values = _mask_values(data)
     out[:] = mask_from_array(values, out.shape[0], out.shape[1], mask_resize)
     return values.shape[0], values.shape[1]
+
+
+def decode_full_photo(data: bytes) -> NDArray[np.uint8]:
+    """A photo at its own size, as displayed: (H, W, 3) uint8. Files and errors as for `decode_image`."""
+    photo = np.empty((*image_size(data), 3), np.uint8)
+    decode_image(data, photo)
+    return photo
+
+
+def decode_full_mask(data: bytes) -> NDArray[np.bool_]:
+    """A mask at its own size, as displayed: (H, W) bool, foreground true. Files and errors as for `decode_mask`."""
+    mask = np.empty(image_size(data), np.uint8)
+    decode_mask(data, mask, "nearest")
+    return mask > 0
 
 
 def is_gif(data: bytes) -> bool:
