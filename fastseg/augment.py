@@ -4,7 +4,7 @@ kornia's classes run each operation on its own and in turn; here its functions m
 scale and shift are composed into one of them and sampled once, and brightness, contrast, saturation and hue into
 another together with the normalisation. The pictures are those of kornia's `RandomHorizontalFlip`, `RandomAffine`
 and `ColorJitter` in that order, but that nothing is clipped between the colour steps and that hue turns about the grey
-axis (a linear operation) rather than in HSV.
+axis (a linear operation) rather than in HSV. An elastic distortion and a blur, by default none, come after.
 """
 
 import math
@@ -12,10 +12,11 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import get_affine_matrix2d
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import grid_sample
+from torch.nn.functional import grid_sample, interpolate
 
 from fastseg.augment_host import augment_on_host
 from fastseg.config import Config
@@ -24,6 +25,8 @@ __all__ = ["AugmentParams", "augment", "augment_on_device", "normalise", "sample
 
 # The network sees (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2].
 GAIN, OFFSET = 4 / 255, -2.0
+ELASTIC_POINTS = 3  # along each side, which an elastic distortion shifts
+LEAST_SIGMA = 1e-2  # of a blur, in pixels: changes nothing, and nothing is divided by zero
 LUMA_WEIGHTS = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as kornia's rgb_to_grayscale
 
 
@@ -39,22 +42,28 @@ class AugmentParams:
     contrast: Tensor  # (B,) factor about the image's mean grey
     saturation: Tensor  # (B,) factor about each pixel's grey
     hue: Tensor  # (B,) share of a full turn
+    blur: Tensor | None = None  # (B,) sigma in pixels
+    elastic: Tensor | None = None  # (B, 2, 3, 3) shifts of points in x and y, where the image is 2 wide and high
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if len(getattr(self, field.name)) != len(self.flip):
-                raise ValueError(f"{field.name} must have one row an image, {len(self.flip)}")
+        for name, values in self._given():
+            if len(values) != len(self.flip):
+                raise ValueError(f"{name} must have one row an image, {len(self.flip)}")
+
+    def _given(self) -> list[tuple[str, Tensor]]:
+        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        return [(name, value) for name, value in values if value is not None]
 
     def take(self, rows: slice) -> "AugmentParams":
         """The parameters of some of the images."""
-        return AugmentParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+        return AugmentParams(**{name: values[rows] for name, values in self._given()})
 
 
 def sample_params(config: Config, batch_size: int, generator: torch.Generator) -> AugmentParams:
     """Draw parameters uniformly within the strengths of `config`.
 
     Args:
-        generator: on the CPU; a strength of 0 draws as many numbers as any other.
+        generator: on the CPU; a strength of 0 draws as many numbers as any other, but for blur and elastic.
     """
     u = 2 * torch.rand(batch_size, 9, generator=generator) - 1  # in [-1, 1)
     size = torch.tensor([config.image_width, config.image_height])
@@ -67,6 +76,10 @@ def sample_params(config: Config, batch_size: int, generator: torch.Generator) -
         contrast=1 + config.contrast * u[:, 6],
         saturation=1 + config.saturation * u[:, 7],
         hue=config.hue * u[:, 8],
+        blur=config.blur * torch.rand(batch_size, generator=generator) if config.blur else None,
+        elastic=2 * config.elastic * torch.randn(batch_size, 2, ELASTIC_POINTS, ELASTIC_POINTS, generator=generator)
+        if config.elastic
+        else None,
     )
 
 
@@ -91,7 +104,36 @@ def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tenso
     # Contrast turns about the mean grey of the picture at that point, which only the device knows.
     share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
     apply = augment_on_host if images.device.type == "cpu" else augment_on_device
-    return apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
+    inputs, targets = apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
+    if params.elastic is not None:
+        inputs, targets = distort(inputs, targets, params.elastic)
+    if params.blur is not None:
+        inputs = blur(inputs, params.blur)
+    return inputs, targets
+
+
+def distort(inputs: Tensor, targets: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift the pixels of images (B, C, H, W) and targets (B, 1, H, W) alike, smoothly between a few given shifts.
+
+    Args:
+        shifts: (B, 2, rows, columns), along x and y, of points spread evenly over the image, which is 2 wide and high.
+
+    Source: Ronneberger et al. 2015 (arXiv:1505.04597), section 3.1: a grid of 3 x 3 points, bicubic between them.
+    """
+    height, width = inputs.shape[2:]
+    moved = interpolate(_to(shifts.numpy(), inputs), (height, width), mode="bicubic", align_corners=True)
+    along_x = torch.linspace(-1, 1, width, device=inputs.device) + moved[:, 0]
+    along_y = torch.linspace(-1, 1, height, device=inputs.device)[:, None] + moved[:, 1]
+    grid = torch.stack([along_x, along_y], dim=-1)
+    inputs, targets = (grid_sample(t, grid, padding_mode="border", align_corners=True) for t in (inputs, targets))
+    return inputs.contiguous(memory_format=torch.channels_last), targets
+
+
+def blur(inputs: Tensor, sigma: Tensor) -> Tensor:
+    """Blur images (B, C, H, W), each with its `sigma` (B,) in pixels."""
+    size = 2 * math.ceil(2.5 * float(sigma.max())) + 1  # sigma is on the CPU
+    sigmas = _to(sigma.clamp(min=LEAST_SIGMA)[:, None].expand(-1, 2).contiguous().numpy(), inputs)
+    return gaussian_blur2d(inputs, size, sigmas, border_type="replicate").contiguous(memory_format=torch.channels_last)
 
 
 def augment_on_device(

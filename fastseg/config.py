@@ -81,6 +81,9 @@ class Config(BaseModel):
     recipe: Literal["fast", "tutorial"] = _field("fast", "fast: AdamW, one cycle, BCE + Dice; tutorial: Adam and BCE")
     learning_rate: float = _field(1e-4, "start of the cycle (its peak is 30 times this); tutorial: throughout", gt=0)
     weight_decay: float = _field(1e-2, "decoupled weight decay of AdamW", ge=0)
+    ema_decay: float = _field(
+        0.0, "score and keep a running average of the weights that decays so a step; 0: none", ge=0, lt=1
+    )
     batch_size: int = _field(16, "pairs a step, over all processes", ge=1)
     num_epochs: int = _field(3, "passes over the training pairs; if not given, as many more as min_steps asks", ge=1)
     min_steps: int = _field(150, "steps a run takes at least when num_epochs is not given", ge=0)
@@ -100,9 +103,12 @@ class Config(BaseModel):
     contrast: float = _field(0.1, "largest change of contrast, as a share", ge=0, le=1)
     saturation: float = _field(0.1, "largest change of saturation, as a share", ge=0, le=1)
     hue: float = _field(0.02, "largest turn of the hue, as a share of the circle", ge=0, le=0.5)
+    elastic: float = _field(0.0, "typical shift of an elastic distortion, as a share of the size", ge=0, le=0.5)
+    blur: float = _field(0.0, "largest sigma of a Gaussian blur, in pixels", ge=0, le=32)
 
     # Where it goes, and where it starts
     out_dir: str = _field("runs", "folder of all runs", min_length=1)
+    tensorboard: bool = _field(False, "write scalars and overlays for TensorBoard to the run's folder")
     name: str = _field("carvana", "name of this run: results go to out_dir/name")
     load_model: bool = _field(True, "go on from this run's last checkpoint when there is one")
     checkpoint: str = _field("", "weights that a new run starts from, such as another run's best.pt; must exist")

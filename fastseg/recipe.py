@@ -8,11 +8,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastseg.config import Config
 from fastseg.losses import bce_dice_loss, bce_loss
 
-__all__ = ["learning_rate", "make_optimizer", "training_loss"]
+__all__ = ["learning_rate", "make_average", "make_optimizer", "training_loss"]
 
 PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
@@ -31,6 +32,13 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+
+
+def make_average(config: Config, model: nn.Module) -> AveragedModel | None:
+    """The exponential moving average of the weights and of batch norm's statistics, where one is asked for."""
+    if not config.ema_decay:
+        return None
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastseg.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
 from fastseg.config import DEFAULT_VAL_DIRS, Config
@@ -20,7 +21,7 @@ from fastseg.data.loader import Loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.distributed import share_model
 from fastseg.errors import ConfigError
-from fastseg.recipe import make_optimizer
+from fastseg.recipe import make_average, make_optimizer
 from fastseg.runtime import Runtime, choose_compile
 
 __all__ = ["Run", "build_run", "find_data", "first_weights", "fit_to_data", "open_run_dir", "resume", "save_last"]
@@ -38,6 +39,7 @@ class Run:
     runtime: Runtime
     model: nn.Module
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
+    average: AveragedModel | None  # of the weights so far, which is scored and kept in place of the last ones
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # of the augmentation
@@ -61,6 +63,11 @@ class Run:
     def steps_done(self) -> int:
         """Steps since the run began."""
         return self.epoch * len(self.train_loader) + self.step
+
+    @property
+    def scored_model(self) -> nn.Module:
+        """The network that is validated and kept: the averaged one where there is one."""
+        return self.model if self.average is None else self.average.module
 
     @property
     def best(self) -> dict[str, Any]:
@@ -145,6 +152,7 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         runtime=runtime,
         model=model,
         forward=torch.compile(forward) if compiled else forward,
+        average=make_average(config, model),
         optimizer=make_optimizer(config, model),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
         generator=torch.Generator().manual_seed(config.seed),
@@ -184,6 +192,7 @@ def save_last(run: Run) -> None:
     state = {
         "config": run.config.model_dump(),
         "model": run.model.state_dict(),
+        "average": run.average.state_dict() if run.average else None,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "generator": run.generator.get_state(),
@@ -207,6 +216,8 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
     path = run.config.run_dir / "last.pt"
     try:
         run.train_loader.load_state_dict(state["loader"])
+        if run.average:
+            run.average.load_state_dict(state["average"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])

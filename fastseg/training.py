@@ -182,6 +182,8 @@ def _step(run: Run, images: Tensor, masks: Tensor) -> None:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+    if run.average:
+        run.average.update_parameters(run.model)
     run.loss_sum += loss.detach()
     run.step += 1
 
@@ -189,8 +191,8 @@ def _step(run: Run, images: Tensor, masks: Tensor) -> None:
 def _validate(run: Run) -> None:
     """Score the epoch, write its line and its checkpoints, move on to the next."""
     began = time.perf_counter()
-    run.model.eval()
-    scores = score_batches(run.model, run.val_loader, run.runtime)
+    model = run.scored_model.eval()
+    scores = score_batches(model, run.val_loader, run.runtime)
     entry = run.history[-1]
     entry.update({f"val_{name}": value for name, value in scores.items()})
     scored = time.perf_counter()
@@ -207,7 +209,7 @@ def _validate(run: Run) -> None:
         with open(run.config.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(entry) + "\n")
         if run.best is entry:
-            weights = {"config": run.config.model_dump(), "model": run.model.state_dict(), "scores": entry}
+            weights = {"config": run.config.model_dump(), "model": model.state_dict(), "scores": entry}
             save_checkpoint(run.config.run_dir / "best.pt", weights)
         save_last(run)
     run.clock["checkpoints"] += time.perf_counter() - scored

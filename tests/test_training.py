@@ -112,10 +112,12 @@ def test_a_named_checkpoint_gives_the_first_weights(pairs_dir, tmp_path):
     torch.testing.assert_close(old["head.weight"], new["head.weight"], atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("killed_after", [1, 2, 3])
-def test_resume_equals_uninterrupted(pairs_dir, tmp_path, killed_after, monkeypatch):
+@pytest.mark.parametrize(
+    ("killed_after", "changes"), [(1, {}), (2, {}), (3, {}), (3, {"ema_decay": 0.9, "elastic": 0.05, "blur": 1})]
+)
+def test_resume_equals_uninterrupted(pairs_dir, tmp_path, killed_after, changes, monkeypatch):
     """Stopped after any step, in the middle of an epoch or at its end, a run ends with the same weights."""
-    whole = fastseg.train(config(pairs_dir, tmp_path, name="whole"))
+    whole = fastseg.train(config(pairs_dir, tmp_path, name="whole", **changes))
     import fastseg.training as training
 
     taken, real_step = [], training._step
@@ -126,13 +128,14 @@ def test_resume_equals_uninterrupted(pairs_dir, tmp_path, killed_after, monkeypa
         run.signalled = len(taken) == killed_after
 
     monkeypatch.setattr(training, "_step", step)
-    stopped = fastseg.train(config(pairs_dir, tmp_path, name="stopped"))
+    stopped = fastseg.train(config(pairs_dir, tmp_path, name="stopped", **changes))
     assert stopped.interrupted
     assert math.isnan(stopped.val_dice) == (killed_after <= 2)
     monkeypatch.setattr(training, "_step", real_step)
-    resumed = fastseg.train(config(pairs_dir, tmp_path, name="stopped"))
+    resumed = fastseg.train(config(pairs_dir, tmp_path, name="stopped", **changes))
     assert not resumed.interrupted
     assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
+    assert same(weights(whole.run_dir / "best.pt"), weights(resumed.run_dir / "best.pt"))
     assert [e["train_loss"] for e in resumed.history] == [e["train_loss"] for e in whole.history]
 
 
@@ -281,3 +284,27 @@ def test_after_epoch_sees_each_epoch_and_ends_the_run(pairs_dir, tmp_path):
     assert seen == result.history
     assert [entry["epoch"] for entry in seen] == [1, 2]
     assert not result.interrupted
+
+
+def test_the_averaged_weights_are_scored_and_kept(pairs_dir, tmp_path, monkeypatch):
+    """best.pt holds the moving average of every step's weights, here computed again in float64."""
+    import fastseg.training as training
+
+    seen, real_step = [], training._step
+
+    def step(run, images, masks):
+        real_step(run, images, masks)
+        seen.append({key: value.double() for key, value in run.model.state_dict().items()})
+
+    monkeypatch.setattr(training, "_step", step)
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, ema_decay=0.7, batch_size=2))
+    average = seen[0]
+    for state in seen[1:]:
+        average = {key: 0.7 * average[key] + 0.3 * state[key] for key in state}
+    kept = weights(result.run_dir / "best.pt")
+    assert len(seen) >= 3
+    for key in ("head.weight", "encoder.0.1.running_var"):
+        torch.testing.assert_close(kept[key].double(), average[key], atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(kept[key].double(), seen[-1][key], atol=1e-6)
+    scores = fastseg.evaluate(result.run_dir / "best.pt", pairs_dir / "images", pairs_dir / "masks", device="cpu")
+    assert scores["images"] == 12
