@@ -21,7 +21,7 @@ from torch.nn.functional import grid_sample, interpolate
 from fastseg.augment_host import augment_on_host
 from fastseg.config import Config
 
-__all__ = ["AugmentParams", "augment", "augment_on_device", "normalise", "sample_params"]
+__all__ = ["AugmentParams", "augment", "augment_on_device", "normalise", "sample_params", "shrink"]
 
 # The network sees (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2].
 GAIN, OFFSET = 4 / 255, -2.0
@@ -110,6 +110,15 @@ def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tenso
     if params.blur is not None:
         inputs = blur(inputs, params.blur)
     return inputs, targets
+
+
+def shrink(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Images (B, C, H, W), channels last, and targets (B, 1, H, W) at `height` x `width`; unchanged if of that size."""
+    size = (height, width)
+    if inputs.shape[2:] == size:
+        return inputs, targets
+    small = interpolate(inputs, size, mode="bilinear", antialias=True)
+    return small, interpolate(targets, size, mode="bilinear", antialias=True)
 
 
 def distort(inputs: Tensor, targets: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,9 @@ class Config(BaseModel):
     ema_decay: float = _field(
         0.0, "score and keep a running average of the weights that decays so a step; 0: none", ge=0, lt=1
     )
+    progressive_resizing: float = _field(
+        0.7, "share of the steps, the first, that see images of half the size", ge=0, le=1
+    )
     batch_size: int = _field(16, "pairs a step, over all processes", ge=1)
     num_epochs: int = _field(3, "passes over the training pairs; if not given, as many more as min_steps asks", ge=1)
     min_steps: int = _field(150, "steps a run takes at least when num_epochs is not given", ge=0)

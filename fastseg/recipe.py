@@ -1,7 +1,7 @@
 """How the weights are learned: loss, optimizer and learning rate of the two recipes.
 
-`fast` is AdamW under a one-cycle schedule on BCE + Dice; `tutorial` is what beginners' UNet projects use: Adam at one
-learning rate on BCE.
+`fast` is AdamW under a one-cycle schedule on BCE + Dice, the first steps on small images; `tutorial` is what beginners'
+UNet projects use: Adam at one learning rate on BCE.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastseg.config import Config
 from fastseg.losses import bce_dice_loss, bce_loss
 
-__all__ = ["learning_rate", "make_average", "make_optimizer", "training_loss"]
+__all__ = ["learning_rate", "make_average", "make_optimizer", "training_loss", "training_size"]
 
 PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
@@ -53,3 +53,19 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
         rise = (1 - math.cos(math.pi * step / warm_up)) / 2
         return config.learning_rate + (peak - config.learning_rate) * rise
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2
+
+
+def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int]:
+    """Height and width of what a step sees: about half of the image in the first `progressive_resizing` of the steps.
+
+    A step then costs a quarter, and what it learns (which shapes are foreground) holds at full size; the steps that
+    remain learn the outline. Both sides divide by 2**depth, and the network's innermost level keeps 2 x 2 cells.
+
+    Source: Howard et al. 2018, DAWNBench entry of fast.ai (progressive resizing).
+    """
+    height, width = config.image_height, config.image_width
+    if config.recipe == "tutorial" or step >= config.progressive_resizing * total_steps:
+        return height, width
+    cell = 2**config.depth
+    half = [max(math.ceil(size / (2 * cell)), 2) * cell for size in (height, width)]
+    return min(half[0], height), min(half[1], width)

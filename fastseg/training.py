@@ -18,19 +18,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastseg.augment import augment, sample_params
+from fastseg.augment import augment, sample_params, shrink
 from fastseg.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastseg.config import Config, as_config
 from fastseg.distributed import any_process, process_group, sum_over_processes
 from fastseg.errors import FastsegError
 from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
-from fastseg.recipe import learning_rate, training_loss
+from fastseg.recipe import learning_rate, training_loss, training_size
 from fastseg.report import draw_curves, draw_overlay, versions
 from fastseg.run import Run, build_run, find_data, first_weights, fit_to_data, open_run_dir, resume, save_last
 from fastseg.runtime import choose_runtime
+from fastseg.tensorboard import open_board, write_epoch
 
 __all__ = ["TrainResult", "train"]
 
@@ -87,12 +88,15 @@ def train(
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         resume(run, state)
         open_run_dir(run)
+        board = open_board(config, run.epoch) if runtime.rank == 0 else None
         run.clock["start-up"] = time.perf_counter() - started
         with _stop_on_signal(run):
             while not run.stop and not _is_finished(run, started):
                 _train_epoch(run)
                 if not run.stop:
                     _validate(run)
+                    if board:
+                        write_epoch(board, run.history[-1], _draw_overlay(run, run.scored_model))
                     if after_epoch and any_process(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("ended after epoch %d, as asked", run.epoch)
                         break
@@ -175,6 +179,7 @@ def _step(run: Run, images: Tensor, masks: Tensor) -> None:
     params = sample_params(run.config, run.config.batch_size, run.generator)
     mine = slice(run.runtime.rank, None, run.runtime.world_size)
     inputs, targets = augment(images, masks, params.take(mine))
+    inputs, targets = shrink(inputs, targets, *training_size(run.config, run.steps_done, run.total_steps))
     with run.runtime.autocast():
         logits = run.forward(inputs)
     loss = training_loss(run.config, logits, targets)
@@ -236,6 +241,13 @@ def _stop_on_signal(run: Run) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _draw_overlay(run: Run, model: nn.Module) -> Path:
+    path = run.config.run_dir / "overlay.png"
+    usable = run.val_loader.pairs.without(run.val_loader.bad.found)
+    draw_overlay(model.eval(), usable, run.config, run.runtime, path)
+    return path
+
+
 def _finish(run: Run, left_out: list[str], started: float) -> TrainResult:
     """Draw the pictures, write the summary and say in a paragraph how it went; from the best epoch's weights."""
     folder, best = run.config.run_dir, run.best
@@ -245,8 +257,7 @@ def _finish(run: Run, left_out: list[str], started: float) -> TrainResult:
     if run.history and run.runtime.rank == 0:
         load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
         draw_curves(run.history, folder / "curves.png")
-        usable = run.val_loader.pairs.without(run.val_loader.bad.found)
-        draw_overlay(run.model.eval(), usable, run.config, run.runtime, folder / "overlay.png")
+        _draw_overlay(run, run.model)
     run.clock["pictures"] = time.perf_counter() - began
     stepping = run.clock["steps"] + run.clock["waiting for data"]
     result = TrainResult(

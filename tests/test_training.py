@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.recipe import learning_rate
+from fastseg.augment import shrink
+from fastseg.recipe import learning_rate, training_size
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -308,3 +309,48 @@ def test_the_averaged_weights_are_scored_and_kept(pairs_dir, tmp_path, monkeypat
         assert not torch.allclose(kept[key].double(), seen[-1][key], atol=1e-6)
     scores = fastseg.evaluate(result.run_dir / "best.pt", pairs_dir / "images", pairs_dir / "masks", device="cpu")
     assert scores["images"] == 12
+
+
+def test_the_first_steps_see_half_of_the_size():
+    settings = fastseg.Config(progressive_resizing=0.5)
+    sizes = [training_size(settings, step, 100) for step in range(100)]
+    assert sizes == [(80, 128)] * 50 + [(160, 240)] * 50  # 120 does not divide by 16
+    assert training_size(settings.replace(progressive_resizing=0), 0, 100) == (160, 240)
+    assert training_size(settings.replace(recipe="tutorial"), 0, 100) == (160, 240)
+    tiny = settings.replace(image_height=16, image_width=48)
+    assert training_size(tiny, 0, 100) == (16, 32)  # of one image a 1 x 1 level would have no batch statistics
+
+
+def test_shrinking_keeps_image_and_mask_together():
+    """A disc's outline stands at the same place of both, and means are kept: each cell is an average."""
+    y, x = np.mgrid[:160, :240]
+    disc = torch.from_numpy(np.hypot(x - 150, y - 70) < 50).float()[None, None]
+    image = disc.expand(1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    small_image, small_disc = shrink(image, disc, 80, 128)
+    assert small_disc.shape == (1, 1, 80, 128)
+    assert small_image.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(small_image[:, :1], small_disc, atol=1e-6, rtol=0)
+    assert small_disc.mean().item() == pytest.approx(disc.mean().item(), abs=2e-3)
+    centre = (small_disc[0, 0] * torch.arange(128)).sum() / small_disc.sum()
+    assert centre.item() == pytest.approx((150.5 * 128 / 240) - 0.5, abs=0.1)
+
+
+def test_tensorboard_shows_the_figures_of_metrics_jsonl(pairs_dir, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = fastseg.train(config(pairs_dir, tmp_path, tensorboard=True))
+    events = EventAccumulator(str(result.run_dir))
+    events.Reload()
+    read = [event.value for event in events.Scalars("val/dice")]
+    assert read == pytest.approx([entry["val_dice"] for entry in result.history], rel=1e-6)
+    assert [event.step for event in events.Scalars("run/pairs_per_s")] == [1, 2]
+    shown = events.Images("overlay")[-1]
+    with Image.open(result.run_dir / "overlay.png") as overlay:
+        assert (shown.width, shown.height) == overlay.size
+
+
+def test_tensorboard_that_is_not_installed_is_said_before_training(pairs_dir, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(fastseg.ConfigError, match="Install fastseg-dali\\[tensorboard\\], or pass tensorboard=false"):
+        fastseg.train(config(pairs_dir, tmp_path, tensorboard=True))
+    assert not (tmp_path / "carvana/last.pt").exists()
