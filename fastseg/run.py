@@ -24,7 +24,17 @@ from fastseg.errors import ConfigError
 from fastseg.recipe import make_average, make_optimizer
 from fastseg.runtime import Runtime, choose_compile
 
-__all__ = ["Run", "build_run", "find_data", "first_weights", "fit_to_data", "open_run_dir", "resume", "save_last"]
+__all__ = [
+    "Run",
+    "build_run",
+    "compile_network",
+    "find_data",
+    "first_weights",
+    "fit_to_data",
+    "open_run_dir",
+    "resume",
+    "save_last",
+]
 
 NOTHING_YET = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
 
@@ -146,12 +156,11 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
     model = runtime.place(model)
     forward = share_model(model, runtime.device)
     train_loader = make_loader(config, runtime, train_pairs, training=True)
-    compiled = choose_compile(config, runtime.device, config.num_epochs * len(train_loader))
     return Run(
         config=config,
         runtime=runtime,
         model=model,
-        forward=torch.compile(forward) if compiled else forward,
+        forward=forward,
         average=make_average(config, model),
         optimizer=make_optimizer(config, model),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
@@ -160,6 +169,12 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         val_loader=make_loader(config, runtime, val_pairs, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
     )
+
+
+def compile_network(run: Run) -> None:
+    """Compile the forward and backward pass if the steps that remain win back the time it takes."""
+    if choose_compile(run.config, run.runtime, run.total_steps - run.steps_done):
+        run.forward = torch.compile(run.forward, dynamic=False)  # two sizes at most, each its own code
 
 
 def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: bool) -> Loader:

@@ -29,7 +29,17 @@ from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
 from fastseg.recipe import learning_rate, training_loss, training_size
 from fastseg.report import draw_curves, draw_overlay, versions
-from fastseg.run import Run, build_run, find_data, first_weights, fit_to_data, open_run_dir, resume, save_last
+from fastseg.run import (
+    Run,
+    build_run,
+    compile_network,
+    find_data,
+    first_weights,
+    fit_to_data,
+    open_run_dir,
+    resume,
+    save_last,
+)
 from fastseg.runtime import choose_runtime
 from fastseg.tensorboard import open_board, write_epoch
 
@@ -87,6 +97,7 @@ def train(
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.describe)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         resume(run, state)
+        compile_network(run)
         open_run_dir(run)
         board = open_board(config, run.epoch) if runtime.rank == 0 else None
         run.clock["start-up"] = time.perf_counter() - started

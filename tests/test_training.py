@@ -17,6 +17,7 @@ from PIL import Image
 import fastseg
 from fastseg.augment import shrink
 from fastseg.recipe import learning_rate, training_size
+from fastseg.runtime import compile_reason
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -266,12 +267,27 @@ def test_one_cycle_rises_to_its_peak_and_ends_at_zero():
 
 
 @pytest.mark.skipif(os.environ.get("CC", "g++") == "", reason="needs a C++ compiler")
-def test_compiled_training_reaches_the_same_loss(pairs_dir, tmp_path):
-    eager = fastseg.train(config(pairs_dir, tmp_path, name="eager", precision="fp32"))
-    compiled = fastseg.train(config(pairs_dir, tmp_path, name="compiled", precision="fp32", compile="on"))
+def test_compiled_training_reaches_the_same_loss(pairs_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # so that what training sets is undone
+    settings = config(pairs_dir, tmp_path, name="compiled", precision="fp32", compile="on", progressive_resizing=0.5)
+    eager = fastseg.train(settings.replace(name="eager", compile="off"))
+    compiled = fastseg.train(settings)
     losses = [[entry["train_loss"] for entry in run.history] for run in (eager, compiled)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert not any("_orig_mod" in key for key in weights(compiled.run_dir / "last.pt"))
+    assert list((tmp_path / "cache/fastseg/compiled").glob("*/fxgraph/*"))  # for the next run
+
+
+@pytest.mark.parametrize(
+    ("device", "steps", "warm", "choice"),
+    [("cpu", 10**6, True, False), ("cuda", 954, False, False), ("cuda", 954, True, True), ("cuda", 9540, False, True)],
+)
+def test_compile_auto_weighs_the_steps_that_remain(device, steps, warm, choice):
+    chosen, reason = compile_reason(fastseg.Config(), torch.device(device), steps, warm=warm)
+    assert chosen is choice
+    assert device == "cpu" or str(steps) in reason
+    assert compile_reason(fastseg.Config(compile="off"), torch.device(device), steps, warm=warm)[0] is False
 
 
 def test_after_epoch_sees_each_epoch_and_ends_the_run(pairs_dir, tmp_path):

@@ -24,7 +24,7 @@ from fastseg.data.batch import Batch
 from fastseg.data.pairs import Pairs
 from fastseg.errors import ConfigError
 
-__all__ = ["Cache", "DiskCache", "open_cache"]
+__all__ = ["Cache", "DiskCache", "open_cache", "user_cache"]
 
 FORMAT = 1  # of the file; raise it when the layout or the decoded pixels change
 HEADER_BYTES = 4096
@@ -236,7 +236,7 @@ def open_cache(
     """
     size = len(pairs) * height * width * 4
     if kind == "auto":
-        kind, reason = _choose_cache(size, device, _folder(cache_dir))
+        kind, reason = _choose_cache(size, device, _cache_folder(cache_dir))
     else:
         reason = "as asked"
     log.info("cache: %s (%s)", kind, reason)
@@ -246,7 +246,7 @@ def open_cache(
         parts = [FORMAT, os.path.realpath(pairs.image_dir), os.path.realpath(pairs.mask_dir)]
         parts += [height, width, mask_resize, decoder]
         key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-        folder = _folder(cache_dir)
+        folder = _cache_folder(cache_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return DiskCache(pairs, height, width, key, folder)
@@ -288,7 +288,10 @@ def _free_memory() -> int:
     return free
 
 
-def _folder(cache_dir: str) -> Path:
-    if cache_dir:
-        return Path(os.path.expanduser(cache_dir))
+def _cache_folder(cache_dir: str) -> Path:
+    return Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache()
+
+
+def user_cache() -> Path:
+    """The folder for what can be made again, as the XDG base directory specification has it."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastseg")
