@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 
-__all__ = ["BadSamples", "Batch"]
+__all__ = ["BadSamples", "Batch", "hand_over"]
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +23,18 @@ class Batch(NamedTuple):
     images: torch.Tensor  # (B, H, W, 3) uint8
     masks: torch.Tensor  # (B, H, W) uint8: coverage 0..255
     indices: NDArray[np.int64]  # (B,) which pairs these are
+
+
+def hand_over(batch: Batch, written: torch.cuda.Event) -> Batch:
+    """A batch that another stream writes, for use on the current one, which waits for `written`; the host does not.
+
+    The memory is not used again for other batches before the current stream has done with it.
+    """
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(written)
+    batch.images.record_stream(stream)
+    batch.masks.record_stream(stream)
+    return batch
 
 
 class BadSamples:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastseg.data.batch import BadSamples, Batch
+from fastseg.data.batch import BadSamples, Batch, hand_over
 from fastseg.data.decode import Size, as_dali_input, decode_mask
 from fastseg.data.host import HostDecoder, check_sizes, decode_file
 from fastseg.data.pairs import Pairs
@@ -27,7 +27,6 @@ from fastseg.errors import ConfigError, DataError
 
 __all__ = ["DaliDecoder"]
 
-BATCHES_AHEAD = 2  # DALI's prefetch depth
 HALVINGS = 3
 
 log = logging.getLogger(__name__)
@@ -50,6 +49,9 @@ class DaliDecoder:
     Args:
         pairs, height, width, mask_resize, num_workers, bad: as for `HostDecoder`.
         device: where photos are decoded and where the batches arrive.
+        hw_decoder_load: share of the JPEGs that a GPU's JPEG engines decode; its cores decode the rest.
+        batches_ahead: DALI's prefetch depth.
+        largest_photo: height and width for which the JPEG engines' memory is taken at once; 0, 0: as it is needed.
 
     Raises:
         ConfigError: DALI is not installed.
@@ -67,6 +69,9 @@ class DaliDecoder:
         num_workers: int = 2,
         bad: BadSamples | None = None,
         device: torch.device | str = "cpu",
+        hw_decoder_load: float = 0.65,
+        batches_ahead: int = 2,
+        largest_photo: Size = (0, 0),
     ) -> None:
         try:
             import nvidia.dali  # noqa: F401
@@ -80,6 +85,19 @@ class DaliDecoder:
         self.num_workers = num_workers
         self.bad = bad or BadSamples(pairs, "raise")
         self.device = torch.device(device)
+        self.batches_ahead = batches_ahead
+        self._decoder_options: dict[str, Any] = {"device": "cpu"}
+        self._stream: torch.cuda.Stream | None = None  # on which batches are copied out of DALI's buffers
+        if self.device.type == "cuda":
+            self._decoder_options = {
+                "device": "mixed",
+                "hw_decoder_load": hw_decoder_load,
+                "preallocate_height_hint": largest_photo[0],
+                "preallocate_width_hint": largest_photo[1],
+            }
+            self._stream = torch.cuda.Stream(self.device)
+        self._copying: tuple[Any, ...] = ()  # the buffers that a copy still reads
+        self._copied: torch.cuda.Event | None = None
         self._pipeline: Any = None
         self._batch_size = 0  # the largest that the pipeline takes
         self._samples: Iterator[list[_Sample]] = iter(())
@@ -87,7 +105,7 @@ class DaliDecoder:
         self._error: DataError | None = None  # met while reading; raised behind the batches that are in flight
 
     def decode(self, batches: Iterable[NDArray[np.int64]]) -> Generator[Batch, None, None]:
-        """Decode `batches` of pair indices, in order, two batches ahead of the caller.
+        """Decode `batches` of pair indices, in order and ahead of the caller.
 
         Yields:
             A `Batch` of new tensors on the device: what was yielded before stays valid.
@@ -181,23 +199,27 @@ class DaliDecoder:
 
         if self._pipeline is None:
             self._pipeline = self._build()
+        if self._copied is not None:
+            self._copied.synchronize()  # the buffers of the batch before go back to DALI only now
         try:
-            images, masks = self._pipeline.run()
+            images, masks = self._copying = self._pipeline.run(self._stream)
         except RuntimeError as error:
             reason = str(error).partition("encountered:")[2].strip() or str(error)
             raise _PipelineBrokenError(reason.splitlines()[0]) from None
-        batch = self._new_batch(self._in_flight.popleft())
-        # Copied out, on the stream of whoever takes the batch, before DALI reuses its buffers.
-        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        feed_ndarray(masks.as_tensor(), batch.masks, cuda_stream=stream)
-        if all(shape[:2] == (self.height, self.width) for shape in images.shape()):
-            feed_ndarray(images.as_tensor(), batch.images, cuda_stream=stream)
+        with torch.cuda.stream(self._stream):  # does nothing on the CPU, where it is None
+            batch = self._new_batch(self._in_flight.popleft())
+            feed_ndarray(masks.as_tensor(), batch.masks, cuda_stream=self._stream)
+            if all(shape[:2] == (self.height, self.width) for shape in images.shape()):
+                feed_ndarray(images.as_tensor(), batch.images, cuda_stream=self._stream)
+            else:
+                for at, cells in enumerate(batch.images):
+                    pixels = torch.empty(images[at].shape(), dtype=torch.uint8, device=self.device)
+                    feed_ndarray(images[at], pixels, cuda_stream=self._stream)
+                    cells.copy_(_average_cells(pixels, self.height, self.width))
+        if self._stream is None:
             return batch
-        for at, cells in enumerate(batch.images):
-            pixels = torch.empty(images[at].shape(), dtype=torch.uint8, device=self.device)
-            feed_ndarray(images[at], pixels, cuda_stream=stream)
-            cells.copy_(_average_cells(pixels, self.height, self.width))
-        return batch
+        self._copied = self._stream.record_event()
+        return hand_over(batch, self._copied)
 
     def _new_batch(self, indices: NDArray[np.int64]) -> Batch:
         shape = (len(indices), self.height, self.width)
@@ -229,7 +251,7 @@ class DaliDecoder:
 
         on_gpu = self.device.type == "cuda"
         device_id = (self.device.index or 0) if on_gpu else None
-        pipeline = Pipeline(self._batch_size, self.num_workers, device_id, prefetch_queue_depth=BATCHES_AHEAD)
+        pipeline = Pipeline(self._batch_size, self.num_workers, device_id, prefetch_queue_depth=self.batches_ahead)
         with pipeline:
             encoded, masks, *sizes = fn.external_source(
                 source=self._feed,
@@ -238,7 +260,7 @@ class DaliDecoder:
                 dtype=[types.UINT8] * 2 + [types.FLOAT] * (1 + HALVINGS),
                 ndim=[1, 2] + [1] * (1 + HALVINGS),
             )
-            pixels = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
+            pixels = fn.decoders.image(encoded, output_type=types.RGB, **self._decoder_options)
             # Linear interpolation at half the size, on a grid of whole pairs of pixels, is the mean of 2x2 pixels;
             # three times that is the mean of 8x8 which the host decoder has from the DCT. In float, so that it is
             # rounded once. A step that has nothing to do leaves the pixels as they are.

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastseg.data.batch import BadSamples, Batch
+from fastseg.data.batch import BadSamples, Batch, hand_over
 from fastseg.data.cache import Cache, open_cache
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
@@ -231,9 +231,9 @@ class Loader:
                 with torch.cuda.stream(copying):
                     ahead.append((_move(batch, self.device), copying.record_event()))
                 if len(ahead) > 1:
-                    yield _arrived(*ahead.popleft())
+                    yield hand_over(*ahead.popleft())
         while ahead:
-            yield _arrived(*ahead.popleft())
+            yield hand_over(*ahead.popleft())
 
 
 def _check_settings(given: dict[str, Any]) -> None:
@@ -251,15 +251,6 @@ def _move(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(
         images=batch.images.to(device, non_blocking=True), masks=batch.masks.to(device, non_blocking=True)
     )
-
-
-def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """The batch, for use on the current stream: its kernels wait for the copy, the host does not."""
-    stream = torch.cuda.current_stream(batch.images.device)
-    stream.wait_event(copied)
-    batch.images.record_stream(stream)
-    batch.masks.record_stream(stream)
-    return batch
 
 
 def _choose_decoder(name: str, on_gpu: bool) -> tuple[str, str]:

@@ -1,0 +1,145 @@
+"""What only a GPU can show: nothing torn, nothing that grows, and one result whatever the arithmetic.
+
+Skipped without one. `make gpu-check` runs these and the benchmarks.
+"""
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+import fastseg
+from fastseg.data.dali import DaliDecoder
+from fastseg.data.loader import Loader, epoch_order
+from fastseg.unet import UNet
+from tests.conftest import write_pair
+
+pytestmark = [pytest.mark.gpu, pytest.mark.dali]
+
+BATCH_SIZE = 16
+TORN = 3.0  # mean grey levels between two decoders of a JPEG beyond which it is another picture: they agree to 1
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """64 pairs of the photographs' own size, 1918x1280."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(64):
+        write_pair(folder, f"car{number // 16}_{number % 16 + 1:02d}", width=1918, height=1280, seed=number)
+    return fastseg.find_pairs(folder / "images", folder / "masks")
+
+
+@pytest.fixture(scope="module")
+def reference(photos):
+    """What the host decodes, on the GPU."""
+    loader = Loader(photos, height=160, width=240, batch_size=len(photos), shuffle=False, decoder="host", cache="off")
+    images, masks, _ = next(iter(loader))
+    return images.cuda().float(), masks.cuda().float()
+
+
+@pytest.fixture
+def training_load():
+    """A network that trains in another thread, on a stream of its own, as long as the test runs."""
+    stop = threading.Event()
+    steps = []
+
+    def train():
+        model = UNet(32, 4).cuda().to(memory_format=torch.channels_last)
+        images = torch.randn(16, 3, 160, 240, device="cuda").to(memory_format=torch.channels_last)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model(images).square().mean()
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+                torch.cuda.current_stream().synchronize()
+                steps.append(1)
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    yield steps
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65, 1.0])
+def test_no_batch_is_torn_or_stale_under_load(photos, reference, training_load, hw_decoder_load):
+    """2,000 batches of the JPEG engines beside a network that trains; each picture is the one that was asked for."""
+    count = 2000 if hw_decoder_load == 0.65 else 300
+    orders = np.concatenate([epoch_order(len(photos), 0, epoch) for epoch in range(-(-count * BATCH_SIZE // 64))])
+    decoder = DaliDecoder(photos, 160, 240, num_workers=8, device="cuda", hw_decoder_load=hw_decoder_load)
+    worst = torch.zeros(2, device="cuda")
+    seen, kept = 0, []
+    for images, masks, indices in decoder.decode(orders[: count * BATCH_SIZE].reshape(count, BATCH_SIZE)):
+        rows = torch.from_numpy(indices).cuda(non_blocking=True)
+        kept = [*kept[-4:], (images, masks, rows)]  # the oldest is looked at four batches after it came
+        for value, of in ((images, 0), (masks, 1)):
+            difference = (value.float() - reference[of][rows]).abs().flatten(1).mean(1).max()
+            worst[of] = torch.maximum(worst[of], difference)
+        late = (kept[0][0].float() - reference[0][kept[0][2]]).abs().flatten(1).mean(1).max()
+        worst[0] = torch.maximum(worst[0], late)
+        seen += 1
+    assert seen == count
+    assert len(training_load) > 10
+    assert worst[0].item() < TORN
+    assert worst[1].item() == 0
+
+
+@pytest.mark.parametrize("decoder", ["host", "dali"])
+def test_memory_stays_flat_over_fifty_epochs(photos, decoder):
+    """All memory of the device, DALI's included, after epoch 5 and after epoch 50."""
+    loader = Loader(
+        photos, height=160, width=240, batch_size=BATCH_SIZE, device="cuda", decoder=decoder, cache="off", num_workers=8
+    )
+    free = []
+    for _ in range(50):
+        for images, _, _ in loader:
+            images.float().sum()
+        torch.cuda.synchronize()
+        free.append(torch.cuda.mem_get_info()[0])
+    assert free[4] - free[-1] < 32 * 2**20
+
+
+def test_every_arithmetic_reaches_one_dice(tmp_path):
+    """Eager float32 against bf16, fp16 with its scaler, and compiled bf16, on pairs that a small network learns."""
+    for number in range(24):
+        write_pair(tmp_path, f"car{number // 4}_{number % 4 + 1:02d}", width=480, height=320, seed=number)
+    common = {
+        "train_img_dir": str(tmp_path / "images"),
+        "train_mask_dir": str(tmp_path / "masks"),
+        "val_img_dir": "",
+        "val_fraction": 0.34,
+        "base_channels": 16,
+        "batch_size": 8,
+        "num_epochs": 40,
+        "device": "cuda",
+        "out_dir": str(tmp_path / "runs"),
+    }
+    ways = [("fp32", "off"), ("bf16", "off"), ("fp16", "off"), ("bf16", "on")]
+    dice = {
+        way: fastseg.train({**common, "name": "-".join(way), "precision": way[0], "compile": way[1]}).val_dice
+        for way in ways
+    }
+    assert dice["fp32", "off"] > 0.95
+    assert max(dice.values()) - min(dice.values()) < 0.02, dice
+
+
+def test_training_on_the_gpu_resumes_close_to_the_uninterrupted_run(photos, tmp_path):
+    """Not bit for bit: cuDNN's sums have no fixed order. The second half of a run must still go where the whole went."""
+    common = {
+        "train_img_dir": photos.image_dir,
+        "train_mask_dir": photos.mask_dir,
+        "val_img_dir": "",
+        "val_fraction": 0.25,
+        "base_channels": 8,
+        "num_epochs": 6,
+        "device": "cuda",
+        "precision": "fp32",
+        "out_dir": str(tmp_path),
+    }
+    whole = fastseg.train({**common, "name": "whole"})
+    fastseg.train({**common, "name": "halves"}, after_epoch=lambda entry: entry["epoch"] == 3)
+    halves = fastseg.train({**common, "name": "halves"})
+    losses = [[entry["train_loss"] for entry in run.history] for run in (whole, halves)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
