@@ -126,7 +126,7 @@ def test_every_arithmetic_reaches_one_dice(tmp_path):
 
 
 def test_training_on_the_gpu_resumes_close_to_the_uninterrupted_run(photos, tmp_path):
-    """Not bit for bit: cuDNN's sums have no fixed order. The second half of a run must still go where the whole went."""
+    """Not bit for bit: cuDNN adds in no fixed order. The second half must still go where the whole run went."""
     common = {
         "train_img_dir": photos.image_dir,
         "train_mask_dir": photos.mask_dir,
