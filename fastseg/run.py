@@ -62,6 +62,7 @@ class Run:
     signalled: bool = False  # Ctrl-C or SIGTERM has come
     stop: bool = False  # to end after this step; all processes agree on it
     trained_pairs: int = 0
+    started: float = 0.0  # time.perf_counter() when this call began
     clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by what they went into
 
     @property

@@ -96,13 +96,14 @@ def train(
         config = fit_to_data(config, len(train_pairs))
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.describe)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
+        run.started = started
         resume(run, state)
         compile_network(run)
         open_run_dir(run)
         board = open_board(config, run.epoch) if runtime.rank == 0 else None
         run.clock["start-up"] = time.perf_counter() - started
         with _stop_on_signal(run):
-            while not run.stop and not _is_finished(run, started):
+            while not run.stop and not _is_finished(run):
                 _train_epoch(run)
                 if not run.stop:
                     _validate(run)
@@ -114,10 +115,10 @@ def train(
         if run.stop:
             save_last(run)
             log.info("stopped in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
-        return _finish(run, left_out=[*train_pairs.left_out, *val_pairs.left_out], started=started)
+        return _finish(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
 
-def _is_finished(run: Run, started: float) -> bool:
+def _is_finished(run: Run) -> bool:
     """Whether no further epoch is to begin; says why where it is not the last one."""
     config = run.config
     if run.epoch >= config.num_epochs:
@@ -127,7 +128,7 @@ def _is_finished(run: Run, started: float) -> bool:
         log.info("early stopping: %d epochs without a better Dice", since_best)
         return True
     if config.time_limit_s and run.history:
-        elapsed, epoch = time.perf_counter() - started, run.history[-1]["epoch_seconds"]
+        elapsed, epoch = time.perf_counter() - run.started, run.history[-1]["epoch_seconds"]
         if any_process(elapsed + epoch > config.time_limit_s, run.runtime.device):
             log.info("time limit: %.0f s have gone, an epoch takes %.0f s", elapsed, epoch)
             return True
@@ -214,6 +215,7 @@ def _validate(run: Run) -> None:
     scored = time.perf_counter()
     run.clock["validation"] += scored - began
     entry["epoch_seconds"] = entry["seconds"] + scored - began
+    entry["elapsed_seconds"] = scored - run.started
     log.info(
         "epoch %d/%d: loss %.4f, val loss %.4f, val Dice %.4f, val IoU %.4f, %.0f pairs/s, data wait %.0f %%",
         *(entry["epoch"], run.config.num_epochs, entry["train_loss"], entry["val_loss"]),
@@ -259,7 +261,7 @@ def _draw_overlay(run: Run, model: nn.Module) -> Path:
     return path
 
 
-def _finish(run: Run, left_out: list[str], started: float) -> TrainResult:
+def _finish(run: Run, left_out: list[str]) -> TrainResult:
     """Draw the pictures, write the summary and say in a paragraph how it went; from the best epoch's weights."""
     folder, best = run.config.run_dir, run.best
     for loader in (run.train_loader, run.val_loader):
@@ -277,7 +279,7 @@ def _finish(run: Run, left_out: list[str], started: float) -> TrainResult:
         val_iou=best["val_iou"],
         best_epoch=best["epoch"],
         pairs_per_s=run.trained_pairs / stepping if stepping else run.history[-1]["pairs_per_s"],
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - run.started,
         interrupted=run.stop,
         history=run.history,
     )
