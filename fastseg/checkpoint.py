@@ -41,12 +41,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or no checkpoint of fastseg.
     """
     try:
-        if _is_safetensors(path):
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Name an existing checkpoint.") from None
+    try:
+        if start[8:] == b"{":  # safetensors: the length of the header in 8 bytes, then the header, a JSON object
             state = _read_safetensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Name an existing checkpoint.") from None
     except Exception:  # what damaged bytes raise in torch's reader is anybody's guess
         raise CheckpointError(f"{path}: is damaged or no checkpoint. Use another, or remove it.") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_whole(state):
@@ -99,12 +102,6 @@ def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
     model = build_model(config)
     load_weights(model, state, path, config)
     return model.eval(), config
-
-
-def _is_safetensors(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as safetensors do: the length of the header in 8 bytes, and the header, a JSON object."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -90,11 +90,20 @@ def export(
     write, read = ways[format]
     try:
         with written_whole(out) as draft:
-            with _quiet(), progress_bar() as bar:
-                bar.add_task(f"writing {out.name}", total=None, note=format)
-                draft.write_bytes(write(segmenter))
-                written = read(draft)
-                difference = None if written is None else _largest_difference(segmenter, written)
+            try:
+                with _quiet(), progress_bar() as bar:
+                    bar.add_task(f"writing {out.name}", total=None, note=format)
+                    draft.write_bytes(write(segmenter))
+                    written = read(draft)
+                    difference = None if written is None else _largest_difference(segmenter, written)
+            except (FastsegError, OSError):
+                raise
+            except Exception as error:  # what torch, onnx, onnxscript and onnxruntime that do not fit one another raise
+                reason = str(error).strip().partition("\n")[0]
+                raise FastsegError(
+                    f"{out}: cannot be made by torch {torch.__version__} and the packages here "
+                    f"({type(error).__name__}: {reason}). Update them together, or export to another format."
+                ) from error
             if difference is None:
                 log.warning("%s: was not compared with the network, because onnxruntime is not installed", out)
             elif not difference <= TOLERANCE:  # nan is no agreement
@@ -113,11 +122,11 @@ def _choose_format(out: Path, format: str | None) -> str:
         by_suffix = {suffix: name for name, suffix in EXPORT_FORMATS.items()}
         if out.suffix.lower() not in by_suffix:
             raise ConfigError(
-                f"out: must end in {', '.join(by_suffix)}; got {out}. Give such a name, or a format with it."
+                f"out: must end in .onnx, .pt2 or .safetensors; got {out}. Give such a name, or a format with it."
             )
         return by_suffix[out.suffix.lower()]
     if format not in EXPORT_FORMATS:
-        raise ConfigError(f"format: must be {', '.join(EXPORT_FORMATS)}; got {format!r}.")
+        raise ConfigError(f"format: must be onnx, torch or safetensors; got {format!r}. Give one of these.")
     return format
 
 
@@ -148,22 +157,16 @@ def _read_torch(path: Path) -> Network:
 
 def _to_onnx(segmenter: Segmenter) -> bytes:
     onnx = _import_optional("onnx", "onnxscript")
-    try:
-        program = torch.onnx.export(
-            _to_program(segmenter),
-            input_names=["images"],
-            output_names=["probabilities"],
-            dynamo=True,
-            verbose=False,
-        )
-        assert program is not None
-        model = program.model_proto
-    except Exception as error:  # what torch and onnxscript of versions that do not fit raise is anybody's guess
-        reason = str(error).strip().partition("\n")[0]
-        raise FastsegError(
-            f"torch {torch.__version__} cannot write ONNX here ({type(error).__name__}: {reason}). "
-            "Update torch, onnx and onnxscript together, or export to .pt2."
-        ) from error
+    program = torch.onnx.export(
+        _to_program(segmenter),
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes={"images": {0: "batch"}},  # gives the size its name; that it varies the program knows
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
     onnx.helper.set_model_props(model, _about(segmenter))
     return model.SerializeToString()
 
@@ -204,7 +207,7 @@ def _import_optional(*names: str) -> Any:
         return packages[0]
     except ImportError:
         raise ConfigError(
-            f"format: onnx needs the packages {' and '.join(names)}. Run: pip install 'fastseg-dali[export]'."
+            f"format: onnx needs the packages {' and '.join(names)}. Run pip install 'fastseg-dali[export]'."
         ) from None
 
 

@@ -69,10 +69,13 @@ def encode_rle(mask: Mask) -> str:
     >>> encode_rle(np.array([[0, 1, 1], [1, 0, 1]], np.uint8))
     '2 3 6 1'
     """
-    if mask.ndim != 2 or mask.dtype not in (np.uint8, np.bool_):
+    if mask.ndim != 2 or mask.size == 0 or mask.dtype not in (np.uint8, np.bool_):
         raise ValueError(f"a mask must be bool or uint8 (H, W); got {mask.dtype} {mask.shape}.")
-    pixels = mask.ravel() != 0
-    bounds = np.flatnonzero(np.diff(pixels, prepend=False, append=False))  # where runs begin and end, in turn
+    pixels = mask.ravel().astype(bool, copy=False)
+    is_bound = np.empty(pixels.size + 1, bool)  # a new array of this size costs more than what is done with it
+    is_bound[0], is_bound[-1] = pixels[0], pixels[-1]
+    np.not_equal(pixels[1:], pixels[:-1], out=is_bound[1:-1])
+    bounds = np.flatnonzero(is_bound)
     starts, ends = bounds[::2], bounds[1::2]
     return " ".join(map(str, np.stack([starts + 1, ends - starts], axis=1).ravel().tolist()))
 
@@ -133,14 +136,15 @@ def write_submission(
     Raises:
         DataError: a folder is missing or empty, an image has no mask, or more than one.
         BrokenMasksError: mask files are damaged or of another size than their image. All others have been looked at.
-        ConfigError: `out` cannot be written.
+        ConfigError: `out` cannot be written, or `images` is given without a folder of masks.
     """
     if isinstance(masks, str | os.PathLike):
-        jobs: Iterable[Job] = _jobs_of_folder(os.fspath(masks), images)
-        total = len(jobs)
+        listed = _jobs_of_folder(os.fspath(masks), images)
+        jobs, total = iter(listed), len(listed)
+    elif images is not None:
+        raise ConfigError(f"images: goes with a folder of masks, not with masks in memory; got {os.fspath(images)}.")
     else:
-        jobs = (Job(name, partial(encode_rle, mask)) for name, mask in masks)
-        total = None
+        jobs, total = (Job(name, partial(encode_rle, mask)) for name, mask in masks), None
     lines, done, began = 0, 0, time.perf_counter()
     broken: list[str] = []
     try:
