@@ -126,8 +126,10 @@ def _export(options: argparse.Namespace) -> int:
     from fastseg.exporting import export
 
     made = export(options.checkpoint, options.out, options.format)
-    compared = "" if made["max_difference"] is None else f", within {made['max_difference']:.1e} of the network"
-    print(f"{options.out}: {made['format']}, {made['bytes'] / 1e6:.1f} MB{compared}")
+    difference = made["max_difference"]
+    within = f"within {difference:.1e} of the network" if difference else "identical to the network"
+    compared = "not compared with the network" if difference is None else within
+    print(f"{options.out}: {made['format']}, {made['bytes'] / 1e6:.1f} MB, {compared}")
     return 0
 
 

@@ -139,8 +139,8 @@ def write_submission(
         ConfigError: `out` cannot be written, or `images` is given without a folder of masks.
     """
     if isinstance(masks, str | os.PathLike):
-        listed = _jobs_of_folder(os.fspath(masks), images)
-        jobs, total = iter(listed), len(listed)
+        named = _masks_by_image(os.fspath(masks), images)
+        jobs, total = _jobs_of_files(named, os.fspath(masks), images), len(named)
     elif images is not None:
         raise ConfigError(f"images: goes with a folder of masks, not with masks in memory; got {os.fspath(images)}.")
     else:
@@ -171,32 +171,34 @@ def write_submission(
     return lines
 
 
-def _jobs_of_folder(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> list[Job]:
+def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Names of mask files by the names of their images, in the order of these."""
     masks: dict[str, str] = {}
     for name in find_masks(mask_dir):
         first = masks.setdefault(mask_stem(name), name)
         if first != name:
             raise DataError(f"{mask_dir}: must hold one mask an image; found {first} and {name}. Keep one of each.")
     if image_dir is None:
-        return [
-            Job(f"{stem}.jpg", partial(_encode_file, os.path.join(mask_dir, masks[stem]))) for stem in sorted(masks)
-        ]
-    images = {name: masks.get(os.path.splitext(name)[0], "") for name in find_images(image_dir)}
-    missing = [name for name, mask in images.items() if not mask]
+        return {f"{stem}.jpg": masks[stem] for stem in sorted(masks)}
+    by_image = {name: masks.get(os.path.splitext(name)[0], "") for name in find_images(image_dir)}
+    missing = [name for name, mask in by_image.items() if not mask]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(images)} images in {os.fspath(image_dir)} have no mask in {mask_dir}; first: "
+            f"{len(missing)} of {len(by_image)} images in {os.fspath(image_dir)} have no mask in {mask_dir}; first: "
             f"{', '.join(missing[:NAMED])}. Add their masks."
         )
-    if len(masks) > len(images):
-        log.info("%s: left out %d masks without an image", mask_dir, len(masks) - len(images))
-    return [
-        Job(name, partial(_encode_file, os.path.join(mask_dir, mask), os.path.join(image_dir, name)))
-        for name, mask in images.items()
-    ]
+    if len(masks) > len(by_image):
+        log.info("%s: left out %d masks without an image", mask_dir, len(masks) - len(by_image))
+    return by_image
 
 
-def _encode_file(mask_path: str, image_path: str | None = None) -> str:
+def _jobs_of_files(named: dict[str, str], mask_dir: str, image_dir: str | os.PathLike[str] | None) -> Iterator[Job]:
+    for image, mask in named.items():
+        image_path = None if image_dir is None else os.path.join(image_dir, image)
+        yield Job(image, partial(_encode_file, os.path.join(mask_dir, mask), image_path))
+
+
+def _encode_file(mask_path: str, image_path: str | None) -> str:
     mask = decode_file(mask_path, decode_full_mask)
     if image_path is not None:
         check_sizes(mask_path, (mask.shape[0], mask.shape[1]), decode_file(image_path, image_size))

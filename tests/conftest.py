@@ -43,6 +43,10 @@ def write_checkpoint(path: Path, seed: int = 3, **fields: object) -> Path:
                 module.running_var.uniform_(0.5, 2)
                 torch.nn.init.uniform_(module.weight, 0.5, 1.5)
                 torch.nn.init.normal_(module.bias, 0, 0.3)
+        with torch.no_grad():  # about half of the pixels foreground, most of them surely
+            logits = model.eval()(torch.randn(4, 3, config.image_height, config.image_width))
+            model.head.weight *= 2 / logits.std()
+            model.head.bias.copy_((model.head.bias - logits.median()) * 2 / logits.std())
     save_checkpoint(path, {"config": config.model_dump(), "model": model.state_dict()})
     return path
 

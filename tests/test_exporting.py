@@ -58,7 +58,7 @@ def photos(batch: int) -> np.ndarray:
 
 def eager(folder: Path, images: np.ndarray) -> np.ndarray:
     probabilities = fastseg.load(folder / "best.pt")(torch.from_numpy(images)).numpy()
-    assert probabilities.std() > 0.05  # or agreement would mean little
+    assert probabilities.std() > 0.2  # or agreement would mean little
     return probabilities
 
 
@@ -90,11 +90,12 @@ def test_example_in_the_docstring_writes_a_mask(folder, onnx_export):
     lines = [line[4:] for line in exporting.__doc__.splitlines() if line.startswith("    ") and "fastseg" not in line]
     code = "\n".join(lines).replace("carvana.onnx", "net.onnx")
     assert len(lines) == 6
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 382, 3), dtype=np.uint8)).save(folder / "photo.jpg")
+    blobs = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    blobs.resize((382, 256)).save(folder / "photo.jpg")
     run_process(folder, "-c", code)
-    mask = np.asarray(Image.open(folder / "mask.png"))
+    with Image.open(folder / "mask.png") as image, Image.open(folder / "photo.jpg") as file:
+        mask, photo = np.array(image), np.array(file.convert("RGB").reduce(8))
     assert mask.dtype == bool
-    photo = np.array(Image.open(folder / "photo.jpg").convert("RGB").reduce(8))
     probabilities = fastseg.load(folder / "best.pt")(torch.from_numpy(photo[None]))[0].numpy()
     certain = np.abs(probabilities - 0.5) > 1e-4
     assert np.array_equal(mask[certain], (probabilities > 0.5)[certain])
@@ -154,7 +155,7 @@ def test_safetensors_hold_the_same_weights_and_load_again(folder):
     assert np.array_equal(again(torch.from_numpy(photos(2))).numpy(), eager(folder, photos(2)))
 
 
-def test_safetensors_are_scored_and_trained_on_like_checkpoints(folder, pairs_dir, tmp_path):
+def test_safetensors_are_scored_and_exported_like_checkpoints(folder, pairs_dir, tmp_path, capsys):
     fastseg.export(folder / "best.pt", tmp_path / "weights.safetensors")
     images, masks = pairs_dir / "images", pairs_dir / "masks"
     scores = [
@@ -165,7 +166,8 @@ def test_safetensors_are_scored_and_trained_on_like_checkpoints(folder, pairs_di
     command = f"export --checkpoint {tmp_path}/weights.safetensors --out {tmp_path}/again.safetensors"
     with pytest.raises(SystemExit, match="0"):
         main(command.split())
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "weights.safetensors").read_bytes()
+    assert capsys.readouterr().out.endswith("MB, identical to the network\n")
+    assert fastseg.evaluate(tmp_path / "again.safetensors", images, masks, device="cpu") == scores[0]
 
 
 def test_files_hold_no_source_lines_of_this_machine(folder, onnx_export, torch_export):

@@ -28,7 +28,7 @@ def test_probabilities_are_those_of_the_network_on_normalised_photos(checkpoint,
     inputs = torch.from_numpy((pixels.astype(np.float64) / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
     logits = unet.double()(inputs)[:, 0].detach().numpy()
     np.testing.assert_allclose(probabilities.numpy(), 1 / (1 + np.exp(-logits)), atol=1e-5)
-    assert probabilities.std() > 0.05  # or agreement would mean little
+    assert probabilities.std() > 0.2  # or agreement would mean little
 
 
 def test_red_is_not_blue(checkpoint):
