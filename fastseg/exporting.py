@@ -34,9 +34,9 @@ from fastseg.errors import CheckpointError, ConfigError, FastsegError
 from fastseg.progress import progress_bar
 from fastseg.segmenter import Segmenter, load
 
-__all__ = ["EXPORT_FORMATS", "export"]
+__all__ = ["export"]
 
-EXPORT_FORMATS = {"onnx": ".onnx", "torch": ".pt2", "safetensors": ".safetensors"}
+FORMATS = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "safetensors"}  # by what a file's name ends in
 TOLERANCE = 1e-4  # of a probability, between the file and the network, both in float32
 BATCH_SIZES = (1, 5)  # that are compared
 LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB
@@ -69,7 +69,7 @@ def export(
     Raises:
         CheckpointError: the checkpoint is missing, damaged or too large for the format.
         ConfigError: the format is unknown, a package that it needs is missing, or `out` cannot be written.
-        FastsegError: the file would have other probabilities; it is not kept.
+        FastsegError: the file would have other probabilities, or the packages here cannot make it; it is not kept.
     """
     out = Path(out)
     format = _choose_format(out, format)
@@ -82,35 +82,9 @@ def export(
             f"{checkpoint}: must have less than 2 GiB of weights for an ONNX file; it has {size / 2**30:.1f}. "
             "Export to .pt2 or .safetensors."
         )
-    ways: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
-        "onnx": (_to_onnx, _read_onnx),
-        "torch": (_to_torch, _read_torch),
-        "safetensors": (_to_safetensors, load),
-    }
-    write, read = ways[format]
     try:
         with written_whole(out) as draft:
-            try:
-                with _quiet(), progress_bar() as bar:
-                    bar.add_task(f"writing {out.name}", total=None, note=format)
-                    draft.write_bytes(write(segmenter))
-                    written = read(draft)
-                    difference = None if written is None else _largest_difference(segmenter, written)
-            except (FastsegError, OSError):
-                raise
-            except Exception as error:  # what torch, onnx, onnxscript and onnxruntime that do not fit one another raise
-                reason = str(error).strip().partition("\n")[0]
-                raise FastsegError(
-                    f"{out}: cannot be made by torch {torch.__version__} and the packages here "
-                    f"({type(error).__name__}: {reason}). Update them together, or export to another format."
-                ) from error
-            if difference is None:
-                log.warning("%s: was not compared with the network, because onnxruntime is not installed", out)
-            elif not difference <= TOLERANCE:  # nan is no agreement
-                raise FastsegError(
-                    f"{out}: must give the network's probabilities within {TOLERANCE:g}; they differ by "
-                    f"{difference:.1e}, so it was not kept. Export to another format."
-                )
+            difference = _write(segmenter, format, draft, out)
             num_bytes = draft.stat().st_size
     except OSError as error:
         raise ConfigError(f"out: {out} cannot be written ({error.strerror}). Give another file.") from None
@@ -118,16 +92,46 @@ def export(
 
 
 def _choose_format(out: Path, format: str | None) -> str:
-    if format is None:
-        by_suffix = {suffix: name for name, suffix in EXPORT_FORMATS.items()}
-        if out.suffix.lower() not in by_suffix:
-            raise ConfigError(
-                f"out: must end in .onnx, .pt2 or .safetensors; got {out}. Give such a name, or a format with it."
-            )
-        return by_suffix[out.suffix.lower()]
-    if format not in EXPORT_FORMATS:
+    if format is None and out.suffix.lower() not in FORMATS:
+        raise ConfigError(
+            f"out: must end in .onnx, .pt2 or .safetensors; got {out}. Give such a name, or a format with it."
+        )
+    format = format or FORMATS[out.suffix.lower()]
+    if format not in FORMATS.values():
         raise ConfigError(f"format: must be onnx, torch or safetensors; got {format!r}. Give one of these.")
     return format
+
+
+def _write(segmenter: Segmenter, format: str, draft: Path, out: Path) -> float | None:
+    """Write the file that will be `out`, read it back, and return the largest difference of its probabilities."""
+    ways: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
+        "onnx": (_to_onnx, _read_onnx),
+        "torch": (_to_torch, _read_torch),
+        "safetensors": (_to_safetensors, load),
+    }
+    to_bytes, read = ways[format]
+    try:
+        with _quiet(), progress_bar() as bar:
+            bar.add_task(f"writing {out.name}", total=None, note=format)
+            draft.write_bytes(to_bytes(segmenter))
+            written = read(draft)
+            difference = None if written is None else _largest_difference(segmenter, written)
+    except (FastsegError, OSError):
+        raise
+    except Exception as error:  # what torch, onnx, onnxscript and onnxruntime that do not fit one another raise
+        reason = str(error).strip().partition("\n")[0]
+        raise FastsegError(
+            f"{out}: cannot be made by torch {torch.__version__} and the packages here "
+            f"({type(error).__name__}: {reason}). Update them together, or export to another format."
+        ) from error
+    if difference is None:
+        log.warning("%s: was not compared with the network, because onnxruntime is not installed", out)
+    elif not difference <= TOLERANCE:  # nan is no agreement
+        raise FastsegError(
+            f"{out}: must give the network's probabilities within {TOLERANCE:g}; they differ by {difference:.1e}, "
+            "so it was not kept. Export to another format."
+        )
+    return difference
 
 
 def _about(segmenter: Segmenter) -> dict[str, str]:
