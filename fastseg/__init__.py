@@ -10,13 +10,15 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastseg.checkpoint import load_model
     from fastseg.config import Config
     from fastseg.data.carvana_like import generate
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
+    from fastseg.exporting import export
     from fastseg.inference import evaluate
+    from fastseg.segmenter import Segmenter, load
+    from fastseg.submission import decode_rle, encode_rle, write_submission
     from fastseg.training import TrainResult, train
     from fastseg.unet import UNet
 
@@ -31,7 +33,12 @@ _HOME = {
     "split_by_group": "data.pairs",
     "generate": "data.carvana_like",
     "UNet": "unet",
-    "load_model": "checkpoint",
+    "load": "segmenter",
+    "Segmenter": "segmenter",
+    "export": "exporting",
+    "encode_rle": "submission",
+    "decode_rle": "submission",
+    "write_submission": "submission",
     "FastsegError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -46,14 +53,19 @@ __all__ = [
     "FastsegError",
     "Loader",
     "Pairs",
+    "Segmenter",
     "TrainResult",
     "UNet",
+    "decode_rle",
+    "encode_rle",
     "evaluate",
+    "export",
     "find_pairs",
     "generate",
-    "load_model",
+    "load",
     "split_by_group",
     "train",
+    "write_submission",
 ]
 
 

@@ -1,12 +1,14 @@
 """Checkpoints: written whole or not at all, read without running code, with plain state-dict keys."""
 
+import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from fastseg.atomic import written_whole
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError
 from fastseg.unet import UNet
@@ -17,15 +19,10 @@ FORMAT = 1
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a checkpoint: beside its name first, then renamed, so that a reader finds the old or the new one whole."""
-    path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write a checkpoint; a reader finds the old or the new one whole."""
     try:
-        with open(draft, "wb") as file:
+        with written_whole(path) as draft, open(draft, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of what the file raised
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
@@ -33,20 +30,26 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
         raise CheckpointError(
             f"{path}: cannot be written ({cause.strerror}); what was there before is intact. Make room and run again."
         ) from None
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with `weights_only`: tensors and plain values, no code.
 
+    A safetensors file that `fastseg.export` wrote is one too, without what a run needs to go on.
+
     Raises:
         CheckpointError: the file is missing, damaged, or no checkpoint of fastseg.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            start = file.read(9)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Name an existing checkpoint.") from None
+    try:
+        if start[8:] == b"{":  # safetensors: the length of the header in 8 bytes, then the header, a JSON object
+            state = _read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # what damaged bytes raise in torch's reader is anybody's guess
         raise CheckpointError(f"{path}: is damaged or no checkpoint. Use another, or remove it.") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_whole(state):
@@ -99,6 +102,13 @@ def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
     model = build_model(config)
     load_weights(model, state, path, config)
     return model.eval(), config
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        config = json.loads((file.metadata() or {}).get("config", "null"))  # others' files have none
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
+        return {"format": FORMAT, "config": config, "model": weights}
 
 
 def _is_whole(state: dict[str, Any]) -> bool:

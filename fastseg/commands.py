@@ -116,6 +116,44 @@ def _synth(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
+    parser.add_argument("--out", metavar="FILE", required=True, help="file to write: .onnx, .pt2 or .safetensors")
+    parser.add_argument("--format", metavar="onnx|torch|safetensors", help="if the file's name does not say it")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from fastseg.exporting import export
+
+    made = export(options.checkpoint, options.out, options.format)
+    difference = made["max_difference"]
+    within = f"within {difference:.1e} of the network" if difference else "identical to the network"
+    compared = "not compared with the network" if difference is None else within
+    print(f"{options.out}: {made['format']}, {made['bytes'] / 1e6:.1f} MB, {compared}")
+    return 0
+
+
+def _add_submission(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--masks", metavar="DIR", required=True, help="folder of masks, named as their images")
+    parser.add_argument("--out", metavar="FILE", required=True, help="CSV file to write")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images that must each have a mask of their size")
+    _add_config_fields(parser, ("num_workers",))
+
+
+def _submission(options: argparse.Namespace) -> int:
+    config = Config(**_config_fields(options))
+
+    from fastseg.submission import BrokenMasksError, write_submission
+
+    try:
+        lines = write_submission(options.masks, options.out, images=options.images, num_workers=config.num_workers)
+    except BrokenMasksError as error:
+        print(*error.sentences, f"fastseg: {error}", sep="\n", file=sys.stderr)
+        return 1
+    print(f"{options.out}: {lines} lines")
+    return 0
+
+
 COMMANDS = (
     Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", _add_train, _train),
     Command(
@@ -124,6 +162,20 @@ COMMANDS = (
         "--checkpoint FILE --img-dir DIR --mask-dir DIR [--FIELD VALUE ...]",
         _add_evaluate,
         _evaluate,
+    ),
+    Command(
+        "export",
+        "write a network for other programs",
+        "--checkpoint FILE --out FILE [--format onnx|torch|safetensors]",
+        _add_export,
+        _export,
+    ),
+    Command(
+        "submission",
+        "write masks as a Kaggle CSV",
+        "--masks DIR --out FILE [--images DIR] [--num-workers N]",
+        _add_submission,
+        _submission,
     ),
     Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--seed N]", _add_synth, _synth),
 )

@@ -17,7 +17,7 @@ from fastseg.data.cache import user_cache
 from fastseg.distributed import place_in_group, share_of_batch
 from fastseg.errors import ConfigError
 
-__all__ = ["Runtime", "choose_compile", "choose_runtime"]
+__all__ = ["Runtime", "choose_compile", "choose_device", "choose_runtime"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -65,13 +65,18 @@ def choose_runtime(config: Config) -> Runtime:
     Raises:
         ConfigError: a GPU or a number format is asked for that this machine lacks.
     """
-    device = _choose_device(config.device)
+    device = choose_device(config.device)
     rank, world_size = place_in_group()
     share_of_batch(config.batch_size, world_size)
     return Runtime(device, _choose_dtype(config.precision, device), rank, world_size)
 
 
-def _choose_device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device of this machine that `Config.device` names.
+
+    Raises:
+        ConfigError: it is a GPU that this machine lacks.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)

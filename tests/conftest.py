@@ -25,6 +25,32 @@ def write_pair(folder: Path, name: str, width: int = 96, height: int = 64, seed:
     Image.fromarray(blob).save(folder / "masks" / f"{name}_mask.{mask}")
 
 
+def write_checkpoint(path: Path, seed: int = 3, **fields: object) -> Path:
+    """A small network as `best.pt`: random, but with statistics like those of a trained one."""
+    import torch
+
+    from fastseg.checkpoint import build_model, save_checkpoint
+
+    config = fastseg.Config(**{"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, **fields})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = build_model(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.3)
+                module.running_var.uniform_(0.5, 2)
+                torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+                torch.nn.init.normal_(module.bias, 0, 0.3)
+        with torch.no_grad():  # about half of the pixels foreground, most of them surely
+            logits = model.eval()(torch.randn(4, 3, config.image_height, config.image_width))
+            model.head.weight *= 2 / logits.std()
+            model.head.bias.copy_((model.head.bias - logits.median()) * 2 / logits.std())
+    save_checkpoint(path, {"config": config.model_dump(), "model": model.state_dict()})
+    return path
+
+
 @pytest.fixture(scope="session")
 def pairs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """images/ and masks/ of 3 cars x 4 views, 96x64. Shared by all tests: not to be written to."""

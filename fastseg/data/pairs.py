@@ -16,7 +16,7 @@ import numpy as np
 
 from fastseg.errors import DataError
 
-__all__ = ["Pairs", "find_images", "find_pairs", "group_of", "split_by_group"]
+__all__ = ["Pairs", "find_images", "find_masks", "find_pairs", "group_of", "mask_stem", "split_by_group"]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_EXTENSIONS = (".gif", ".png", ".bmp")
@@ -66,6 +66,20 @@ def find_images(image_dir: str | os.PathLike[str]) -> list[str]:
     return _find_files(os.fspath(image_dir), IMAGE_EXTENSIONS, "images")
 
 
+def find_masks(mask_dir: str | os.PathLike[str]) -> list[str]:
+    """Names of the masks below a folder, relative to it, sorted.
+
+    Raises:
+        DataError: the folder is missing, cannot be read, or holds no masks.
+    """
+    return _find_files(os.fspath(mask_dir), MASK_EXTENSIONS, "masks")
+
+
+def mask_stem(name: str) -> str:
+    """Name of the image that a mask belongs to, but for its extension."""
+    return os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
+
+
 def find_pairs(
     image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str], *, bad_samples: str = "raise"
 ) -> Pairs:
@@ -83,7 +97,7 @@ def find_pairs(
         DataError: a folder is missing or empty, or (with "raise") an image has no mask or more than one.
     """
     image_dir, mask_dir = os.fspath(image_dir), os.fspath(mask_dir)
-    images, mask_names = find_images(image_dir), _find_files(mask_dir, MASK_EXTENSIONS, "masks")
+    images, mask_names = find_images(image_dir), find_masks(mask_dir)
     if os.path.realpath(image_dir) == os.path.realpath(mask_dir):  # `a.png` and `a_mask.png` side by side
         images = [name for name in images if not os.path.splitext(name)[0].endswith(MASK_SUFFIX)]
         mask_names = sorted(set(mask_names).difference(images))
@@ -91,7 +105,7 @@ def find_pairs(
     masks: dict[str, str] = {}
     doubled: dict[str, str] = {}
     for name in mask_names:
-        stem = os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
+        stem = mask_stem(name)
         if masks.setdefault(stem, name) != name:
             doubled[stem] = name
 
