@@ -89,7 +89,7 @@ class Config(BaseModel):
     )
     batch_size: int = _field(16, "pairs a step, over all processes", ge=1)
     num_epochs: int = _field(3, "passes over the training pairs; if not given, as many more as min_steps asks", ge=1)
-    min_steps: int = _field(150, "steps a run takes at least when num_epochs is not given", ge=0)
+    min_steps: int = _field(240, "steps a run takes at least when num_epochs is not given", ge=0)
     early_stopping: int = _field(0, "end after this many epochs without a better Dice; 0: never", ge=0)
     time_limit_s: float = _field(0.0, "begin no epoch that would end later than this, in seconds; 0: no limit", ge=0)
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
