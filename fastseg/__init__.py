@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
-    from fastseg.inference import evaluate
+    from fastseg.evaluation import evaluate
     from fastseg.training import TrainResult, train
     from fastseg.unet import UNet
 
@@ -24,7 +24,7 @@ _HOME = {
     "train": "training",
     "TrainResult": "training",
     "Config": "config",
-    "evaluate": "inference",
+    "evaluate": "evaluation",
     "Loader": "data.loader",
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",

@@ -82,10 +82,10 @@ def mean_field_crf(
     photo: Tensor,
     *,
     radius: int = 5,
-    iterations: int = 5,
+    iterations: int = 10,
     smoothness: float = 0.02,
     smoothness_sigma: float = 1.0,
-    appearance: float = 0.3,
+    appearance: float = 0.5,
     appearance_sigma: float = 4.0,
     colour_sigma: float = 0.03,
 ) -> Tensor:
@@ -97,8 +97,8 @@ def mean_field_crf(
              + appearance * exp(-|p_i - p_j|^2 / 2 appearance_sigma^2 - |c_i - c_j|^2 / 2 colour_sigma^2)
 
     of places p and colours c, not normalised, and 0 where j lies outside the window of (2 radius + 1)^2 pixels around
-    i, or is i. Their update is Q_i(l) ~ exp(-psi_i(l) - sum_j k_ij Q_j(other label)). With two labels, q the probability
-    of foreground and u = psi(0) - psi(1) the logit, the ratio of both lines is one message a pixel:
+    i, or is i. Their update is Q_i(l) ~ exp(-psi_i(l) - sum_j k_ij Q_j(other label)). With q = Q(1) the probability of
+    foreground and u = psi(0) - psi(1) the network's logit, the ratio of the two labels leaves one message a pixel:
 
         logit q_i = u_i + sum_j k_ij (q_j - (1 - q_j)) = u_i + sum_j k_ij tanh(logit q_j / 2)
 

@@ -2,15 +2,17 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastseg.atomic import written_whole
 from fastseg.augment import normalise
 from fastseg.config import Config
 from fastseg.data.host import HostDecoder
@@ -18,10 +20,20 @@ from fastseg.data.pairs import Pairs
 from fastseg.metrics import Scores
 from fastseg.runtime import Runtime
 
-__all__ = ["draw_curves", "draw_overlay", "versions"]
+__all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_worst", "versions"]
 
 TRUE, PREDICTED = "#00d5ff", "#ff2e88"  # outlines that stand out from each other and from most photographs
+MARGIN = 40  # pixels of a photo that are shown around its outlines
 PACKAGES = ("fastseg-dali", "torch", "nvidia-dali-cuda120", "kornia", "numba", "numpy", "simplejpeg", "pillow")
+
+
+class Outlined(NamedTuple):
+    """A photo and the two outlines to draw on it, at one half of what the masks hold."""
+
+    photo: NDArray[np.uint8]  # (H, W, 3)
+    true: NDArray[Any]  # (H, W) bool, or in [0, 1]
+    predicted: NDArray[Any]  # likewise
+    title: str
 
 
 def versions() -> dict[str, str]:
@@ -76,21 +88,44 @@ def draw_overlay(
         inputs, _ = normalise(images.to(runtime.device), masks.to(runtime.device))
         probability = model(inputs)[:, 0].float().sigmoid().cpu()
     dice = Scores().update(probability > 0.5, masks >= 128)
+    titles = [f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}" for i, index in enumerate(shown)]
+    draw_outlines(list(map(Outlined, images.numpy(), masks.numpy() / 255, probability.numpy(), titles)), path)
 
-    columns = min(4, len(shown))
+
+def draw_worst(wrong: Sequence[Outlined], path: Path) -> None:
+    """Photos cut to the part that either outline reaches, large enough to see what went wrong; a PNG."""
+    parts = []
+    for photo, true, predicted, title in wrong:
+        either = (true > 0.5) | (predicted > 0.5)
+        spans = [
+            np.flatnonzero(either.any(axis)) if either.any() else np.arange(photo.shape[1 - axis]) for axis in (1, 0)
+        ]
+        part = tuple(slice(max(span[0] - MARGIN, 0), span[-1] + MARGIN + 1) for span in spans)
+        parts.append(Outlined(photo[part], true[part], predicted[part], title))
+    draw_outlines(parts, path, columns=2, width=7.0)
+
+
+def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, width: float = 3.2) -> None:
+    """Photos in rows, each with the true and the predicted outline; a PNG.
+
+    Args:
+        columns: at most, in a row.
+        width: of a photo, in inches.
+    """
+    columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
-    height = 3.2 * config.image_height / config.image_width + 0.35
-    figure = Figure(figsize=(3.2 * columns, height * rows + 0.4), layout="constrained")
+    height = width * max(photo.shape[0] / photo.shape[1] for photo, *_ in shown) + 0.35
+    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
     all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in all_axes:
         axes.axis("off")
-    for i, index in enumerate(shown):
-        axes = all_axes[i]
-        axes.imshow(images[i].numpy())
-        for values, colour, width in ((masks[i].numpy() / 255, TRUE, 1.4), (probability[i].numpy(), PREDICTED, 0.9)):
+    for axes, (photo, true, predicted, title) in zip(all_axes, shown, strict=False):
+        axes.imshow(photo)
+        for values, colour, line in ((true, TRUE, 1.4), (predicted, PREDICTED, 0.9)):
             if values.min() < 0.5 <= values.max():
-                axes.contour(values, levels=[0.5], colors=[colour], linewidths=width)
-        axes.set_title(f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}", fontsize=8)
+                axes.contour(values, levels=[0.5], colors=[colour], linewidths=line)
+        axes.set_title(title, fontsize=8)
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    with written_whole(path) as draft:
+        figure.savefig(draft, dpi=130, format="png")
