@@ -116,18 +116,23 @@ def mean_field_crf(
     Source: Kraehenbuehl & Koltun 2011, Efficient inference in fully connected CRFs (arXiv:1210.5644), algorithm 1.
     """
     height, width = logits.shape[2:]
+    colours = (photo / colour_sigma).split(1, dim=1)
     refined = logits
     for _ in range(iterations):
         label, message = (refined / 2).tanh(), torch.zeros_like(logits)
         for down, right in _half_window(min(radius, height - 1), min(radius, width - 1)):
             here = (..., slice(down, None), slice(max(right, 0), width + min(right, 0)))
             there = (..., slice(None, height - down), slice(max(-right, 0), width - max(right, 0)))
+            distance = torch.zeros_like(label[here])
+            for colour in colours:
+                difference = colour[here] - colour[there]
+                distance.addcmul_(difference, difference)
+            distance.clamp_(max=60)  # exp(-30) is nothing; denormal numbers would slow a CPU down
             squared = down * down + right * right
-            kernel = (photo[here] - photo[there]).square_().sum(1, keepdim=True)
-            kernel.mul_(-0.5 / colour_sigma**2).sub_(0.5 * squared / appearance_sigma**2).exp_().mul_(appearance)
+            kernel = distance.mul_(-0.5).sub_(0.5 * squared / appearance_sigma**2).exp_().mul_(appearance)
             kernel.add_(smoothness * math.exp(-0.5 * squared / smoothness_sigma**2))
-            message[here] += kernel * label[there]
-            message[there] += kernel * label[here]  # k_ij = k_ji
+            message[here].addcmul_(kernel, label[there])
+            message[there].addcmul_(kernel, label[here])  # k_ij = k_ji
         refined = logits + message
     return refined
 
