@@ -96,8 +96,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--refine",
         metavar="none|guided|crf",
-        default="none",
-        help="correct full-size masks by the photo (default: none)",
+        default="crf",
+        help="how masks at full size are corrected by the photo (default: crf)",
     )
     _add_config_fields(parser, EVALUATE_FIELDS)
 

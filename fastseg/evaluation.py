@@ -84,7 +84,7 @@ def evaluate(
     mask_dir: str | os.PathLike[str],
     *,
     full_size: bool = True,
-    refine: str = "none",
+    refine: str = "crf",
     out: str | os.PathLike[str] | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def evaluate(
         checkpoint: `best.pt` or `last.pt` of a run.
         img_dir, mask_dir: as for `find_pairs`.
         full_size: also score logits upsampled to the photo's size against the whole mask.
-        refine: what corrects those by the photo: "none", "guided" or "crf" (`fastseg.refinement.refine`).
+        refine: what corrects the upsampled logits by the photo: "none", "guided" or "crf" (`refinement.refine`).
         out: folder for `scores.csv` (one line an image), `summary.json` and `worst.png` (the eight worst images with
             both outlines; with `full_size`).
         changes: fields of `Config` that differ from the checkpoint's, such as `device` or `batch_size`.
@@ -111,8 +111,6 @@ def evaluate(
     """
     if refine not in refinement.METHODS:
         raise ConfigError(f"refine: must be one of {', '.join(refinement.METHODS)}; got {refine!r}. Use none.")
-    if refine != "none" and not full_size:
-        raise ConfigError(f"refine: {refine} works at full size, which full_size=false leaves out. Drop one of them.")
     model, trained = load_model(checkpoint)
     config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
     runtime = choose_runtime(config)
@@ -137,7 +135,7 @@ def evaluate(
     tally = _score_pairs(
         runtime.place(model), loader, runtime, config.num_workers, full_size, refine, folder is not None
     )
-    scores = _summarise(tally, full_size)
+    scores = _summarise(tally, full_size, pairs.image_dir)
     if folder is not None:
         about = {
             "checkpoint": os.fspath(checkpoint),
@@ -238,8 +236,11 @@ def _decode_full(pairs: Pairs, index: int, with_photo: bool) -> _FullPair:
     return _FullPair(photo, decode_file(pairs.mask_path(index), decode_full_mask))
 
 
-def _summarise(tally: _Tally, full_size: bool) -> dict[str, Any]:
+def _summarise(tally: _Tally, full_size: bool, folder: str) -> dict[str, Any]:
+    """What `evaluate` returns."""
     rows = tally.rows
+    if not rows:
+        raise DataError(f"{folder}: not one of its pairs can be used.")
     scores: dict[str, Any] = {**tally.small.compute(), "loss": float(np.mean(tally.losses)), "images": len(rows)}
     if full_size:
         scores |= {f"full_{name}": value for name, value in tally.full.compute().items()}

@@ -113,10 +113,10 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
         width: of a photo, in inches.
     """
     columns = min(columns, len(shown))
-    rows = -(-len(shown) // columns)
-    height = width * max(photo.shape[0] / photo.shape[1] for photo, *_ in shown) + 0.35
-    figure = Figure(figsize=(width * columns, height * rows + 0.4), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    aspects = [photo.shape[0] / photo.shape[1] for photo, *_ in shown]
+    heights = [width * max(aspects[i : i + columns]) + 0.35 for i in range(0, len(shown), columns)]
+    figure = Figure(figsize=(width * columns, sum(heights) + 0.4), layout="constrained")
+    all_axes = figure.subplots(len(heights), columns, height_ratios=heights, squeeze=False).ravel()
     for axes in all_axes:
         axes.axis("off")
     for axes, (photo, true, predicted, title) in zip(all_axes, shown, strict=False):
@@ -124,7 +124,7 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
         for values, colour, line in ((true, TRUE, 1.4), (predicted, PREDICTED, 0.9)):
             if values.min() < 0.5 <= values.max():
                 axes.contour(values, levels=[0.5], colors=[colour], linewidths=line)
-        axes.set_title(title, fontsize=8)
+        axes.set_title(title, fontsize=max(8, 1.7 * width))
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
     with written_whole(path) as draft:
