@@ -83,7 +83,7 @@ def mean_field_crf(
     *,
     radius: int = 5,
     iterations: int = 10,
-    smoothness: float = 0.02,
+    smoothness: float = 0.5,
     smoothness_sigma: float = 1.0,
     appearance: float = 0.5,
     appearance_sigma: float = 4.0,

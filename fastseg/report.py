@@ -96,13 +96,23 @@ def draw_worst(wrong: Sequence[Outlined], path: Path) -> None:
     """Photos cut to the part that either outline reaches, large enough to see what went wrong; a PNG."""
     parts = []
     for photo, true, predicted, title in wrong:
-        either = (true > 0.5) | (predicted > 0.5)
-        spans = [
-            np.flatnonzero(either.any(axis)) if either.any() else np.arange(photo.shape[1 - axis]) for axis in (1, 0)
-        ]
-        part = tuple(slice(max(span[0] - MARGIN, 0), span[-1] + MARGIN + 1) for span in spans)
+        part = _part_around((true > 0.5) | (predicted > 0.5))
         parts.append(Outlined(photo[part], true[part], predicted[part], title))
     draw_outlines(parts, path, columns=2, width=7.0)
+
+
+def _part_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Rows and columns of a mask's foreground and a margin, in the proportions of the photo; all of it if empty."""
+    if not mask.any():
+        return slice(None), slice(None)
+    spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+    needed = [(span[-1] - span[0] + 1 + 2 * MARGIN) / size for span, size in zip(spans, mask.shape, strict=True)]
+    sizes = [round(min(max(needed), 1) * size) for size in mask.shape]
+    starts = [
+        min(max((span[0] + span[-1] + 1 - size) // 2, 0), whole - size)
+        for span, size, whole in zip(spans, sizes, mask.shape, strict=True)
+    ]
+    return slice(starts[0], starts[0] + sizes[0]), slice(starts[1], starts[1] + sizes[1])
 
 
 def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, width: float = 3.2) -> None:

@@ -20,6 +20,7 @@ from fastseg.cli import main
 from fastseg.data.host import HostDecoder
 from fastseg.errors import ConfigError, DataError
 from fastseg.refinement import METHODS, refine
+from fastseg.report import Outlined, draw_worst
 from fastseg.upsample import upsample_logits
 from tests.conftest import write_pair
 
@@ -238,3 +239,20 @@ def test_command_speaks_of_both_sizes(checkpoint, data, tmp_path, capsys):
     names = list(scores["worst"])
     assert worst == "Lowest Dice: " + ", ".join(f"{name} ({scores['worst'][name]:.4f})" for name in names[:3])
     assert where == f"scores.csv, summary.json and worst.png are in {tmp_path}/"
+
+
+@pytest.mark.parametrize("box", [(0, 0, 5, 5), (60, 90, 64, 96), (30, 0, 40, 96), (10, 20, 50, 40), (0, 0, 0, 0)])
+def test_worst_picture_shows_the_whole_of_both_outlines(box, tmp_path, monkeypatch):
+    top, left, bottom, right = box
+    masks = np.zeros((2, 640, 960), np.bool_)
+    masks[0, 10 * top : 10 * bottom, 10 * left : 10 * right] = True
+    masks[1, 10 * top : 10 * bottom, 10 * left : 10 * (left + right) // 2] = True
+    photo = np.random.default_rng(0).integers(0, 256, (640, 960, 3), np.uint8)
+    drawn: list[Outlined] = []
+    monkeypatch.setattr("fastseg.report.draw_outlines", lambda shown, *_, **__: drawn.extend(shown))
+    draw_worst([Outlined(photo, *masks, "a.jpg"), Outlined(photo, *masks[::-1], "b.jpg")], tmp_path / "worst.png")
+    for shown, order in zip(drawn, (1, -1), strict=True):
+        assert [shown.true.sum(), shown.predicted.sum()] == list(masks.sum((1, 2))[::order])
+        assert shown.photo.shape[:2] == shown.true.shape == shown.predicted.shape
+        assert shown.true.shape[1] / shown.true.shape[0] == pytest.approx(1.5, abs=0.02)
+        assert (shown.photo.size < photo.size) == (0 < right - left < 96)
