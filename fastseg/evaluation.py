@@ -1,15 +1,13 @@
 """How good a trained network is: scores of a folder of pairs, at the size it was trained at and at the photos' own."""
 
+import contextlib
 import csv
+import itertools
 import json
-import logging
 import os
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +21,11 @@ from fastseg.boundary import BOUNDARY_PIXELS, boundary_iou
 from fastseg.checkpoint import load_model
 from fastseg.config import Config
 from fastseg.data.check import check_pairs
-from fastseg.data.decode import decode_full_mask, decode_full_photo
+from fastseg.data.decode import decode_full_photo
+from fastseg.data.full_size import FullPair, decode_full_pairs
 from fastseg.data.host import decode_file
 from fastseg.data.loader import Loader
-from fastseg.data.pairs import Pairs, find_pairs
+from fastseg.data.pairs import find_pairs
 from fastseg.errors import ConfigError, DataError
 from fastseg.losses import bce_dice_loss
 from fastseg.metrics import Scores
@@ -39,15 +38,6 @@ from fastseg.upsample import upsample_logits
 __all__ = ["evaluate"]
 
 WORST = 8  # images that worst.png shows
-
-log = logging.getLogger(__name__)
-
-
-class _FullPair(NamedTuple):
-    """A pair at its own size; the photo only where it is needed."""
-
-    photo: NDArray[np.uint8] | None  # (H, W, 3)
-    mask: NDArray[np.bool_]  # (H, W)
 
 
 @dataclass(frozen=True)
@@ -156,13 +146,10 @@ def _score_pairs(
 ) -> _Tally:
     """Run the network over all pairs, in order, and score one image at a time: photos may differ in size."""
     pairs, tally = loader.pairs, _Tally(Scores(runtime.device), Scores(runtime.device))
-    with (
-        torch.inference_mode(),
-        ThreadPoolExecutor(threads, thread_name_prefix="fastseg-full") as pool,
-        progress_bar() as bar,
-    ):
+    full_pairs = decode_full_pairs(pairs, num_workers=threads, with_photo=refine != "none")
+    with torch.inference_mode(), contextlib.closing(full_pairs), progress_bar() as bar:
         task = bar.add_task("scoring", total=len(pairs))
-        decoded = enumerate(_decode_ahead(pairs, pool, 2 * threads, full_size, refine != "none"))
+        decoded = enumerate(full_pairs if full_size else itertools.repeat(None, len(pairs)))
         for images, masks, indices in loader:
             inputs, targets = normalise(images, masks)
             with runtime.autocast():
@@ -189,7 +176,7 @@ def _score_pairs(
 
 
 def _score_full(
-    row: _Row, logits: Tensor, full: _FullPair, refine: str, scores: Scores
+    row: _Row, logits: Tensor, full: FullPair, refine: str, scores: Scores
 ) -> tuple[_Row, NDArray[np.bool_]]:
     """Add an image's scores at full size; returns its row and the predicted mask."""
     true = torch.from_numpy(full.mask)[None].to(logits.device)
@@ -214,26 +201,6 @@ def _keep_if_worst(
 
 def _iou(dice: float) -> float:
     return dice / (2 - dice)
-
-
-def _decode_ahead(
-    pairs: Pairs, pool: ThreadPoolExecutor, ahead: int, full_size: bool, with_photo: bool
-) -> Iterator["Future[_FullPair] | None"]:
-    """Every pair at full size in order, `ahead` of them decoded or being decoded while the network works."""
-    if not full_size:
-        yield from [None] * len(pairs)
-        return
-    waiting: deque[Future[_FullPair]] = deque()
-    for index in range(len(pairs)):
-        waiting.append(pool.submit(_decode_full, pairs, index, with_photo))
-        if len(waiting) > ahead:
-            yield waiting.popleft()
-    yield from waiting
-
-
-def _decode_full(pairs: Pairs, index: int, with_photo: bool) -> _FullPair:
-    photo = decode_file(pairs.image_path(index), decode_full_photo) if with_photo else None
-    return _FullPair(photo, decode_file(pairs.mask_path(index), decode_full_mask))
 
 
 def _summarise(tally: _Tally, full_size: bool, folder: str) -> dict[str, Any]:
