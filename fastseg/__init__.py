@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
+    from fastseg.evaluation import evaluate
     from fastseg.exporting import export
-    from fastseg.inference import evaluate
     from fastseg.segmenter import Segmenter, load
     from fastseg.submission import decode_rle, encode_rle, write_submission
     from fastseg.training import TrainResult, train
@@ -26,7 +26,7 @@ _HOME = {
     "train": "training",
     "TrainResult": "training",
     "Config": "config",
-    "evaluate": "inference",
+    "evaluate": "evaluation",
     "Loader": "data.loader",
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",

@@ -78,25 +78,63 @@ def _train(options: argparse.Namespace) -> int:
 
 
 EVALUATE_FIELDS = ("device", "precision", "batch_size", "num_workers", "decoder", "bad_samples", "check_data")
+NAMED = 3  # images of the lowest Dice that `evaluate` names; its JSON has more
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--img-dir", metavar="DIR", required=True, help="folder of images")
     parser.add_argument("--mask-dir", metavar="DIR", required=True, help="folder of masks")
+    parser.add_argument("--out", metavar="DIR", help="write scores.csv, summary.json and worst.png there")
+    parser.add_argument(
+        "--full-size",
+        metavar="true|false",
+        default="true",
+        choices=("true", "false"),
+        help="score at the photos' own size too (default: true)",
+    )
+    parser.add_argument(
+        "--refine",
+        metavar="none|guided|crf",
+        default="crf",
+        help="how masks at full size are corrected by the photo (default: crf)",
+    )
     _add_config_fields(parser, EVALUATE_FIELDS)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from fastseg.inference import evaluate
+    from fastseg.evaluation import evaluate
 
-    scores = evaluate(options.checkpoint, options.img_dir, options.mask_dir, **_config_fields(options))
-    print(
-        f"{scores['images']} images: IoU {scores['iou']:.4f}, Dice {scores['dice']:.4f} (means over images); "
-        f"IoU {scores['iou_pixels']:.4f}, Dice {scores['dice_pixels']:.4f} (over all pixels)"
+    scores = evaluate(
+        options.checkpoint,
+        options.img_dir,
+        options.mask_dir,
+        full_size=options.full_size == "true",
+        refine=options.refine,
+        out=options.out,
+        **_config_fields(options),
     )
+    print(f"{scores['images']} images: {_means(scores, '')}, at the training size")
+    if options.full_size == "true":
+        print(
+            f"At the photos' own size (refine {options.refine}): {_means(scores, 'full_')}; boundary IoU "
+            f"{scores['full_boundary_iou']:.4f} (within {scores['boundary_pixels']} pixels of the outline)"
+        )
+    worst = [f"{name} ({dice:.4f})" for name, dice in scores["worst"].items()]
+    print(f"Lowest Dice: {', '.join(worst[:NAMED])}")
+    if options.out is not None:
+        print(
+            f"scores.csv, summary.json{' and worst.png' if options.full_size == 'true' else ''} are in {options.out}/"
+        )
     print(json.dumps(scores))
     return 0
+
+
+def _means(scores: dict[str, Any], size: str) -> str:
+    return (
+        f"IoU {scores[f'{size}iou']:.4f}, Dice {scores[f'{size}dice']:.4f} (means over images); "
+        f"IoU {scores[f'{size}iou_pixels']:.4f}, Dice {scores[f'{size}dice_pixels']:.4f} (over all pixels)"
+    )
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +197,7 @@ COMMANDS = (
     Command(
         "evaluate",
         "IoU and Dice of a checkpoint on a folder",
-        "--checkpoint FILE --img-dir DIR --mask-dir DIR [--FIELD VALUE ...]",
+        "--checkpoint FILE --img-dir DIR --mask-dir DIR [--out DIR] [--refine METHOD] [--FIELD VALUE ...]",
         _add_evaluate,
         _evaluate,
     ),

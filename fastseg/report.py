@@ -2,15 +2,17 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastseg.atomic import written_whole
 from fastseg.augment import normalise
 from fastseg.config import Config
 from fastseg.data.host import HostDecoder
@@ -18,10 +20,20 @@ from fastseg.data.pairs import Pairs
 from fastseg.metrics import Scores
 from fastseg.runtime import Runtime
 
-__all__ = ["draw_curves", "draw_overlay", "versions"]
+__all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_worst", "versions"]
 
 TRUE, PREDICTED = "#00d5ff", "#ff2e88"  # outlines that stand out from each other and from most photographs
+MARGIN = 40  # pixels of a photo that are shown around its outlines
 PACKAGES = ("fastseg-dali", "torch", "nvidia-dali-cuda120", "kornia", "numba", "numpy", "simplejpeg", "pillow")
+
+
+class Outlined(NamedTuple):
+    """A photo and the two outlines to draw on it, at one half of what the masks hold."""
+
+    photo: NDArray[np.uint8]  # (H, W, 3)
+    true: NDArray[Any]  # (H, W) bool, or in [0, 1]
+    predicted: NDArray[Any]  # likewise
+    title: str
 
 
 def versions() -> dict[str, str]:
@@ -76,21 +88,54 @@ def draw_overlay(
         inputs, _ = normalise(images.to(runtime.device), masks.to(runtime.device))
         probability = model(inputs)[:, 0].float().sigmoid().cpu()
     dice = Scores().update(probability > 0.5, masks >= 128)
+    titles = [f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}" for i, index in enumerate(shown)]
+    draw_outlines(list(map(Outlined, images.numpy(), masks.numpy() / 255, probability.numpy(), titles)), path)
 
-    columns = min(4, len(shown))
-    rows = -(-len(shown) // columns)
-    height = 3.2 * config.image_height / config.image_width + 0.35
-    figure = Figure(figsize=(3.2 * columns, height * rows + 0.4), layout="constrained")
-    all_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+
+def draw_worst(wrong: Sequence[Outlined], path: Path) -> None:
+    """Photos cut to the part that either outline reaches, large enough to see what went wrong; a PNG."""
+    parts = []
+    for photo, true, predicted, title in wrong:
+        part = _part_around((true > 0.5) | (predicted > 0.5))
+        parts.append(Outlined(photo[part], true[part], predicted[part], title))
+    draw_outlines(parts, path, columns=2, width=7.0)
+
+
+def _part_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
+    """Rows and columns of a mask's foreground and a margin, in the proportions of the photo; all of it if empty."""
+    if not mask.any():
+        return slice(None), slice(None)
+    spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
+    needed = [(span[-1] - span[0] + 1 + 2 * MARGIN) / size for span, size in zip(spans, mask.shape, strict=True)]
+    sizes = [round(min(max(needed), 1) * size) for size in mask.shape]
+    starts = [
+        min(max((span[0] + span[-1] + 1 - size) // 2, 0), whole - size)
+        for span, size, whole in zip(spans, sizes, mask.shape, strict=True)
+    ]
+    return slice(starts[0], starts[0] + sizes[0]), slice(starts[1], starts[1] + sizes[1])
+
+
+def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, width: float = 3.2) -> None:
+    """Photos in rows, each with the true and the predicted outline; a PNG.
+
+    Args:
+        columns: at most, in a row.
+        width: of a photo, in inches.
+    """
+    columns = min(columns, len(shown))
+    aspects = [photo.shape[0] / photo.shape[1] for photo, *_ in shown]
+    heights = [width * max(aspects[i : i + columns]) + 0.35 for i in range(0, len(shown), columns)]
+    figure = Figure(figsize=(width * columns, sum(heights) + 0.4), layout="constrained")
+    all_axes = figure.subplots(len(heights), columns, height_ratios=heights, squeeze=False).ravel()
     for axes in all_axes:
         axes.axis("off")
-    for i, index in enumerate(shown):
-        axes = all_axes[i]
-        axes.imshow(images[i].numpy())
-        for values, colour, width in ((masks[i].numpy() / 255, TRUE, 1.4), (probability[i].numpy(), PREDICTED, 0.9)):
+    for axes, (photo, true, predicted, title) in zip(all_axes, shown, strict=False):
+        axes.imshow(photo)
+        for values, colour, line in ((true, TRUE, 1.4), (predicted, PREDICTED, 0.9)):
             if values.min() < 0.5 <= values.max():
-                axes.contour(values, levels=[0.5], colors=[colour], linewidths=width)
-        axes.set_title(f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}", fontsize=8)
+                axes.contour(values, levels=[0.5], colors=[colour], linewidths=line)
+        axes.set_title(title, fontsize=max(8, 1.7 * width))
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path, dpi=130)
+    with written_whole(path) as draft:
+        figure.savefig(draft, dpi=130, format="png")

@@ -275,7 +275,7 @@ def test_train_writes_a_run_and_evaluate_repeats_its_scores(cli, data):
 
     folders = ("--img-dir", data / "images", "--mask-dir", data / "masks")
     status, out, _ = cli("evaluate", "--checkpoint", run / "best.pt", *folders, "--device=cpu", "--precision=fp32")
-    sentence, scores = out.splitlines()
+    sentence, *_, scores = out.splitlines()
     scores = json.loads(scores)
     assert status == 0
     assert scores["images"] == 4

@@ -1,0 +1,196 @@
+"""What refinement is worth: Dice and boundary IoU at the photos' own size, and its time, for every method.
+
+    python benchmarks/refine.py --checkpoint runs/carvana/best.pt --img-dir data/val_images --mask-dir data/val_masks
+    python benchmarks/refine.py --checkpoint area-0.pt --checkpoint area-1.pt --checkpoint nearest-0.pt ... --json FILE
+
+Checkpoints that were trained on the same kind of target (`mask_resize`: "area" is soft, "nearest" is hard) are one
+group; its seeds give the mean and the range. The time is that of an image from the network's logits to the mask. The
+picture shows the pieces of outline about which the methods differ most.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from measure import describe, machine, median, print_table, report, spread
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+import fastseg
+from fastseg.augment import normalise
+from fastseg.boundary import BOUNDARY_PIXELS, boundary_iou
+from fastseg.checkpoint import load_model
+from fastseg.data.decode import decode_full_mask, decode_full_photo
+from fastseg.data.host import HostDecoder, decode_file
+from fastseg.data.pairs import group_of
+from fastseg.metrics import Scores
+from fastseg.progress import progress_bar
+from fastseg.refinement import METHODS, refine
+from fastseg.upsample import upsample_logits
+
+PACKAGES = ("kornia", "matplotlib")
+TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}
+CROP_HEIGHT, CROP_WIDTH = 160, 240  # pixels of a photo, in the picture
+CROPS = 3
+COLOURS = {"true": "#00d5ff", "none": "#ffb000", "guided": "#ff2e88", "crf": "#7cff4f"}
+
+
+class Crop(NamedTuple):
+    """A piece of a photo about which the methods differ."""
+
+    differing: float  # share of its pixels
+    name: str
+    photo: NDArray[np.uint8]  # (h, w, 3)
+    masks: dict[str, NDArray[np.bool_]]  # (h, w), the true one and one a method
+
+
+def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[dict[str, Any], list[Crop]]:
+    """Scores and times of every method with one checkpoint, and from each photo the piece where they differ most."""
+    model, config = load_model(path)
+    model = model.to(device)
+    decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
+    dice: dict[str, list[float]] = {method: [] for method in METHODS}
+    band: dict[str, list[float]] = {method: [] for method in METHODS}
+    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    crops = []
+    with torch.inference_mode(), progress_bar() as bar:
+        task = bar.add_task(Path(path).parent.name, total=len(pairs))
+        for index, (image, mask, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
+            inputs, _ = normalise(image.to(device), mask.to(device))
+            logits = model(inputs).float()
+            photo = decode_file(pairs.image_path(index), decode_full_photo)
+            true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None].to(device)
+            photos, masks = torch.from_numpy(photo)[None].to(device), {"true": true}
+            for method in METHODS:
+                if index == 0:  # the first call of each is not timed
+                    cut(logits, photos, method)
+                started = time.perf_counter()
+                masks[method] = cut(logits, photos, method)
+                seconds[method].append(time.perf_counter() - started)
+                dice[method].append(Scores(device).update(masks[method], true).item())
+                band[method].append(boundary_iou(masks[method], true).item())
+            crops.append(most_differing(pairs.images[index], photo, masks))
+            bar.advance(task)
+    methods = {
+        method: {
+            "full_dice": float(np.mean(dice[method])),
+            "full_boundary_iou": float(np.mean(band[method])),
+            "ms": 1e3 * median(seconds[method]),
+            "spread_ms": 1e3 * spread(seconds[method]),
+        }
+        for method in METHODS
+    }
+    return {"mask_resize": config.mask_resize, "seed": config.seed, "methods": methods}, crops
+
+
+def cut(logits: Tensor, photos: Tensor, method: str) -> Tensor:
+    """(1, H, W) bool, the mask of a photo at its own size; waits for the device."""
+    mask = refine(upsample_logits(logits, *photos.shape[1:3]), photos, method)[:, 0] > 0
+    if mask.device.type == "cuda":
+        torch.cuda.synchronize()
+    return mask
+
+
+def most_differing(name: str, photo: NDArray[np.uint8], masks: dict[str, Tensor]) -> Crop:
+    """The piece of a photo with most pixels that the methods do not agree about."""
+    predicted = torch.stack([masks[method] for method in METHODS])
+    differs = (predicted.any(0) & ~predicted.all(0)).float()
+    window = (min(CROP_HEIGHT, photo.shape[0]), min(CROP_WIDTH, photo.shape[1]))
+    shares = avg_pool2d(differs, window, stride=8)[0]
+    top, left = (8 * int(place) for place in np.unravel_index(int(shares.argmax()), shares.shape))
+    part = (slice(top, top + window[0]), slice(left, left + window[1]))
+    pieces = {kind: mask[0].cpu().numpy()[part].copy() for kind, mask in masks.items()}
+    return Crop(shares.max().item(), name, photo[part].copy(), pieces)
+
+
+def group(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for every kind of target and method: means over the checkpoints, and their range."""
+    rows = []
+    for kind in TARGETS:
+        runs = [run for run in measured if run["mask_resize"] == kind]
+        for method in METHODS if runs else ():
+            row: dict[str, Any] = {"targets": kind, "method": method, "seeds": [run["seed"] for run in runs]}
+            for score in ("full_dice", "full_boundary_iou"):
+                values = [run["methods"][method][score] for run in runs]
+                row[score] = {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
+            for number in ("ms", "spread_ms"):
+                row[number] = median([run["methods"][method][number] for run in runs])
+            rows.append(row)
+    return rows
+
+
+def draw(crops: list[Crop], path: str) -> None:
+    """A row for each piece: the photo with the true outline, and with each method's over it."""
+    crops = sorted(crops, key=lambda crop: -crop.differing)
+    chosen = [crop for i, crop in enumerate(crops) if group_of(crop.name) not in {group_of(c.name) for c in crops[:i]}]
+    chosen = (chosen if len(chosen) >= CROPS else crops)[:CROPS]
+    figure = Figure(figsize=(4.2 * (1 + len(METHODS)), 3.1 * len(chosen) + 0.4), layout="constrained")
+    grid = figure.subplots(len(chosen), 1 + len(METHODS), squeeze=False)
+    for crop, row in zip(chosen, grid, strict=True):
+        for kind, axes in zip(("true", *METHODS), row, strict=True):
+            axes.imshow(crop.photo)
+            axes.axis("off")
+            for outline, width in (("true", 1.6), (kind, 1.6)):
+                values = crop.masks[outline]
+                if values.any() and not values.all():
+                    axes.contour(values, levels=[0.5], colors=[COLOURS[outline]], linewidths=width)
+            wrong = (crop.masks[kind] != crop.masks["true"]).mean()
+            axes.set_title(crop.name if kind == "true" else f"{kind}: {wrong:.1%} of the pixels wrong", fontsize=10)
+    handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in COLOURS.values()]
+    labels = ["true outline", *METHODS]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def ranged(score: dict[str, float], several: bool) -> str:
+    return f"{score['mean']:.4f}" + (f" ({score['min']:.4f}-{score['max']:.4f})" if several else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="FILE", help="give it once for each")
+    parser.add_argument("--img-dir", required=True, metavar="DIR", help="images that no checkpoint was trained on")
+    parser.add_argument("--mask-dir", required=True, metavar="DIR")
+    parser.add_argument("--images", type=int, default=0, help="how many, evenly spread over the folder; default: all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", default="", metavar="FILE", help="write the result here, and a picture beside it")
+    options = parser.parse_args()
+    about = machine()
+    pairs = fastseg.find_pairs(options.img_dir, options.mask_dir)
+    if options.images:
+        pairs = pairs.subset(np.unique(np.linspace(0, len(pairs) - 1, options.images).round().astype(int)).tolist())
+    measured, crops = [], []
+    for path in options.checkpoint:
+        run, pieces = measure_checkpoint(path, pairs, options.device)
+        measured.append(run)
+        crops += pieces
+    rows = group(measured)
+    threads = f"{torch.get_num_threads()} threads" if options.device == "cpu" else options.device
+    print(f"{describe(about)}, {threads}; {len(pairs)} images; boundary IoU within {BOUNDARY_PIXELS} pixels")
+    table = [
+        [
+            TARGETS[row["targets"]],
+            row["method"],
+            f"{len(row['seeds'])}",
+            ranged(row["full_dice"], len(row["seeds"]) > 1),
+            ranged(row["full_boundary_iou"], len(row["seeds"]) > 1),
+            f"{row['ms']:,.0f} ± {row['spread_ms']:,.0f}",
+        ]
+        for row in rows
+    ]
+    print_table(["targets", "refine", "seeds", "full-size Dice", "boundary IoU", "ms per image"], table)
+    best = max(rows, key=lambda row: row["full_dice"]["mean"])
+    print(f"highest full-size Dice: {TARGETS[best['targets']]} targets with refine {best['method']}")
+    if options.json:
+        draw(crops, str(Path(options.json).with_suffix(".png")))
+    content = {"rows": rows, "checkpoints": measured, "images": len(pairs), "boundary_pixels": BOUNDARY_PIXELS}
+    report("refine", {**content, "device": options.device}, about, PACKAGES, options.json)
+
+
+if __name__ == "__main__":
+    main()

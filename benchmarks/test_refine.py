@@ -1,0 +1,40 @@
+"""The refinement benchmark on two tiny checkpoints: its rows are means over seeds, its picture is drawn."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import refine as benchmark
+import torch
+from PIL import Image
+
+import fastseg
+from fastseg.checkpoint import build_model, save_checkpoint
+from tests.conftest import write_pair
+
+
+def test_rows_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for car in range(2):
+        write_pair(tmp_path, f"car{car}_01", seed=car)
+    command = ["refine.py", "--img-dir", f"{tmp_path}/images", "--mask-dir", f"{tmp_path}/masks", "--device", "cpu"]
+    for mask_resize, seed in (("area", 0), ("area", 1), ("nearest", 0)):
+        config = fastseg.Config(
+            image_height=32, image_width=48, base_channels=4, depth=2, mask_resize=mask_resize, seed=seed
+        )
+        torch.manual_seed(seed)
+        path = tmp_path / f"{mask_resize}-{seed}.pt"
+        save_checkpoint(path, {"config": config.model_dump(), "model": build_model(config).state_dict()})
+        command += ["--checkpoint", str(path)]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", f"{tmp_path}/refine.json"])
+    benchmark.main()
+    result = json.loads((tmp_path / "refine.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
+    rows = {(row["targets"], row["method"]): row for row in result["rows"]}
+    assert list(rows) == [(kind, method) for kind in ("area", "nearest") for method in ("none", "guided", "crf")]
+    for (kind, method), row in rows.items():
+        dice = [run["methods"][method]["full_dice"] for run in result["checkpoints"] if run["mask_resize"] == kind]
+        assert row["seeds"] == list(range(len(dice)))
+        assert row["full_dice"] == {"mean": pytest.approx(sum(dice) / len(dice)), "min": min(dice), "max": max(dice)}
+    with Image.open(tmp_path / "refine.png") as picture:
+        assert picture.width > 1000
