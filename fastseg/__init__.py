@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
     from fastseg.inference import evaluate
     from fastseg.training import TrainResult, train
+    from fastseg.tuning import TuneResult, tune
     from fastseg.unet import UNet
 
 _HOME = {
@@ -31,6 +32,8 @@ _HOME = {
     "split_by_group": "data.pairs",
     "generate": "data.carvana_like",
     "UNet": "unet",
+    "tune": "tuning",
+    "TuneResult": "tuning",
     "load_model": "checkpoint",
     "FastsegError": "errors",
     "ConfigError": "errors",
@@ -47,6 +50,7 @@ __all__ = [
     "Loader",
     "Pairs",
     "TrainResult",
+    "TuneResult",
     "UNet",
     "evaluate",
     "find_pairs",
@@ -54,6 +58,7 @@ __all__ = [
     "load_model",
     "split_by_group",
     "train",
+    "tune",
 ]
 
 
