@@ -126,7 +126,7 @@ def print_study(rows: list[dict[str, Any]], importance: dict[str, float], fields
     table.add_column("trial", justify="right")
     table.add_column("Dice", justify="right")
     for field in fields:
-        share = f"\n{importance[field]:.0%} of Dice" if field in importance else ""
+        share = f"\nimportance {importance[field]:.0%}" if field in importance else ""
         table.add_column(f"{field}{share}", justify="right")
     table.add_column("epochs", justify="right")
     complete = [row for row in rows if row["state"] == STATES["COMPLETE"]]
