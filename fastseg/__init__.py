@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastseg.data.carvana_like import generate
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
+    from fastseg.data.quality import CheckReport, check
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
     from fastseg.inference import evaluate
     from fastseg.training import TrainResult, train
@@ -30,6 +31,8 @@ _HOME = {
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",
     "split_by_group": "data.pairs",
+    "check": "data.quality",
+    "CheckReport": "data.quality",
     "generate": "data.carvana_like",
     "UNet": "unet",
     "tune": "tuning",
@@ -42,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CheckReport",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -52,6 +56,7 @@ __all__ = [
     "TrainResult",
     "TuneResult",
     "UNet",
+    "check",
     "evaluate",
     "find_pairs",
     "generate",

@@ -152,6 +152,29 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        metavar="DIR",
+        nargs="+",
+        help="a folder with train_images, train_masks, val_images, val_masks (or images, masks); or those themselves",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all findings there, every file named")
+    parser.add_argument("--strict", action="store_true", help="warnings make the exit status 1 as errors do")
+    parser.add_argument("--no-copies", action="store_true", help="do not look for images that look alike")
+    parser.add_argument("--num-workers", metavar="N", type=int, default=2, help="decoding threads (default: 2)")
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fastseg.data.quality import check, print_report
+
+    report = check(*options.folders, num_workers=options.num_workers, copies=not options.no_copies)
+    print_report(report)
+    if options.json:
+        report.to_json(options.json)
+    return int(report.count("error") > 0 or (options.strict and report.count("warning") > 0))
+
+
 COMMANDS = (
     Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", _add_train, _train),
     Command(
@@ -167,6 +190,13 @@ COMMANDS = (
         "--search FIELD=VALUES ... --trials N --out DIR [--config FILE] [--any-config-field VALUE ...]",
         _add_tune,
         _tune,
+    ),
+    Command(
+        "check",
+        "find what is wrong with a data set; exit status 1 if something is",
+        "DIR... [--json FILE] [--strict] [--no-copies] [--num-workers N]",
+        _add_check,
+        _check,
     ),
     Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--seed N]", _add_synth, _synth),
 )

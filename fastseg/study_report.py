@@ -1,8 +1,7 @@
 """What a study has found, for people and programs: best.json, trials.csv and two pictures."""
 
 import csv
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastseg.config import Config, as_text
+from fastseg.files import replace_file
 from fastseg.search_space import Range, Values
 from fastseg.study import MAX_DEATHS, Study, given_back
 
@@ -97,7 +97,7 @@ def write_trials(study: Study, space: dict[str, Values]) -> None:
             table.writeheader()
             table.writerows(rows)
 
-    _replace_file(study.folder / "trials.csv", write)
+    replace_file(study.folder / "trials.csv", write)
 
 
 def write_best(study: Study, config: Config) -> Config | None:
@@ -110,7 +110,7 @@ def write_best(study: Study, config: Config) -> Config | None:
     if best is None:
         return None
     config = config.replace(**best.params, out_dir=study.folder, name="best")
-    _replace_file(study.folder / "best.json", config.to_json)
+    replace_file(study.folder / "best.json", config.to_json)
     return config
 
 
@@ -140,7 +140,7 @@ def draw_study(study: Study, space: dict[str, Values]) -> None:
     """`history.png`: Dice by trial; `parallel.png`: Dice by values. One complete trial at least."""
     trials = study.ended()
     for name, figure in (("history.png", _draw_history(trials)), ("parallel.png", _draw_parallel(trials, space))):
-        _replace_file(study.folder / name, partial(figure.savefig, dpi=120, format="png"))
+        replace_file(study.folder / name, partial(figure.savefig, dpi=120, format="png"))
 
 
 def _draw_history(trials: "list[FrozenTrial]") -> Figure:
@@ -234,13 +234,3 @@ def _ticks(values: Values) -> Sequence[Any]:
 def _label(axes: Axes, x: float, y: float, text: str) -> None:
     frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     axes.text(x + 0.04, y, text, va="center", fontsize=8, bbox=frame, zorder=10)
-
-
-def _replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file beside its name and rename it: a reader finds the old or the new one whole."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(draft)
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
