@@ -134,7 +134,7 @@ def print_report(report: CheckReport) -> None:
     rate = sum(part.pairs for part in report.sets.values()) / report.seconds
     print(
         f"{pairs}, decoded in {report.seconds:.1f} s ({rate:.0f} pairs/s): "
-        f"{report.count('error')} errors, {report.count('warning')} warnings"
+        f"errors: {report.count('error')}, warnings: {report.count('warning')}"
     )
 
 
@@ -207,7 +207,7 @@ def _contents(part: SetOfFiles) -> Iterator[Finding]:
         sizes[photos[path].size].append(path)
     if len(sizes) > 1:
         by_count = sorted(sizes.items(), key=lambda item: -len(item[1]))
-        listed = [Example(paths[0], f"{_size_text(size)}: {len(paths)} images") for size, paths in by_count]
+        listed = [Example(paths[0], f"{_size_text(size)}, as {len(paths)} images are") for size, paths in by_count]
         yield Finding("info", f"images of {len(sizes)} sizes", part.name, listed)
     if masks:
         ranked = sorted(masks, key=lambda path: masks[path].foreground)
@@ -254,7 +254,7 @@ def _between(train: SetOfFiles, val: SetOfFiles) -> Iterator[Finding]:
         yield Finding("warning", "validation images that look like a training image", where, alike)
     seen = {group_of(name): name for name in reversed(train.matches.pairs.images)}
     views = [
-        Example(val.matches.pairs.image_path(i), f"{group_of(name)} is also on {seen[group_of(name)]}")
+        Example(val.matches.pairs.image_path(i), f"training has {seen[group_of(name)]}")
         for i, name in enumerate(val.matches.pairs.images)
         if group_of(name) in seen
     ]
