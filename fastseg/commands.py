@@ -144,7 +144,7 @@ def _tune(options: argparse.Namespace) -> int:
     search = read_flags(options.search)
     result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
     if result.best is not None:
-        print_study(result.trials, result.importance, search)
+        print_study(result.trials, search)
         print(f"Dice {result.val_dice:.4f} at best; `fastseg train --config {result.out_dir / 'best.json'}` trains it")
     if result.interrupted:
         print("Interrupted. Run the same command again to go on.", file=sys.stderr)

@@ -167,7 +167,8 @@ def storage_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
-        reason = getattr(error.__cause__ or error, "orig", error)
+        cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+        reason = getattr(cause, "orig", error)  # SQLite's own words
         raise ConfigError(
             f"{folder / DATABASE}: cannot be used ({reason}). Make room, mend its permissions, or give another folder."
         ) from None

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "best_trial",
     "draw_study",
-    "importance",
     "print_study",
     "short_text",
     "trial_rows",
@@ -39,26 +38,12 @@ __all__ = [
 STATES = {"COMPLETE": "complete", "PRUNED": "ended early", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
 COLOURS = {"COMPLETE": "#1f5fa8", "PRUNED": "#e08a1e", "FAIL": "#b3261e"}
 BEST = 5  # trials in the printed table
-FEW = 4  # complete trials below which importance says nothing
 
 
 def best_trial(study: Study) -> "FrozenTrial | None":
     """The complete trial with the highest Dice, the first of equals."""
     complete = [trial for trial in study.trials() if trial.state.name == "COMPLETE"]
     return max(complete, key=lambda trial: trial.value or 0.0, default=None)
-
-
-def importance(study: Study) -> dict[str, float]:
-    """Share of the differences in Dice that each field explains, highest first; empty where there are too few trials.
-
-    Source: Watanabe et al. 2023, PED-ANOVA (arXiv:2304.10255).
-    """
-    import optuna
-
-    values = [trial.value for trial in study.trials() if trial.state.name == "COMPLETE"]
-    if len(values) < FEW or len(set(values)) == 1:
-        return {}
-    return dict(optuna.importance.get_param_importances(study.queue))
 
 
 def trial_rows(study: Study, space: dict[str, Values]) -> list[dict[str, Any]]:
@@ -119,16 +104,12 @@ def short_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else as_text(value)
 
 
-def print_study(rows: list[dict[str, Any]], importance: dict[str, float], fields: Iterable[str]) -> None:
+def print_study(rows: list[dict[str, Any]], fields: Iterable[str]) -> None:
     """The best five trials on standard output, as a table."""
-    fields = sorted(fields, key=lambda field: -importance.get(field, 0.0))
+    fields = list(fields)
     table = Table(title="best trials", box=box.SIMPLE_HEAD)
-    table.add_column("trial", justify="right")
-    table.add_column("Dice", justify="right")
-    for field in fields:
-        share = f"\nimportance {importance[field]:.0%}" if field in importance else ""
-        table.add_column(f"{field}{share}", justify="right")
-    table.add_column("epochs", justify="right")
+    for name in ("trial", "Dice", *fields, "epochs"):
+        table.add_column(name, justify="right")
     complete = [row for row in rows if row["state"] == STATES["COMPLETE"]]
     for row in sorted(complete, key=lambda row: -row["val_dice"])[:BEST]:
         values = [short_text(row[field]) for field in fields]

@@ -27,7 +27,7 @@ from fastseg.progress import progress_bar
 from fastseg.runtime import choose_runtime
 from fastseg.search_space import Range, Values, read_search
 from fastseg.study import Study, open_study, storage_errors
-from fastseg.study_report import best_trial, draw_study, importance, short_text, trial_rows, write_best, write_trials
+from fastseg.study_report import best_trial, draw_study, short_text, trial_rows, write_best, write_trials
 from fastseg.training import train
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ class TuneResult:
     best: Config | None  # as in best.json
     val_dice: float  # of the best trial, mean over validation images; nan where there is none
     trials: list[dict[str, Any]]  # one a trial, as in trials.csv
-    importance: dict[str, float]  # share of the differences in Dice that a field explains; empty while unknown
     interrupted: bool  # by Ctrl-C or SIGTERM; the same call goes on
 
 
@@ -152,9 +151,7 @@ def _run(study: Study, trial: "Trial", common: Config, space: dict[str, Values])
         return f"failed ({drawn}): {sentence}"
     finally:
         (config.run_dir / "last.pt").unlink(missing_ok=True)  # three times the weights, and nothing goes on from it
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        gc.collect()  # a run holds itself in cycles: its network and decoded pairs would stay beside the next one's
     if result.interrupted:
         study.give_back(trial.number)
         return ""
@@ -197,7 +194,6 @@ def _finish(study: Study, config: Config, space: dict[str, Values], interrupted:
         best=write_best(study, config),
         val_dice=best.value if best and best.value is not None else math.nan,
         trials=rows,
-        importance=importance(study),
         interrupted=interrupted,
     )
 
