@@ -103,9 +103,7 @@ class Study:
         self.queue.tell(trial.number, state=optuna.trial.TrialState.FAIL)
 
     def _lock_file(self, number: int) -> IO[bytes]:
-        folder = self.folder / "trials" / f"{number:04d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        return open(folder / ".lock", "wb")
+        return _open_lock(self.folder / "trials" / f"{number:04d}")
 
 
 def given_back(trials: "list[FrozenTrial]") -> set[int]:
@@ -128,33 +126,29 @@ def open_study(folder: Path, name: str, config: Config, space: dict[str, Values]
     except ImportError:
         raise ConfigError("tune: needs Optuna. Install it with pip install 'fastseg-dali[tune]'.") from None
     logging.getLogger("optuna").setLevel(logging.WARNING)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder), storage_errors(folder):
-            storage = optuna.storages.RDBStorage(
-                f"sqlite:///{folder.absolute() / DATABASE}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}}
+    with _locked(folder), storage_errors(folder):
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{folder.absolute() / DATABASE}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}}
+        )
+        held = next(iter(optuna.get_all_study_names(storage)), None)
+        name = name or held or folder.resolve().name
+        if held not in (None, name):
+            raise ConfigError(f"out_dir: {folder} holds the study {held}; got {name}. Give another folder.")
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST_WHOLE)
+        queue = optuna.create_study(
+            storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
+        )
+        settings = config.model_dump(exclude=set(MACHINE))
+        settings = {**settings, **{field: values_as_text(values) for field, values in space.items()}}
+        known = queue.user_attrs.get("settings")
+        if known is None:
+            queue.set_user_attr("settings", settings)
+        elif known != settings:
+            field = next(field for field in {**settings, **known} if settings.get(field) != known.get(field))
+            raise ConfigError(
+                f"out_dir: {folder} holds a study with {field} {known.get(field)}; got {settings.get(field)}. "
+                "Give the settings it was begun with, or another folder."
             )
-            name = name or folder.resolve().name
-            others = {summary.study_name for summary in optuna.get_all_study_summaries(storage)} - {name}
-            if others:
-                raise ConfigError(f"out_dir: {folder} holds the study {min(others)}; got {name}. Give another folder.")
-            pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST_WHOLE)
-            queue = optuna.create_study(
-                storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
-            )
-            settings = config.model_dump(exclude=set(MACHINE))
-            settings = {**settings, **{field: values_as_text(values) for field, values in space.items()}}
-            known = queue.user_attrs.get("settings")
-            if known is None:
-                queue.set_user_attr("settings", settings)
-            elif known != settings:
-                field = next(field for field in {**settings, **known} if settings.get(field) != known.get(field))
-                raise ConfigError(
-                    f"out_dir: {folder} holds a study with {field} {known.get(field)}; got {settings.get(field)}. "
-                    "Give the settings it was begun with, or another folder."
-                )
-    except OSError as error:
-        raise ConfigError(f"out_dir: {folder} cannot be written ({error.strerror}). Give another folder.") from None
     return Study(queue, folder, config.seed)
 
 
@@ -177,6 +171,14 @@ def storage_errors(folder: Path) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """One process at a time."""
-    with open(folder / ".lock", "wb") as lock:
+    with _open_lock(folder) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _open_lock(folder: Path) -> IO[bytes]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return open(folder / ".lock", "wb")
+    except OSError as error:
+        raise ConfigError(f"out_dir: {folder} cannot be written ({error.strerror}). Give another folder.") from None

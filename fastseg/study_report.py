@@ -135,24 +135,12 @@ def _draw_history(trials: "list[FrozenTrial]") -> Figure:
     complete = np.array(scored["COMPLETE"], float)
     best = np.maximum.accumulate(complete[:, 1])
     last = max(trial.number for trial in trials)
-    axes.step(
-        [*complete[:, 0], last],
-        [*best, best[-1]],
-        where="post",
-        color=COLOURS["COMPLETE"],
-        alpha=0.4,
-        label="best so far",
-    )
+    reached = ([*complete[:, 0], last], [*best, best[-1]])
+    axes.step(*reached, where="post", color=COLOURS["COMPLETE"], alpha=0.4, label="best so far")
     failed = [trial.number for trial in trials if trial.state.name == "FAIL"]
     if failed:
-        axes.plot(
-            failed,
-            [0.02] * len(failed),
-            "x",
-            color=COLOURS["FAIL"],
-            label="failed",
-            transform=axes.get_xaxis_transform(),
-        )
+        foot = axes.get_xaxis_transform()  # they have no Dice: they stand at the foot of the picture
+        axes.plot(failed, [0.02] * len(failed), "x", color=COLOURS["FAIL"], label="failed", transform=foot)
     axes.set(title=f"{len(trials)} trials, best Dice {best[-1]:.4f}", xlabel="trial", ylabel="validation Dice")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)

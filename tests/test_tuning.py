@@ -49,7 +49,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[fastseg.Config]:
         return fastseg.TrainResult(config.run_dir, history[-1]["val_dice"], 0.5, len(history), 1, 0.1, False, history)
 
     monkeypatch.setattr(tuning, "train", train)
-    monkeypatch.setattr(tuning, "gc", SimpleNamespace(collect=lambda: 0))  # nothing to collect, which takes its time
+    # Nothing to collect, and pictures that test_whole_study looks at: both take their time.
+    monkeypatch.setattr(tuning, "gc", SimpleNamespace(collect=lambda: 0))
+    monkeypatch.setattr(tuning, "draw_study", lambda study, space: None)
     return done
 
 
@@ -181,26 +183,19 @@ def test_a_study_goes_on_to_a_higher_number(tmp_path, trained):
     assert on.val_dice == score(on.best) == max(map(score, trained))
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
+def test_a_study_goes_on_with_its_own_settings_only(tmp_path, trained):
+    tune(tmp_path, 1)
+    for changes, sentence in (
         ({"weight_decay": 0.5}, "holds a study with weight_decay 0.01; got 0.5"),
         ({"search": {**SEARCH, "rotation": "0:30"}}, "holds a study with rotation 0:20; got 0:30"),
         ({"search": {**SEARCH, "flip": "0,0.5"}}, "holds a study with flip 0.5; got 0,0.5"),
-    ],
-)
-def test_a_study_goes_on_with_its_own_settings_only(changes, sentence, tmp_path, trained):
-    tune(tmp_path, 1)
-    with pytest.raises(fastseg.ConfigError, match=sentence):
-        tune(tmp_path, 2, **changes)
+    ):
+        with pytest.raises(fastseg.ConfigError, match=sentence):
+            tune(tmp_path, 2, **changes)
+    with pytest.raises(fastseg.ConfigError, match=f"holds the study {tmp_path.name}; got other"):
+        fastseg.tune({"num_epochs": 4, "device": "cpu"}, SEARCH, trials=2, out_dir=tmp_path, study="other")
     tune(tmp_path, 2, num_workers=1, cache="off")  # on these no score depends
     assert len(trained) == 2
-
-
-def test_a_folder_holds_one_study(tmp_path, trained):
-    tune(tmp_path, 1)
-    with pytest.raises(fastseg.ConfigError, match=f"holds the study {tmp_path.name}; got other"):
-        fastseg.tune({"num_epochs": 1}, SEARCH, trials=1, out_dir=tmp_path, study="other")
 
 
 def test_a_damaged_database_is_named(tmp_path, trained):
