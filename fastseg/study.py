@@ -134,7 +134,8 @@ def open_study(folder: Path, name: str, config: Config, space: dict[str, Values]
         name = name or held or folder.resolve().name
         if held not in (None, name):
             raise ConfigError(f"out_dir: {folder} holds the study {held}; got {name}. Give another folder.")
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST_WHOLE)
+        # Not in the first quarter: the learning rate still rises, and Dice says little.
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST_WHOLE, n_warmup_steps=config.num_epochs // 4 + 1)
         queue = optuna.create_study(
             storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
         )

@@ -152,7 +152,8 @@ def _draw_parallel(trials: "list[FrozenTrial]", space: dict[str, Values]) -> Fig
     """A line a trial through its values and its Dice; the better, the darker and the further in front."""
     shown = sorted((trial for trial in trials if trial.value is not None), key=lambda trial: trial.value or 0.0)
     scores = np.array([trial.value for trial in shown])
-    low = np.quantile(scores, 0.1)  # a few hopeless trials shall not make all others look alike
+    # Trials that ended early or were hopeless shall not make all others look alike: they stand at the foot of the axis.
+    low = np.quantile([trial.value for trial in shown if trial.state.name == "COMPLETE"], 0.1)
     high = scores.max() if scores.max() > low else low + 1e-6
     shares, shades = Normalize(low, high, clip=True)(scores), colormaps["Blues"]
 
