@@ -162,13 +162,13 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write all findings there, every file named")
     parser.add_argument("--strict", action="store_true", help="warnings make the exit status 1 as errors do")
     parser.add_argument("--no-copies", action="store_true", help="do not look for images that look alike")
-    parser.add_argument("--num-workers", metavar="N", type=int, default=2, help="decoding threads (default: 2)")
+    _add_config_fields(parser, ("num_workers",))
 
 
 def _check(options: argparse.Namespace) -> int:
     from fastseg.data.quality import check, print_report
 
-    report = check(*options.folders, num_workers=options.num_workers, copies=not options.no_copies)
+    report = check(*options.folders, copies=not options.no_copies, **_config_fields(options))
     print_report(report)
     if options.json:
         report.to_json(options.json)

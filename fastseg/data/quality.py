@@ -1,7 +1,9 @@
 """check(folder): what is wrong with a data set, before hours are spent on it.
 
-report = fastseg.check("data")
-report.findings
+    report = fastseg.check("data")
+    report.findings
+
+A finding is one kind of thing, with every file that it concerns.
 """
 
 import json
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fastseg.config import Config
 from fastseg.data.copies import find_copies, need_imagehash
 from fastseg.data.decode import Size
 from fastseg.data.pairs import Matches, group_of, match_masks
@@ -96,10 +99,11 @@ def check(*folders: str | os.PathLike[str], num_workers: int = 2, copies: bool =
         The findings, errors first.
 
     Raises:
-        ConfigError: not 1, 2 or 4 folders, or ImageHash is missing.
+        ConfigError: not 1, 2 or 4 folders, no number of threads, or ImageHash is missing.
         DataError: a folder is missing or holds no images or no masks.
     """
     began = time.perf_counter()
+    num_workers = Config(num_workers=num_workers).num_workers
     if copies:
         need_imagehash()
     parts = [SetOfFiles(name, match_masks(*both)) for name, both in _find_layout(folders).items()]

@@ -25,12 +25,16 @@ T = TypeVar("T")
 
 
 class Photo(NamedTuple):
+    """What an image file holds."""
+
     size: Size
     digest: bytes  # of the file
     bits: NDArray[np.bool_] | None  # its fingerprint, where copies are looked for
 
 
 class Mask(NamedTuple):
+    """What a mask file holds."""
+
     size: Size
     foreground: float  # share of its pixels
 
