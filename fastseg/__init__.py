@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from fastseg.data.carvana_like import generate
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
+    from fastseg.data.quality import CheckReport, check
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
     from fastseg.evaluation import evaluate
     from fastseg.exporting import export
     from fastseg.segmenter import Segmenter, load
     from fastseg.submission import decode_rle, encode_rle, write_submission
     from fastseg.training import TrainResult, train
+    from fastseg.tuning import TuneResult, tune
     from fastseg.unet import UNet
 
 _HOME = {
@@ -31,6 +33,8 @@ _HOME = {
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",
     "split_by_group": "data.pairs",
+    "check": "data.quality",
+    "CheckReport": "data.quality",
     "generate": "data.carvana_like",
     "UNet": "unet",
     "load": "segmenter",
@@ -39,6 +43,8 @@ _HOME = {
     "encode_rle": "submission",
     "decode_rle": "submission",
     "write_submission": "submission",
+    "tune": "tuning",
+    "TuneResult": "tuning",
     "FastsegError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
@@ -46,6 +52,7 @@ _HOME = {
 }
 
 __all__ = [
+    "CheckReport",
     "CheckpointError",
     "Config",
     "ConfigError",
@@ -55,7 +62,9 @@ __all__ = [
     "Pairs",
     "Segmenter",
     "TrainResult",
+    "TuneResult",
     "UNet",
+    "check",
     "decode_rle",
     "encode_rle",
     "evaluate",
@@ -65,6 +74,7 @@ __all__ = [
     "load",
     "split_by_group",
     "train",
+    "tune",
     "write_submission",
 ]
 

@@ -57,9 +57,13 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     _add_config_fields(parser, tuple(Config.model_fields))
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train_config(options: argparse.Namespace) -> Config:
     changes = _config_fields(options)
-    config = Config(**changes) if options.config is None else Config.from_json(options.config).replace(**changes)
+    return Config(**changes) if options.config is None else Config.from_json(options.config).replace(**changes)
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = _train_config(options)
 
     from fastseg.distributed import place_in_group
     from fastseg.training import train  # loads torch: not for `--help` or a wrong value
@@ -192,6 +196,61 @@ def _submission(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--search",
+        metavar="FIELD=VALUES",
+        action="append",
+        required=True,
+        help="a field to vary, between LOW:HIGH, LOW:HIGH:log or one of A,B,C; may be given several times",
+    )
+    parser.add_argument("--trials", metavar="N", type=int, required=True, help="in all, earlier ones included")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; the same folder goes on")
+    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: that of the folder)")
+    _add_train(parser)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    config = _train_config(options)
+
+    from fastseg.search_space import read_flags
+    from fastseg.study_report import print_study
+    from fastseg.tuning import tune
+
+    search = read_flags(options.search)
+    result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
+    if result.best is not None:
+        print_study(result.trials, search)
+        print(f"Dice {result.val_dice:.4f} at best; `fastseg train --config {result.out_dir / 'best.json'}` trains it")
+    if result.interrupted:
+        print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folders",
+        metavar="DIR",
+        nargs="+",
+        help="a folder with train_images, train_masks, val_images, val_masks (or images, masks); or those themselves",
+    )
+    parser.add_argument("--json", metavar="FILE", help="write all findings there, every file named")
+    parser.add_argument("--strict", action="store_true", help="warnings make the exit status 1 as errors do")
+    parser.add_argument("--no-copies", action="store_true", help="do not look for images that look alike")
+    _add_config_fields(parser, ("num_workers",))
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fastseg.data.quality import check, print_report
+
+    report = check(*options.folders, copies=not options.no_copies, **_config_fields(options))
+    print_report(report)
+    if options.json:
+        report.to_json(options.json)
+    return int(report.count("error") > 0 or (options.strict and report.count("warning") > 0))
+
+
 COMMANDS = (
     Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", _add_train, _train),
     Command(
@@ -214,6 +273,20 @@ COMMANDS = (
         "--masks DIR --out FILE [--images DIR] [--num-workers N]",
         _add_submission,
         _submission,
+    ),
+    Command(
+        "tune",
+        "search for better settings",
+        "--search FIELD=VALUES ... --trials N --out DIR [--config FILE] [--any-config-field VALUE ...]",
+        _add_tune,
+        _tune,
+    ),
+    Command(
+        "check",
+        "find what is wrong with a data set; exit status 1 if something is",
+        "DIR... [--json FILE] [--strict] [--no-copies] [--num-workers N]",
+        _add_check,
+        _check,
     ),
     Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--seed N]", _add_synth, _synth),
 )

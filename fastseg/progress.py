@@ -8,6 +8,8 @@ from rich.text import Text
 
 __all__ = ["progress_bar"]
 
+_SCREEN = Console(stderr=True)  # one for all bars: a bar within another stands below it
+
 
 class _Note(ProgressColumn):
     """The task's `note` field, or where it has none how many pairs it does a second."""
@@ -18,9 +20,8 @@ class _Note(ProgressColumn):
 
 def progress_bar(*, shown: bool = True) -> Progress:
     """A bar on standard error, if that is a terminal or a notebook and `shown` is true."""
-    console = Console(stderr=True)
-    shown = shown and (console.is_terminal or "ipykernel" in sys.modules)
-    console.quiet = not shown  # a bar that is not shown prints a newline otherwise
+    shown = shown and (_SCREEN.is_terminal or "ipykernel" in sys.modules)
+    console = _SCREEN if shown else Console(quiet=True)  # a bar that is not shown prints a newline otherwise
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

@@ -11,12 +11,23 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from fastseg.errors import DataError
 
-__all__ = ["Pairs", "find_images", "find_masks", "find_pairs", "group_of", "mask_stem", "split_by_group"]
+__all__ = [
+    "Matches",
+    "Pairs",
+    "find_images",
+    "find_masks",
+    "find_pairs",
+    "group_of",
+    "mask_stem",
+    "match_masks",
+    "split_by_group",
+]
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_EXTENSIONS = (".gif", ".png", ".bmp")
@@ -80,21 +91,21 @@ def mask_stem(name: str) -> str:
     return os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
 
 
-def find_pairs(
-    image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str], *, bad_samples: str = "raise"
-) -> Pairs:
-    """Find the mask of every image below a folder. Opens no file.
+class Matches(NamedTuple):
+    """Every image below a folder with its mask, and what does not match."""
 
-    Args:
-        image_dir: folder of JPEG, PNG, BMP or WebP images; subfolders count.
-        mask_dir: folder of GIF, PNG or BMP masks, laid out like `image_dir`; it may be the same folder.
-        bad_samples: "raise" refuses images without a mask or with several; "skip" leaves them out and says so.
+    pairs: Pairs  # all images; the mask of one that has none is ""
+    missing: list[int]  # images without a mask
+    doubles: dict[int, str]  # images with more than one mask: the second
+    twins: list[int]  # images that share their stem, and so their mask, with another
+    without_image: list[str]  # masks
 
-    Returns:
-        The pairs, sorted by image name.
+
+def match_masks(image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str]) -> Matches:
+    """Look for the mask of every image, whatever is found. Opens no file.
 
     Raises:
-        DataError: a folder is missing or empty, or (with "raise") an image has no mask or more than one.
+        DataError: a folder is missing, cannot be read, or holds no images or no masks.
     """
     image_dir, mask_dir = os.fspath(image_dir), os.fspath(mask_dir)
     images, mask_names = find_images(image_dir), find_masks(mask_dir)
@@ -111,10 +122,34 @@ def find_pairs(
 
     stems = [os.path.splitext(name)[0] for name in images]
     counts = Counter(stems)
-    found = Pairs(image_dir, mask_dir, images, [masks.get(stem, "") for stem in stems])
-    missing = [i for i, stem in enumerate(stems) if stem not in masks]
-    doubles = [i for i, stem in enumerate(stems) if stem in doubled]
-    twins = [i for i, stem in enumerate(stems) if counts[stem] > 1]
+    return Matches(
+        Pairs(image_dir, mask_dir, images, [masks.get(stem, "") for stem in stems]),
+        missing=[i for i, stem in enumerate(stems) if stem not in masks],
+        doubles={i: doubled[stem] for i, stem in enumerate(stems) if stem in doubled},
+        twins=[i for i, stem in enumerate(stems) if counts[stem] > 1],
+        without_image=[name for stem, name in masks.items() if stem not in counts],
+    )
+
+
+def find_pairs(
+    image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str], *, bad_samples: str = "raise"
+) -> Pairs:
+    """Find the mask of every image below a folder. Opens no file.
+
+    Args:
+        image_dir: folder of JPEG, PNG, BMP or WebP images; subfolders count.
+        mask_dir: folder of GIF, PNG or BMP masks, laid out like `image_dir`; it may be the same folder.
+        bad_samples: "raise" refuses images without a mask or with several; "skip" leaves them out and says so.
+
+    Returns:
+        The pairs, sorted by image name.
+
+    Raises:
+        DataError: a folder is missing or empty, or (with "raise") an image has no mask or more than one.
+    """
+    found, missing, doubles, twins, without_image = match_masks(image_dir, mask_dir)
+    image_dir, mask_dir, images = found.image_dir, found.mask_dir, found.images
+    stems = [os.path.splitext(name)[0] for name in images]
     problems: list[tuple[list[int], str, str]] = []  # images, what is wrong with them, the first one and the remedy
     if missing:
         stem = stems[missing[0]]
@@ -122,9 +157,9 @@ def find_pairs(
         first = f"{images[missing[0]]} (looked for {looked_for}). Add the masks"
         problems.append((missing, f"have no mask in {mask_dir}", first))
     if doubles:
-        stem = stems[doubles[0]]
-        first = f"{images[doubles[0]]} ({masks[stem]} and {doubled[stem]}). Keep one of each"
-        problems.append((doubles, f"have more than one mask in {mask_dir}", first))
+        i, second = next(iter(doubles.items()))
+        first = f"{images[i]} ({found.masks[i]} and {second}). Keep one of each"
+        problems.append((list(doubles), f"have more than one mask in {mask_dir}", first))
     if twins:
         twin = images[next(i for i in twins[1:] if stems[i] == stems[twins[0]])]
         first = f"{images[twins[0]]} and {twin}. Keep one of each"
@@ -140,9 +175,8 @@ def find_pairs(
             f"{image_dir}: not one of its {len(stems)} images has one mask in {mask_dir}. "
             f"Add the masks as <stem>{MASK_SUFFIX}.gif."
         )
-    without_image = len(masks.keys() - counts.keys())
     if without_image:
-        log.info("%s: left out %d masks without an image", mask_dir, without_image)
+        log.info("%s: left out %d masks without an image", mask_dir, len(without_image))
     return found
 
 
