@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
     from fastseg.inference import evaluate
+    from fastseg.prediction import PredictResult, predict
     from fastseg.training import TrainResult, train
     from fastseg.unet import UNet
 
@@ -25,6 +26,8 @@ _HOME = {
     "TrainResult": "training",
     "Config": "config",
     "evaluate": "inference",
+    "predict": "prediction",
+    "PredictResult": "prediction",
     "Loader": "data.loader",
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",
@@ -46,12 +49,14 @@ __all__ = [
     "FastsegError",
     "Loader",
     "Pairs",
+    "PredictResult",
     "TrainResult",
     "UNet",
     "evaluate",
     "find_pairs",
     "generate",
     "load_model",
+    "predict",
     "split_by_group",
     "train",
 ]
