@@ -86,8 +86,8 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
     Raises:
         DataError: a file cannot be written.
     """
-    mask, probability = _at_full_size(logits, size, plan)
     try:
+        mask, probability = _at_full_size(logits, size, plan)
         files = {MASK[plan.mask_format]: ENCODE_MASK[plan.mask_format](mask)}
         if probability is not None:
             files[PROBABILITY] = encode_png(probability)
@@ -131,7 +131,7 @@ def write_table(path: str, rows: list[Row], plan: Plan) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for row in rows:
-        path, (height, width) = row.photo.path, row.size
+        height, width = row.size
         found = ["", "", "", ""] if row.error else [plan.paths(row.photo)[0], width, height, f"{row.foreground:.6f}"]
-        writer.writerow([path, *found, row.error])
+        writer.writerow([row.photo.path, *found, row.error])
     write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))  # names of files need not be UTF-8

@@ -1,6 +1,6 @@
 """Which photos a prediction is for, and which files each of them gets: all known before any work is done.
 
-    photos = find_photos(["holiday", "one.jpg"], "out", ("_mask.png",))
+    photos = find_photos(["holiday", "one.jpg"], "out")
 
 The mask of `holiday/sub/a.jpg` is `out/sub/a_mask.png`. What can go wrong with names is found here, where nothing has
 been written yet: two photos of one name, results that would replace an input.
@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastseg.data.pairs import IMAGE_EXTENSIONS, list_files
+from fastseg.distributed import gather_over_processes, place_in_group
 from fastseg.errors import ConfigError, DataError
 from fastseg.mask_files import DRAFT
 
-__all__ = ["MASK", "OVERLAY", "PROBABILITY", "Photo", "find_photos", "open_out", "remove_drafts"]
+__all__ = ["MASK", "OVERLAY", "PROBABILITY", "Photo", "find_photos", "open_folders"]
 
 MASK = {"png": "_mask.png", "gif": "_mask.gif"}  # by format
 PROBABILITY, OVERLAY = "_probability.png", "_overlay.jpg"
@@ -58,9 +59,28 @@ def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool 
         else:
             raise DataError(f"{given}: no such file or folder of images. Name what exists.")
 
-    folder, table = os.path.realpath(out), os.path.realpath(csv)
-    usable = [photo for photo in photos if not photo.fault]
-    results = {os.path.join(folder, photo.stem + suffix): photo for photo in usable for suffix in SUFFIXES}
+    photos = _without_results(photos, reals, out, csv, resume)
+    owners: dict[str, Photo] = {}
+    for photo in photos:
+        owner = photo if photo.fault else owners.setdefault(photo.stem, photo)
+        if owner is not photo:
+            raise DataError(
+                f"{owner.path} and {photo.path} would both be written to {os.path.join(out, photo.stem)}_mask.*. "
+                "Rename one of them, or predict them into two folders."
+            )
+    if not owners:
+        held = f"only other files, such as {photos[0].path}" if photos else "nothing"
+        raise DataError(
+            f"{', '.join(images) or 'images'}: must hold images ({', '.join(IMAGE_EXTENSIONS)}); found {held}. "
+            "Give the folder that holds them."
+        )
+    return photos
+
+
+def _without_results(photos: list[Photo], reals: list[str], out: str, csv: str, resume: bool) -> list[Photo]:
+    """Leave out what an earlier run has written among the photos; refuse what this one would write over."""
+    folder, table = os.path.realpath(out), os.path.realpath(csv) if csv else ""
+    results = {os.path.join(folder, photo.stem + suffix): photo for photo in photos for suffix in SUFFIXES}
     kept = []
     for photo, real in zip(photos, reals, strict=True):
         if real in results and not resume:
@@ -68,36 +88,38 @@ def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool 
                 f"{photo.path}: is one of the images, and has the name of a result of {results[real].path}. "
                 "Give another --out, or --resume to leave such files as they are."
             )
-        if csv and real == table and not photo.fault:
+        if real == table and not photo.fault:
             raise DataError(f"{photo.path}: is one of the images, and cannot be the table too. Give another --csv.")
-        if real not in results and not (csv and real == table):
+        if real not in results and real != table:
             kept.append(photo)
-    photos = kept
-
-    usable = [photo for photo in photos if not photo.fault]
-    if not usable:
-        held = f"only other files, such as {photos[0].path}" if photos else "nothing"
-        raise DataError(
-            f"{', '.join(images)}: must hold images ({', '.join(IMAGE_EXTENSIONS)}); found {held}. "
-            "Give the folder that holds them."
-        )
-    owners: dict[str, Photo] = {}
-    for photo in usable:
-        owner = owners.setdefault(photo.stem, photo)
-        if owner is not photo:
-            raise DataError(
-                f"{owner.path} and {photo.path} would both be written to {os.path.join(out, photo.stem)}_mask.*. "
-                "Rename one of them, or predict them into two folders."
-            )
-    return photos
+    return kept
 
 
-def open_out(path: str, field: str) -> None:
-    """Make a folder for results where there is none.
+def open_folders(photos: Sequence[Photo], out: str, csv: str = "") -> None:
+    """Make the folders of all results, and remove the drafts of these photos that a killed run left there.
 
     Raises:
-        ConfigError: it cannot be written; the message begins with `field`.
+        ConfigError: one cannot be written.
     """
+    stems = {os.path.join(out, photo.stem) for photo in photos if not photo.fault}
+    folders = {os.path.dirname(stem) for stem in stems}
+    for folder in (out, *sorted(folders)):
+        _open_folder(folder, "out")
+    if csv:
+        if os.path.isdir(csv):
+            raise ConfigError(f"csv: must be a file; {csv} is a folder. Give a name in it.")
+        _open_folder(os.path.dirname(csv) or ".", "csv")
+    if place_in_group()[0] == 0:
+        for folder in folders:
+            for name in os.listdir(folder):
+                result = os.path.join(folder, name[1:].removesuffix(DRAFT))
+                is_draft = name.startswith(".") and name.endswith(DRAFT)
+                if is_draft and any(result.removesuffix(suffix) in stems for suffix in SUFFIXES):
+                    os.unlink(os.path.join(folder, name))
+    gather_over_processes(None)  # no process begins a draft before
+
+
+def _open_folder(path: str, field: str) -> None:
     try:
         os.makedirs(path, exist_ok=True)
         reason = "" if os.access(path, os.W_OK | os.X_OK) else os.strerror(errno.EACCES)
@@ -105,17 +127,6 @@ def open_out(path: str, field: str) -> None:
         reason = os.strerror(errno.ENOTDIR) if error.errno == errno.EEXIST else str(error.strerror)
     if reason:
         raise ConfigError(f"{field}: {path} cannot be written ({reason}). Give another folder.")
-
-
-def remove_drafts(photos: Sequence[Photo], out: str) -> None:
-    """Remove what a killed run left unfinished of the results of these photos; other runs' drafts stay."""
-    stems = {os.path.join(out, photo.stem) for photo in photos}
-    for folder in {os.path.dirname(stem) for stem in stems}:
-        for name in os.listdir(folder):
-            if name.startswith(".") and name.endswith(DRAFT):
-                result = os.path.join(folder, name[1 : -len(DRAFT)])
-                if any(result.endswith(suffix) and result.removesuffix(suffix) in stems for suffix in SUFFIXES):
-                    os.unlink(os.path.join(folder, name))
 
 
 def _photo_in(folder: str, name: str) -> Photo:

@@ -30,7 +30,7 @@ from fastseg.data.host import decode_file
 from fastseg.distributed import gather_over_processes, place_in_group, process_group
 from fastseg.errors import ConfigError, DataError
 from fastseg.photo_results import Plan, Row, broken_row, find_results, write_results, write_table
-from fastseg.photos import MASK, Photo, find_photos, open_out, remove_drafts
+from fastseg.photos import MASK, Photo, find_photos, open_folders
 from fastseg.progress import progress_bar
 from fastseg.runtime import Runtime, choose_runtime
 
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PredictResult:
-    """How a prediction went; the same in every process of a group."""
+    """How a prediction went; of a group of processes, all of it but the seconds is about all of them."""
 
     images: int  # found, the broken ones included
     masks: int  # written by this run
@@ -134,8 +134,8 @@ def predict(
         plan = Plan(
             out, mask_format, probabilities, overlays, bool(csv), resume, (config.image_height, config.image_width)
         )
-        _open_folders(plan, photos, csv)
-        log.info("%d photos, %s", len(photos), runtime.describe)
+        open_folders(photos, out, csv)
+        log.info("%d images, %s", len(photos), runtime.describe)
         clock: Clock = defaultdict(float)
         forward = partial(_logits, runtime.place(model), runtime, tta == "flip")
         started = time.perf_counter()
@@ -163,20 +163,6 @@ def _cores() -> int:
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def _open_folders(plan: Plan, photos: list[Photo], csv: str) -> None:
-    """Make all folders that results go to, and remove what a killed run left of them."""
-    open_out(plan.out, "out")
-    for folder in sorted({os.path.dirname(photo.stem) for photo in photos if not photo.fault}):
-        open_out(os.path.join(plan.out, folder), "out")
-    if csv:
-        if os.path.isdir(csv):
-            raise ConfigError(f"csv: must be a file; {csv} is a folder. Give a name in it.")
-        open_out(os.path.dirname(csv) or ".", "csv")
-    if place_in_group()[0] == 0:
-        remove_drafts([photo for photo in photos if not photo.fault], plan.out)
-    gather_over_processes(None)  # no process begins a draft before
-
-
 def _predict_all(
     photos: list[Photo],
     plan: Plan,
@@ -202,7 +188,7 @@ def _predict_all(
                 rate = len(rows) / (now - started)
                 bar.update(task, advance=1, note=f"{rate:.3g} images/s")
                 if bar.disable and now - said > LOG_EVERY_S:
-                    log.info("%d of %d photos, %.3g images/s", len(rows), len(photos), rate)
+                    log.info("%d of %d images, %.3g images/s", len(rows), len(photos), rate)
                     said = now
     finally:  # an error or Ctrl-C: what is queued is dropped, and what runs is waited for
         pool.shutdown(wait=True, cancel_futures=True)
@@ -224,7 +210,7 @@ def _in_order(
     pending: deque[Future[U]] = deque()
     for item in items:
         pending.append(pool.submit(function, item))
-        if len(pending) > ahead:
+        while pending and (len(pending) > ahead or pending[0].done()):
             yield result()
     while pending:
         yield result()
@@ -251,12 +237,17 @@ def _through_network(
 ) -> Iterator[Row | tuple[Photo, Size, Tensor]]:
     """Photos with their logits (1, h, w), and the rows of those that need none, in order."""
     while batch := list(islice(read, batch_size)):
-        began = time.perf_counter()
-        pixels = [item.pixels for item in batch if isinstance(item, _Decoded)]
-        logits = iter(forward(pixels)) if pixels else iter(())
-        clock["network"] += time.perf_counter() - began
-        for item in batch:
-            yield (item.photo, item.size, next(logits)) if isinstance(item, _Decoded) else item
+        decoded = {i: item for i, item in enumerate(batch) if isinstance(item, _Decoded)}
+        logits: dict[int, Tensor] = {}
+        if decoded:
+            began = time.perf_counter()
+            # A photo keeps its place whatever the others are: a run that was resumed sums up in the same order.
+            blank = np.zeros_like(next(iter(decoded.values())).pixels)
+            pixels = [decoded[i].pixels if i in decoded else blank for i in range(len(batch))]
+            logits = dict(enumerate(forward(pixels)))
+            clock["network"] += time.perf_counter() - began
+        for i, item in enumerate(batch):
+            yield (item.photo, item.size, logits[i]) if isinstance(item, _Decoded) else item
 
 
 def _logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: list[NDArray[np.uint8]]) -> Tensor:
