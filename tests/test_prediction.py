@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -49,19 +50,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven photos of different sizes in two folders, one of them as large as Carvana's."""
+    folder = tmp_path_factory.mktemp("made")
+    sizes = {"a": (96, 64), "b": (101, 67), "e": (1918, 1280), "f": (383, 255), "c": (64, 200), "d": (30, 20)}
+    (folder / "images/sub").mkdir(parents=True)
+    for seed, (name, size) in enumerate(sizes.items()):
+        write_pair(folder, name, *size, seed)
+    for name in "cd":
+        os.rename(folder / f"images/{name}.jpg", folder / f"images/sub/{name}.jpg")
+    with Image.open(folder / "images/b.jpg") as photo:
+        photo.rotate(90, expand=True).save(folder / "images/sub/g.png")
+    return folder / "images"
+
+
 @pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """Seven photos of different sizes in two folders, one of them as wide as Carvana's; a test may spoil them."""
-    folder = tmp_path / "photos"
-    for seed, (name, width, height) in enumerate(
-        [("a", 96, 64), ("b", 101, 67), ("sub/c", 64, 200), ("sub/d", 30, 20), ("e", 1918, 1280), ("f", 383, 255)]
-    ):
-        write_pair(tmp_path / "made", Path(name).name, width, height, seed)
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        os.rename(tmp_path / "made/images" / f"{Path(name).name}.jpg", folder / f"{name}.jpg")
-    with Image.open(folder / "b.jpg") as photo:
-        photo.rotate(90, expand=True).save(folder / "sub/g.png")
-    return folder
+def photos(made: Path, tmp_path: Path) -> Path:
+    """The photos, for a test to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "photos"))
 
 
 def reference_logits(checkpoint: Path, photo: Path, flip: bool = False) -> NDArray[np.float64]:
@@ -245,20 +252,20 @@ def spoil(photos: Path) -> dict[str, str]:
     }
 
 
-def test_broken_files_are_listed_and_stop_nothing(checkpoint, photos, tmp_path, capsys):
+def test_broken_files_are_listed_and_stop_nothing(checkpoint, photos, tmp_path, capsys, caplog):
     reasons = spoil(photos)
     out, table = tmp_path / "out", tmp_path / "table.csv"
     arguments = ["--checkpoint", checkpoint, "--images", photos, "--out", out, "--csv", table, *flags(CPU)]
     assert status_of("predict", *arguments) == 1
-    said = capsys.readouterr()
-    assert re.search(rf"^11 masks in {out}/, 4 images are broken: .* images/s, .* s \(.*network", said.out)
+    said = capsys.readouterr().out
+    assert re.search(rf"^11 masks in {out}/, 4 images are broken: .* images/s, .* s \(.*network", said)
     rows = {os.path.relpath(row["image"], photos): row for row in read_table(table)}
     assert list(rows) == sorted(rows)
     assert {name for name, row in rows.items() if row["error"]} == reasons.keys()
     for name, row in rows.items():
         if name in reasons:
             assert row["error"].startswith(reasons[name])
-            assert f"no mask: {photos / name}: {reasons[name]}" in said.err
+            assert f"no mask: {photos / name}: {reasons[name]}" in caplog.text
             assert not row["mask"]
         else:
             assert_is_mask(read_mask(Path(row["mask"])), reference_logits(checkpoint, photos / name))
