@@ -1,7 +1,7 @@
 """Masks, probabilities and overlays as the bytes of their files, and files written whole or not at all.
 
-Pillow encodes these formats too, but holds the GIL meanwhile: threads that write would wait for each other. A mask of
-1918x1280 takes it 3 ms as PNG and 8 ms as GIF; here it is 1 ms and 4 ms in every thread.
+Pillow encodes these formats too, but a mask of 1918x1280 takes it 3 ms as PNG, and 8 ms as GIF, during which no other
+thread runs; here it is 0.5 ms and 4 ms, side by side.
 """
 
 import os
@@ -73,7 +73,7 @@ def encode_gif(mask: NDArray[np.bool_]) -> bytes:
     height, width = mask.shape
     if max(height, width) > 0xFFFF:
         raise DataError(f"has {width}x{height} pixels, and a GIF has at most 65535 a side. Use PNG masks")
-    # A code of 3 to 12 bits stands for one pixel at least, so there are no more codes than pixels.
+    # A code stands for at least one pixel and has at most 12 bits; a clear code comes after thousands of others.
     codes = np.empty(2 * mask.size + 64, np.uint8)
     codes = codes[: _lzw_codes(mask.reshape(-1).view(np.uint8), codes)]
     blocks = bytearray()

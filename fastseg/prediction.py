@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -123,7 +124,7 @@ def predict(
         if value not in known:
             raise ConfigError(f"{field}: must be one of {', '.join(known)}; got {value!r}.")
     paths = [images] if isinstance(images, str | os.PathLike) else images
-    out, csv = os.fspath(out), os.fspath(csv)
+    out, csv = str(Path(out)), os.fspath(csv)
     model, trained = load_model(checkpoint)
     with process_group():
         rank, world_size = place_in_group()

@@ -40,7 +40,7 @@ def cut_logits(logits: NDArray[np.float32], height: int, width: int) -> NDArray[
     """Where the upsampled logits of one photo are above 0: `upsample_logits(...) > 0`, but for ties and rounding.
 
     Between four centres of cells of one sign the sign does not change, so that only pixels along the outline are
-    computed: a tenth of the time on a CPU, and a byte a pixel where logits at full size take four. Holds no lock.
+    computed: an eighth of the time on a CPU, and a byte a pixel where logits at full size take four. Holds no lock.
 
     Args:
         logits: (h, w), C-contiguous.

@@ -219,6 +219,18 @@ def test_masks_read_back_as_they_were_written(shape, share):
         np.testing.assert_array_equal(np.asarray(image), grey)
 
 
+@pytest.mark.gpu
+def test_gpu_writes_the_masks_that_the_cpu_does(checkpoint, photos, tmp_path):
+    options = {**CPU, "probabilities": True, "tta": "flip"}
+    fastseg.predict(checkpoint, photos, tmp_path / "cpu", **options)
+    fastseg.predict(checkpoint, photos, tmp_path / "gpu", **{**options, "device": "cuda"})
+    fastseg.predict(checkpoint, photos, tmp_path / "bare", tta="flip", device="cuda", precision="fp32")
+    for path in (tmp_path / "cpu").rglob("*_mask.png"):
+        name = path.relative_to(tmp_path / "cpu")
+        assert (read_mask(path) != read_mask(tmp_path / "gpu" / name)).mean() < 1e-2  # TF32 convolutions
+        np.testing.assert_array_equal(read_mask(tmp_path / "gpu" / name), read_mask(tmp_path / "bare" / name))
+
+
 def test_gif_sides_have_a_limit():
     with pytest.raises(fastseg.DataError, match="has 65536x1 pixels, and a GIF has at most 65535 a side"):
         encode_gif(np.zeros((1, 65536), bool))
