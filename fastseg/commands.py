@@ -99,7 +99,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-PREDICT_FIELDS = ("device", "precision", "batch_size", "num_workers")
+PREDICT_FIELDS = ("device", "precision", "batch_size")
 
 
 def _add_predict(parser: argparse.ArgumentParser) -> None:
@@ -114,6 +114,13 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )
     parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
+    parser.add_argument(
+        "--num-workers",
+        dest="field_num_workers",
+        metavar="N",
+        default=argparse.SUPPRESS,
+        help="decoding and writing threads (default: as many as there are cores)",
+    )
     _add_config_fields(parser, PREDICT_FIELDS)
 
 

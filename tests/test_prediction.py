@@ -418,7 +418,7 @@ main(sys.argv[1:])
 
 
 def start(*command: object) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     words = [sys.executable, *map(str, command)]
     return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -435,7 +435,7 @@ def test_killed_run_leaves_whole_files_and_resume_completes_it(checkpoint, tmp_p
     images, out, whole = tmp_path / "images", tmp_path / "out", tmp_path / "whole"
     common = ["predict", "--checkpoint", checkpoint, "--images", images, "--probabilities", "--csv"]
     process = start("-c", SLOWLY, *common, tmp_path / "out.csv", "--out", out, *flags(CPU))
-    wait_for(lambda: len(list(out.glob("car*"))) > 9, process)
+    wait_for(lambda: len(list(out.glob("car*"))) > 9 and any(out.glob("*.draft")), process)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
