@@ -99,9 +99,6 @@ def _evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-PREDICT_FIELDS = ("device", "precision", "batch_size")
-
-
 def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--images", metavar="PATH", nargs="+", required=True, help="folders of photos, or photos")
@@ -114,14 +111,13 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )
     parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
-    parser.add_argument(
-        "--num-workers",
-        dest="field_num_workers",
-        metavar="N",
-        default=argparse.SUPPRESS,
-        help="decoding and writing threads (default: as many as there are cores)",
-    )
-    _add_config_fields(parser, PREDICT_FIELDS)
+    for name, what in (
+        ("batch_size", "photos at a time, in each process (default: as in training)"),
+        ("num_workers", "decoding and writing threads (default: as many as there are cores)"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=what)
+    _add_config_fields(parser, ("device", "precision"))
 
 
 def _predict(options: argparse.Namespace) -> int:
