@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
     from fastseg.evaluation import evaluate
     from fastseg.exporting import export
+    from fastseg.prediction import PredictResult, predict
     from fastseg.segmenter import Segmenter, load
     from fastseg.submission import decode_rle, encode_rle, write_submission
     from fastseg.training import TrainResult, train
@@ -29,6 +30,8 @@ _HOME = {
     "TrainResult": "training",
     "Config": "config",
     "evaluate": "evaluation",
+    "predict": "prediction",
+    "PredictResult": "prediction",
     "Loader": "data.loader",
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",
@@ -60,6 +63,7 @@ __all__ = [
     "FastsegError",
     "Loader",
     "Pairs",
+    "PredictResult",
     "Segmenter",
     "TrainResult",
     "TuneResult",
@@ -72,6 +76,7 @@ __all__ = [
     "find_pairs",
     "generate",
     "load",
+    "predict",
     "split_by_group",
     "train",
     "tune",

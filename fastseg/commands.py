@@ -141,6 +141,50 @@ def _means(scores: dict[str, Any], size: str) -> str:
     )
 
 
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
+    parser.add_argument("--images", metavar="PATH", nargs="+", required=True, help="folders of photos, or photos")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the masks: DIR/<stem>_mask.png")
+    parser.add_argument("--mask-format", metavar="png|gif", default="png", help="of the masks (default: png)")
+    parser.add_argument("--probabilities", action="store_true", help="also write <stem>_probability.png, grey 0..255")
+    parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, the mask on the photo")
+    parser.add_argument("--csv", metavar="FILE", default="", help="also write a table: size, foreground, error")
+    parser.add_argument(
+        "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
+    )
+    parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
+    for name, what in (
+        ("batch_size", "photos at a time, in each process (default: as in training)"),
+        ("num_workers", "decoding and writing threads (default: as many as there are cores)"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=what)
+    _add_config_fields(parser, ("device", "precision"))
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from fastseg.distributed import gather_over_processes, place_in_group, process_group
+    from fastseg.prediction import predict
+
+    with process_group():
+        result = predict(
+            options.checkpoint,
+            options.images,
+            options.out,
+            mask_format=options.mask_format,
+            probabilities=options.probabilities,
+            overlays=options.overlays,
+            csv=options.csv,
+            tta=options.tta,
+            resume=options.resume,
+            **_config_fields(options),
+        )
+        if place_in_group()[0] == 0:  # the first process speaks for all
+            print(result.sentence)
+        gather_over_processes(None)  # a process that ends with status 1 makes torchrun end the others
+    return 1 if result.broken else 0
+
+
 def _add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", default="data", help="folder for the four folders (default: data)")
     parser.add_argument(
@@ -259,6 +303,13 @@ COMMANDS = (
         "--checkpoint FILE --img-dir DIR --mask-dir DIR [--out DIR] [--refine METHOD] [--FIELD VALUE ...]",
         _add_evaluate,
         _evaluate,
+    ),
+    Command(
+        "predict",
+        "masks of photos, at their own size",
+        "--checkpoint FILE --images PATH [PATH ...] --out DIR [--probabilities] [--overlays] [--csv FILE] [...]",
+        _add_predict,
+        _predict,
     ),
     Command(
         "export",

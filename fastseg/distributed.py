@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastseg.errors import ConfigError
 
-__all__ = ["any_process", "place_in_group", "process_group", "share_model", "sum_over_processes"]
+__all__ = [
+    "any_process",
+    "gather_over_processes",
+    "place_in_group",
+    "process_group",
+    "share_model",
+    "sum_over_processes",
+]
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -63,6 +72,15 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_over_processes(value: T) -> list[T]:
+    """The value of every process, by rank, in each of them; none goes on before all have come here."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -147,7 +147,7 @@ def test_train_help_shows_every_field_with_its_description_and_choices(cli):
 def test_help_names_the_commands(cli):
     status, out, _ = cli("--help")
     assert status == 0
-    for command in ("train", "evaluate", "synth"):
+    for command in ("train", "evaluate", "predict", "synth"):
         assert f"\n    {command} " in out
 
 

@@ -18,12 +18,14 @@ import numpy as np
 from fastseg.errors import DataError
 
 __all__ = [
+    "IMAGE_EXTENSIONS",
     "Matches",
     "Pairs",
     "find_images",
     "find_masks",
     "find_pairs",
     "group_of",
+    "list_files",
     "mask_stem",
     "match_masks",
     "split_by_group",
@@ -213,14 +215,18 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
     return train, pairs.subset(i for i, val in enumerate(is_val) if val)
 
 
-def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str]:
+def list_files(folder: str, what: str) -> list[str]:
+    """Names of all files below a folder but for hidden ones, relative to it, sorted.
+
+    Raises:
+        DataError: the folder is missing or cannot be read; `what` says what was sought in it.
+    """
     if not os.path.isdir(folder):
         raise DataError(
             f"{folder}: no such folder of {what}. Give the folder that holds them, "
             "or make Carvana-like pairs with `fastseg synth --out data`."
         )
     names: list[str] = []
-    others: Counter[str] = Counter()
     pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(folder),))]
     while pending:
         below, above = pending.pop()
@@ -234,15 +240,20 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
                         target = os.path.realpath(entry.path)
                         if target not in above:  # a link to a folder above it has no end
                             pending.append((name, (*above, target)))
-                    elif entry.name.lower().endswith(extensions):
-                        names.append(name)
                     else:
-                        others[os.path.splitext(entry.name)[1].lower() or entry.name] += 1
+                        names.append(name)
         except OSError as error:
             raise DataError(
                 f"{os.path.join(folder, below)}: cannot be read ({error.strerror}). Make it readable."
             ) from None
-    kinds = ", ".join(extension for extension, _ in others.most_common(5))
+    return sorted(names)
+
+
+def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str]:
+    files = list_files(folder, what)
+    names = [name for name in files if name.lower().endswith(extensions)]
+    others = Counter(_kind(name) for name in files if not name.lower().endswith(extensions))
+    kinds = ", ".join(kind for kind, _ in others.most_common(5))
     if not names:
         held = f"only other files ({kinds})" if others else "nothing"
         raise DataError(
@@ -250,5 +261,9 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
         )
     if others:
         log.info("%s: left out %d files that are no %s (%s)", folder, others.total(), what, kinds)
-    names.sort()
     return names
+
+
+def _kind(name: str) -> str:
+    """A file's extension, or its name where it has none."""
+    return os.path.splitext(name)[1].lower() or os.path.basename(name)
