@@ -77,6 +77,19 @@ def tutorial(pairs: fastseg.Pairs, workers: int) -> Epoch:
     return _data_loader(pairs, workers, read)
 
 
+def pillow(pairs: fastseg.Pairs, workers: int) -> Epoch:
+    """The tutorial where albumentations is not installed: torch resizes as OpenCV does, without antialiasing."""
+    from torch.nn.functional import interpolate
+
+    def read(image: str, mask: str) -> Any:
+        pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1)[None]
+        values = torch.from_numpy(np.array(Image.open(mask).convert("L")))[None, None]
+        small = interpolate(pixels, (HEIGHT, WIDTH), mode="bilinear", align_corners=False)
+        return small[0].permute(1, 2, 0).contiguous(), interpolate(values, (HEIGHT, WIDTH), mode="nearest")[0, 0]
+
+    return _data_loader(pairs, workers, read)
+
+
 def opencv(pairs: fastseg.Pairs, workers: int) -> Epoch:
     """A full decode and INTER_AREA."""
     import cv2
