@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import threading
@@ -110,6 +111,16 @@ def spread(values: Sequence[float]) -> float:
     """Half of the interquartile range."""
     low, high = np.percentile(values, [25, 75])
     return float(high - low) / 2
+
+
+def short(value: float) -> float:
+    """Four digits: more than any timing here is worth."""
+    return float(f"{value:.4g}")
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without the folders of this machine."""
+    return re.sub(r"/\S*/", "", f"{type(error).__name__}: {error}".splitlines()[0])[:160]
 
 
 def time_in_turn(jobs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:

@@ -12,17 +12,15 @@ import argparse
 import sys
 import time
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from flops import count_flops, matmul_flops_per_s, synchronise
 from loader import in_fresh_process
-from measure import PeakMemory, describe, machine, median, print_table, report, spread
+from measure import PeakMemory, describe, machine, median, one_line, print_table, report, short, spread
 from numpy.typing import NDArray
 from torch import Tensor
-from training import one_line, short
 
 import fastseg
 from fastseg.config import Config
@@ -253,7 +251,7 @@ def main() -> None:
         print(f"{name}: not measured ({reason})")
     content = {"rows": rows, "padding": compare_padding(rows), "missing": missing, "device": device.type}
     threads = {"threads": torch.get_num_threads(), "repeat": options.repeat}
-    report("model", {**content, **threads}, about, (), str(Path(options.json)) if options.json else "")
+    report("model", {**content, **threads}, about, (), options.json)
 
 
 if __name__ == "__main__":

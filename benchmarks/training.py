@@ -13,9 +13,9 @@ import argparse
 import importlib.util
 import math
 import os
-import re
 import sys
 import tempfile
+import textwrap
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from chart import LIMIT, OURS, PEER, Bar, draw_bars
 from engines import search_workers
 from loader import in_fresh_process
-from measure import carvana_pairs, cores, describe, machine, median, print_table, report, spread
+from measure import carvana_pairs, cores, describe, machine, median, one_line, print_table, report, short, spread
 from time_to_dice import RACERS, race
 from trainers import PEERS, WATERFALL, Setting, run_row
 
@@ -37,7 +37,7 @@ FAILURES = (ImportError, OSError, RuntimeError, ValueError, BrokenProcessPool, f
 AIM_EFFICIENCY = 97.0  # per cent
 SAME_LOSS = 1e-4  # relative, of the exact losses of rows with one network
 STEP = "#d9a5ad"  # colour of the rows between the tutorial's and ours
-LONG_LABEL = 50  # characters; a longer one takes two lines
+LABEL_WIDTH = 44  # characters in the chart
 MEDIANS = (
     *("first_pairs_per_s", "pairs_per_s", "step_ms", "data_wait_pct", "data_efficiency_pct", "peak_gib", "val_dice"),
     *("matmul_tflops", "gflop_a_pair", "exact_loss", "loss_error", "gradient_error"),
@@ -107,11 +107,6 @@ def measure_all(
     return runs
 
 
-def one_line(error: BaseException) -> str:
-    """Without the folders of this machine."""
-    return re.sub(r"/\S*/", "", f"{type(error).__name__}: {error}".splitlines()[0])[:160]
-
-
 def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     """One row of the table: medians over everything that its runs measured."""
 
@@ -128,10 +123,6 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     row["compile_s"] = short(compiling[0]) if compiling else None
     row["compile_warm_s"] = short(median(compiling[1:])) if compiling[1:] else None
     return row
-
-
-def short(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
@@ -178,8 +169,7 @@ def draw(path: str, rows: list[dict[str, Any]], about: dict[str, Any], setting: 
         color = PEER if row["row"] in ("tutorial", *PEERS) else OURS if "fastseg.train" in row["note"] else STEP
         text = f"{row['pairs_per_s']:,.{0 if row['pairs_per_s'] >= 100 else 1}f}   Dice {row['val_dice']:.3f}"
         label = row["note"] if row["note"].startswith("+") else f"{row['row']}: {row['note']}"
-        label = label.replace(", ", ",\n", 1) if len(label) > LONG_LABEL else label
-        return Bar(label, row["pairs_per_s"], row["pairs_per_s_spread"], color, text)
+        return Bar(textwrap.fill(label, LABEL_WIDTH), row["pairs_per_s"], row["pairs_per_s_spread"], color, text)
 
     stages = [bar(row) for row in rows if row["row"] in WATERFALL]
     fastest = max((row for row in rows if row["row"] in WATERFALL), key=lambda row: row["pairs_per_s"], default=None)
