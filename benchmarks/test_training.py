@@ -153,7 +153,7 @@ def test_command(
 def test_loop_ends_at_the_target_or_the_limit(setting: trainers.Setting, target: float, reached: bool) -> None:
     setting = setting._replace(reader="plain")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainers.peers, "plain", lambda pairs, workers: _decode_here(setting), raising=False)
+        patch.setattr(trainers.peers, "plain", lambda pairs, workers, pin_memory: _decode_here(setting), raising=False)
         run = time_to_dice.run_loop(setting, target, 0.5, time_to_dice.time.monotonic())
     assert (run["seconds"] is not None) == reached
     assert run["epochs"] == 1 or not reached

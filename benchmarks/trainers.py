@@ -146,7 +146,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
         )  # pipelines and code stand; nothing cached
         epoch = _our_epochs(run)
     else:
-        load = getattr(peers, setting.reader)(setting.train_pairs, _reader_workers(name, setting))
+        load = getattr(peers, setting.reader)(setting.train_pairs, _reader_workers(name, setting), pin_memory=on_gpu)
         epoch = _data_loader_epochs(run, load)
     if "augmentation" in has:
         step = functools.partial(_step, run)
@@ -199,7 +199,8 @@ def _data_loader_epochs(run: Run, load: peers.Epoch) -> Callable[[], Batches]:
 
     def epoch() -> Iterator[Any]:
         for images, masks, indices in load(order(next(numbers))):
-            yield images.to(run.runtime.device), masks.to(run.runtime.device), indices
+            device = run.runtime.device
+            yield images.to(device, non_blocking=True), masks.to(device, non_blocking=True), indices
 
     for _ in load(order(0)[:1]):  # the workers run
         pass
