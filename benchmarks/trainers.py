@@ -10,6 +10,7 @@ the row has it.
 import copy
 import functools
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -52,8 +53,7 @@ PEERS = {
 PEERS_HAVE = {"channels_last", "autocast"}
 WARM_UP_STEPS = 3  # CUDA graphs are recorded in the second
 WRONG_LOSS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # relative; float32 is TF32 on a GPU
-# Relative, in the 2-norm. Rounding to bfloat16 alone makes 0.01 at the first weights of our UNet and 0.4 at smp's.
-WRONG_GRADIENT = {torch.float32: 2e-2, torch.bfloat16: 0.6, torch.float16: 0.2}
+WRONG_GRADIENT = {torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # relative, in the 2-norm; of our UNet
 LOSS_SCALE = 1024.0  # in the comparison: float16 needs one, and the GradScaler's first is too large on purpose
 
 Batches = Iterable[tuple[Tensor, Tensor, Any]]
@@ -278,7 +278,9 @@ def check_gradients(trainer: Trainer, images: Tensor, masks: Tensor) -> dict[str
         "gradient_error": gradient_error.item(),
     }
     dtype = run.runtime.dtype
-    if not (found["loss_error"] <= WRONG_LOSS[dtype] and found["gradient_error"] <= WRONG_GRADIENT[dtype]):
+    # At random weights rounding alone turns the gradient of a deep encoder by half: smp's is only reported.
+    limit = WRONG_GRADIENT[dtype] if isinstance(run.model, fastseg.UNet) else math.inf
+    if not (found["loss_error"] <= WRONG_LOSS[dtype] and found["gradient_error"] <= limit):
         raise ValueError(f"wrong loss or gradient: {found}")
     return found
 
