@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chart import LIMIT, OURS, PEER, Bar, draw_bars
+from chart import OURS, PEER, Bar, draw_bars
 from engines import search_workers
 from loader import in_fresh_process
 from measure import carvana_pairs, cores, describe, machine, median, one_line, print_table, report, short, spread
@@ -153,38 +153,39 @@ def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     ours = max((name for name in ("fastseg", "compile") if name in rate), key=lambda name: rate[name], default=None)
     if ours is None:
         return {}
-    times = {name: short(rate[ours] / rate[name]) for name in ("tutorial", *PEERS) if name in rate}
+    times = {name: short(rate[ours] / rate[name]) for name in ("tutorial", "plain") if name in rate}
     print(f"{ours}:", ", ".join(f"{value:.2f} x {name}" for name, value in times.items()) or "no peer to compare with")
     efficiency = next(row["data_efficiency_pct"] for row in rows if row["row"] == ours)
     if efficiency is not None:
         verdict = "reached" if efficiency >= AIM_EFFICIENCY else "missed"
-        print(
-            f"data efficiency: {efficiency:.1f} % of the rate on a resident batch; aim {AIM_EFFICIENCY:.0f} % {verdict}"
-        )
+        print(f"data_efficiency_pct: {efficiency:.1f}, of the rate on a resident batch; {AIM_EFFICIENCY:.0f} {verdict}")
     return {"best": ours, "times_as_fast": times, "data_efficiency_pct": efficiency}
 
 
 def draw(path: str, rows: list[dict[str, Any]], about: dict[str, Any], setting: Setting) -> None:
     def bar(row: dict[str, Any]) -> Bar:
         color = PEER if row["row"] in ("tutorial", *PEERS) else OURS if "fastseg.train" in row["note"] else STEP
-        text = f"{row['pairs_per_s']:,.{0 if row['pairs_per_s'] >= 100 else 1}f}   Dice {row['val_dice']:.3f}"
+        rate = f"{row['pairs_per_s']:,.{0 if row['pairs_per_s'] >= 100 else 1}f}"
+        text = f"{rate}   Dice {row['val_dice']:.3f}   {row['limit_pct']:.0f} % of the limit"
         label = row["note"] if row["note"].startswith("+") else f"{row['row']}: {row['note']}"
-        return Bar(textwrap.fill(label, LABEL_WIDTH), row["pairs_per_s"], row["pairs_per_s_spread"], color, text)
+        return Bar(
+            textwrap.fill(label, LABEL_WIDTH, break_on_hyphens=False),
+            row["pairs_per_s"],
+            row["pairs_per_s_spread"],
+            color,
+            text,
+        )
 
-    stages = [bar(row) for row in rows if row["row"] in WATERFALL]
-    fastest = max((row for row in rows if row["row"] in WATERFALL), key=lambda row: row["pairs_per_s"], default=None)
-    if fastest:
-        limit = 1e3 * fastest["matmul_tflops"] / fastest["gflop_a_pair"]
-        label = f"limit: {fastest['dtype']} matrix product"
-        stages.append(Bar(label, limit, color=LIMIT, text=f"{limit:,.{0 if limit >= 100 else 1}f}"))
-    peers = [bar(row) for row in rows if row["row"] in PEERS]
-    panels = {"Each row has all that stands above it": stages, "Other loops": peers}
+    panels = {
+        "Each row has all that stands above it": [bar(row) for row in rows if row["row"] in WATERFALL],
+        "Other loops": [bar(row) for row in rows if row["row"] in PEERS],
+    }
     config = setting.config
     title = f"Training a UNet of {config.base_channels} channels, batch {config.batch_size}, 160x240: {describe(about)}"
     subtitle = (
         f"Later epochs over {len(setting.train_pairs)} Carvana-like pairs, files to weights; medians, half the "
         f"interquartile range as error bar;\nDice on {len(setting.val_pairs)} pairs of other cars after "
-        f"{rows[0]['steps']} steps"
+        f"{rows[0]['steps']} steps; the limit is the rate of a large matrix product"
     )
     draw_bars(
         path, title, subtitle, "pairs per second", {name: bars for name, bars in panels.items() if bars}, in_order=True
