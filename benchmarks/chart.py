@@ -41,7 +41,7 @@ def draw_bars(
             error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
         )
         axes.bar_label(drawn, labels=[bar.text or f"{bar.value:,.0f}" for bar in bars], padding=5, fontsize=9)
-        room = 1.6 if any(bar.text for bar in bars) else 1.1
+        room = 1.65 if any(bar.text for bar in bars) else 1.1
         axes.set_xlim(0, (longest if in_order else max(bar.value + bar.spread for bar in bars)) * room)
         axes.set_title(name, loc="left", fontsize=10)
         axes.xaxis.set_major_formatter("{x:,.0f}")

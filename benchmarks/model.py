@@ -234,8 +234,13 @@ def main() -> None:
     parser.add_argument("--json", default="", metavar="FILE", help="write the result here")
     options = parser.parse_args()
     about = machine()
-    device = choose_runtime(Config(device=options.device)).device
+    try:
+        device = choose_runtime(Config(device=options.device)).device
+    except fastseg.FastsegError as error:
+        parser.error(str(error))
     dtypes = (options.dtypes or ("fp32,bf16,fp16" if device.type == "cuda" else "fp32,bf16")).split(",")
+    if unknown := [dtype for dtype in dtypes if dtype not in DTYPES]:
+        parser.error(f"--dtypes: {', '.join(unknown)} unknown; known: {', '.join(DTYPES)}")
     channels, batches = ([int(value) for value in text.split(",")] for text in (options.channels, options.batch))
     rows, missing = measure_all(list_variants(channels, batches, dtypes, options.compile), device, options.repeat)
     print(f"{describe(about)}; the UNet alone at 160x240 on {device.type}")

@@ -209,3 +209,38 @@ def test_time_to_dice(two_cars: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert row["seconds"] > 1
     assert row["epochs"] >= 1
     assert "seconds to Dice 0" in printed
+
+
+def test_one_racer_that_fails_costs_nothing(
+    setting: trainers.Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = {"seconds": 2.0, "best_dice": 0.5, "epochs": 1}
+
+    def run_command(command: list[str], target: float, limit_s: float) -> dict[str, Any]:
+        if command[command.index("--recipe") + 1] == "fast":
+            raise RuntimeError("fastseg train failed: no")
+        return done
+
+    monkeypatch.setattr(time_to_dice, "run_command", run_command)
+    result = time_to_dice.race(["fast", "tutorial"], setting, 0.4, 60, repeat=2)
+    assert result["missing"] == {"fast": "RuntimeError: fastseg train failed: no"}
+    assert [(row["racer"], row["seconds"], len(row["runs"])) for row in result["rows"]] == [("tutorial", 2.0, 2)]
+    assert "fast: not measured" in capsys.readouterr().out
+
+
+def test_rows_that_begin_elsewhere_are_refused(setting: trainers.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    losses = {"tutorial": 0.7, "loader": 0.7, "fastseg": 0.701, "smp": 1.2}
+    monkeypatch.setattr(training, "in_fresh_process", lambda function, name, _: {"exact_loss": losses[name]})
+    missing: dict[str, str] = {}
+    runs = training.measure_all(list(losses), setting, 1, missing)
+    assert list(runs) == ["tutorial", "loader", "smp"]
+    assert "other weights" in missing["fastseg"]
+
+
+def test_bad_input_is_one_sentence(
+    two_cars: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["training.py", "--data", str(two_cars), "--pairs", "8", "--batch-size", "99"])
+    with pytest.raises(SystemExit, match="2"):
+        training.main()
+    assert "--batch-size: must be at most" in capsys.readouterr().err

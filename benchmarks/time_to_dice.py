@@ -10,11 +10,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
 from loader import in_fresh_process
-from measure import median, print_table
+from measure import median, one_line, print_table
 from trainers import Setting, make_trainer
 
 from fastseg.metrics import score_batches
@@ -30,26 +31,33 @@ ENDLESS = 10_000  # epochs of what has no schedule: the limit ends them
 
 
 def race(names: list[str], setting: Setting, target: float, limit_s: float, repeat: int) -> dict[str, Any]:
-    """Run the racers in turn, print the table, and return `rows`, `target` and `limit_s`."""
+    """Run the racers in turn and print the table; `rows`, and the racers that are `missing` with the reason."""
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         link_files(setting, Path(folder))
         for turn in range(repeat):
-            for name in names:
+            for name in list(runs):
                 print(f"{name}: run {turn + 1} of {repeat}", file=sys.stderr)
-                if name == "loop":
-                    run = in_fresh_process(run_loop, setting, target, limit_s, time.monotonic())
-                else:
-                    run = run_command(train_command(name, setting, Path(folder), turn), target, limit_s)
-                runs[name].append(run)
-    rows = [summarise(name, runs[name]) for name in names]
+                try:
+                    if name == "loop":
+                        run = in_fresh_process(run_loop, setting, target, limit_s, time.monotonic())
+                    else:
+                        run = run_command(train_command(name, setting, Path(folder), turn), target, limit_s)
+                    runs[name].append(run)
+                except (ImportError, OSError, RuntimeError, ValueError, BrokenProcessPool) as error:
+                    missing[name] = one_line(error)
+                    del runs[name]
+    rows = [summarise(name, done) for name, done in runs.items()]
     table = []
     for row in rows:
         best = f"not reached in {limit_s:g} s; best Dice {row['best_dice']:.4f}"
         seconds = best if row["seconds"] is None else f"{row['seconds']:.1f}"
         table.append([row["racer"], seconds, str(row["epochs"]), row["note"]])
     print_table(["", f"seconds to Dice {target:g}", "epochs", "what"], table)
-    return {"rows": rows, "target": target, "limit_s": limit_s}
+    for name, reason in missing.items():
+        print(f"{name}: not measured ({reason})")
+    return {"rows": rows, "missing": missing, "target": target, "limit_s": limit_s}
 
 
 def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
