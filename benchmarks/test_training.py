@@ -10,6 +10,7 @@ import loader
 import pytest
 import time_to_dice
 import torch
+import train_row
 import trainers
 import training
 from PIL import Image
@@ -84,10 +85,10 @@ def test_the_row_fastseg_is_what_train_does(setting: trainers.Setting, tmp_path:
         for field, kind in (("img", "images"), ("mask", "masks"))
     }
     result = fastseg.train({**FIELDS, **folders, "out_dir": tmp_path / "runs"})
-    row = trainers.run_row("fastseg", setting)
+    row = train_row.run_row("fastseg", setting)
     assert row["val_dice"] == pytest.approx(result.history[-1]["val_dice"], abs=1e-6)
     assert row["steps"] == 4
-    plain = trainers.run_row("augmentation", setting)
+    plain = train_row.run_row("augmentation", setting)
     assert plain["exact_loss"] == row["exact_loss"]
     assert plain["val_dice"] != row["val_dice"]
 
@@ -107,15 +108,15 @@ def test_data_loader_has_our_order(setting: trainers.Setting) -> None:
 
 def test_a_wrong_row_is_refused(setting: trainers.Setting) -> None:
     trainer = trainers.make_trainer("channels_last", setting)
-    batch = trainers._first_batch(setting, torch.device("cpu"))
+    batch = train_row.first_batch(setting, torch.device("cpu"))
     model = trainer.run.model
-    assert trainers.check_gradients(trainer, *batch)["loss_error"] < 1e-5
+    assert train_row.check_gradients(trainer, *batch)["loss_error"] < 1e-5
     trainer.run.forward = lambda x: 1.1 * model(x)
     with pytest.raises(ValueError, match="wrong loss or gradient"):
-        trainers.check_gradients(trainer, *batch)
+        train_row.check_gradients(trainer, *batch)
     trainer.run.forward = lambda x: model(x).detach() + 0 * model(x)  # the loss is right, its gradient is not
     with pytest.raises(ValueError, match=r"'gradient_error': 1\.0"):
-        trainers.check_gradients(trainer, *batch)
+        train_row.check_gradients(trainer, *batch)
 
 
 def test_command(
@@ -160,7 +161,7 @@ def test_loop_ends_at_the_target_or_the_limit(setting: trainers.Setting, target:
 
 
 def _decode_here(setting: trainers.Setting) -> Any:
-    return trainers.HostDecoder(setting.train_pairs, 160, 240).decode
+    return train_row.HostDecoder(setting.train_pairs, 160, 240).decode
 
 
 SCRIPT = """

@@ -26,7 +26,8 @@ from engines import search_workers
 from loader import in_fresh_process
 from measure import carvana_pairs, cores, describe, machine, median, one_line, print_table, report, short, spread
 from time_to_dice import RACERS, race
-from trainers import PEERS, WATERFALL, Setting, run_row
+from train_row import run_row
+from trainers import PEERS, WATERFALL, Setting
 
 import fastseg
 from fastseg.config import Config
