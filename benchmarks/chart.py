@@ -14,16 +14,24 @@ class Bar(NamedTuple):
     value: float
     spread: float = 0.0
     color: str = PEER
+    text: str = ""  # behind the bar, in place of its number
 
 
-def draw_bars(path: str, title: str, subtitle: str, xlabel: str, panels: dict[str, Sequence[Bar]]) -> None:
-    """Panels of horizontal bars, each with its own scale from 0, longest bar first, its number behind it."""
+def draw_bars(
+    path: str, title: str, subtitle: str, xlabel: str, panels: dict[str, Sequence[Bar]], *, in_order: bool = False
+) -> None:
+    """Panels of horizontal bars, each with its own scale from 0, longest bar first, its number behind it.
+
+    Args:
+        in_order: bars stand as given, from the top, and all panels share one scale.
+    """
+    longest = max(bar.value + bar.spread for bars in panels.values() for bar in bars)
     sizes = [len(bars) for bars in panels.values()]
     height = 1.2 + sum(0.55 + 0.3 * size for size in sizes)
     figure = Figure(figsize=(9.5, height), layout="constrained")
     grid = figure.subplots(len(panels), height_ratios=[0.5 + size for size in sizes], squeeze=False)
     for axes, (name, bars) in zip(grid[:, 0], panels.items(), strict=True):
-        bars = sorted(bars, key=lambda bar: bar.value)
+        bars = list(reversed(bars)) if in_order else sorted(bars, key=lambda bar: bar.value)
         drawn = axes.barh(
             [bar.label for bar in bars],
             [bar.value for bar in bars],
@@ -32,8 +40,9 @@ def draw_bars(path: str, title: str, subtitle: str, xlabel: str, panels: dict[st
             height=0.74,
             error_kw={"ecolor": "#333333", "elinewidth": 1, "capsize": 2},
         )
-        axes.bar_label(drawn, labels=[f"{bar.value:,.0f}" for bar in bars], padding=5, fontsize=9)
-        axes.set_xlim(0, max(bar.value + bar.spread for bar in bars) * 1.1)
+        axes.bar_label(drawn, labels=[bar.text or f"{bar.value:,.0f}" for bar in bars], padding=5, fontsize=9)
+        room = 1.65 if any(bar.text for bar in bars) else 1.1
+        axes.set_xlim(0, (longest if in_order else max(bar.value + bar.spread for bar in bars)) * room)
         axes.set_title(name, loc="left", fontsize=10)
         axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.tick_params(labelsize=9)

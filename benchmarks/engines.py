@@ -4,7 +4,6 @@
 """
 
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ import numpy as np
 import peers
 import simplejpeg
 import torch
-from measure import area_average, median, read_pixels
+from measure import PeakMemory, area_average, median, read_pixels
 from numpy.typing import NDArray
 from peers import HEIGHT, WIDTH, Batches, Epoch
 
@@ -68,6 +67,7 @@ ENGINES = {
     "dali_gpu": Engine(_ours("dali", device="cuda"), "ours through DALI, on the GPU", True, needs_gpu=True),
     "cached_gpu": Engine(_ours("dali", "device", "cuda"), "ours: decoded once, then from GPU memory", True, True, True),
     "tutorial": Engine(peers.tutorial, "DataLoader, Pillow, albumentations"),
+    "pillow": Engine(peers.pillow, "the same without albumentations"),
     "opencv": Engine(peers.opencv, "DataLoader, cv2.imread + INTER_AREA"),
     "opencv_eighth": Engine(peers.opencv_eighth, "DataLoader, cv2 decoding at 1/8", True),
     "torchvision": Engine(peers.torchvision, "DataLoader, torchvision.io + resize"),
@@ -136,7 +136,7 @@ def run_engine(name: str, workers: int, pairs: fastseg.Pairs, answers: Answers) 
     enough = min(500, round(LATER_SECONDS * median(later["rates"]) / len(pairs)))
     if enough > LATER_EPOCHS:
         later = _time_epochs(loader, [shuffled(len(pairs), 1 + i) for i in range(enough)])
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         for batch in _stream(loader, shuffled(len(pairs), 0), whole_epoch=True):
             errors.add(*batch)
     return {"first": first, "later": later, "peak_rss_mib": memory.mib, **errors.result()}
@@ -191,30 +191,6 @@ def _cpu_seconds() -> float:
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-class _PeakMemory:
-    """The highest resident memory of this process and its workers; a page that several share counts once."""
-
-    def __enter__(self) -> "_PeakMemory":
-        self.mib, self._stop = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        stopped = False
-        while not stopped:
-            stopped = self._stop.wait(0.01)
-            kib = 0
-            for process in ("self", *(child.pid for child in active_children())):
-                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-                kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-            self.mib = max(self.mib, kib / 1024)
 
 
 def run_limit(workers: int, pairs: fastseg.Pairs) -> dict[str, float]:

@@ -9,7 +9,6 @@ an exact area average; one that is wrong is not timed. README.md says how we mea
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from chart import LIMIT, OURS, PEER, Bar, draw_bars
 from engines import ENGINES, exact_answers, run_engine, run_limit, search_workers
-from measure import carvana_pairs, cores, describe, machine, median, print_table, report, spread
+from measure import carvana_pairs, cores, describe, machine, median, one_line, print_table, report, spread
 
 import fastseg
 
@@ -53,8 +52,7 @@ def measure_all(
                 else:
                     runs[name].append(in_fresh_process(run_engine, name, best[name], pairs, answers))
             except (ImportError, OSError, RuntimeError, ValueError, BrokenProcessPool, fastseg.ConfigError) as error:
-                sentence = f"{type(error).__name__}: {error}".splitlines()[0]
-                missing[name] = re.sub(r"/\S*/", "", sentence)[:120]  # without the folders of this machine
+                missing[name] = one_line(error)
         if turn >= 0:
             limits.append(in_fresh_process(run_limit, workers, pairs))
     rows = [summarise(name, best[name], runs[name]) for name in names if name not in missing]

@@ -7,10 +7,13 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +111,16 @@ def spread(values: Sequence[float]) -> float:
     """Half of the interquartile range."""
     low, high = np.percentile(values, [25, 75])
     return float(high - low) / 2
+
+
+def short(value: float) -> float:
+    """Four digits: more than any timing here is worth."""
+    return float(f"{value:.4g}")
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong, without the folders of this machine."""
+    return re.sub(r"/\S*/", "", f"{type(error).__name__}: {error}".splitlines()[0])[:160]
 
 
 def time_in_turn(jobs: dict[str, Callable[[], Any]], repeat: int) -> dict[str, list[float]]:
@@ -213,6 +226,30 @@ def report(suite: str, content: dict[str, Any], about: dict[str, Any], packages:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result), flush=True)
+
+
+class PeakMemory:
+    """The highest resident memory of this process and its workers; a page that several share counts once."""
+
+    def __enter__(self) -> "PeakMemory":
+        self.mib, self._stop = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        stopped = False
+        while not stopped:
+            stopped = self._stop.wait(0.01)
+            kib = 0
+            for process in ("self", *(child.pid for child in active_children())):
+                lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+                kib += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+            self.mib = max(self.mib, kib / 1024)
 
 
 STARTED = (time.perf_counter(), _others_seconds())

@@ -44,7 +44,9 @@ class _Files(Dataset):
         return self.read(self.pairs.image_path(index), self.pairs.mask_path(index))
 
 
-def _data_loader(pairs: fastseg.Pairs, workers: int, read: Callable[[str, str], Any]) -> Epoch:
+def _data_loader(
+    pairs: fastseg.Pairs, workers: int, read: Callable[[str, str], Any], pin_memory: bool = False
+) -> Epoch:
     """torch's DataLoader with worker processes that stay; its batch sampler is the list that an epoch fills."""
     order: Batches = []
     loader = DataLoader(
@@ -52,6 +54,7 @@ def _data_loader(pairs: fastseg.Pairs, workers: int, read: Callable[[str, str], 
         batch_sampler=order,
         num_workers=workers,
         persistent_workers=True,
+        pin_memory=pin_memory,
         multiprocessing_context="fork",  # what Linux does, but for processes that were spawned, as those of loader.py
     )
 
@@ -63,7 +66,7 @@ def _data_loader(pairs: fastseg.Pairs, workers: int, read: Callable[[str, str], 
     return epoch
 
 
-def tutorial(pairs: fastseg.Pairs, workers: int) -> Epoch:
+def tutorial(pairs: fastseg.Pairs, workers: int, pin_memory: bool = False) -> Epoch:
     """Pillow and albumentations, as the Carvana UNet tutorials do."""
     import albumentations
 
@@ -74,7 +77,20 @@ def tutorial(pairs: fastseg.Pairs, workers: int) -> Epoch:
         both = resize(image=pixels, mask=values)
         return both["image"], both["mask"]
 
-    return _data_loader(pairs, workers, read)
+    return _data_loader(pairs, workers, read, pin_memory)
+
+
+def pillow(pairs: fastseg.Pairs, workers: int, pin_memory: bool = False) -> Epoch:
+    """The tutorial where albumentations is not installed: torch resizes as OpenCV does, without antialiasing."""
+    from torch.nn.functional import interpolate
+
+    def read(image: str, mask: str) -> Any:
+        pixels = torch.from_numpy(np.array(Image.open(image).convert("RGB"))).permute(2, 0, 1)[None]
+        values = torch.from_numpy(np.array(Image.open(mask).convert("L")))[None, None]
+        small = interpolate(pixels, (HEIGHT, WIDTH), mode="bilinear", align_corners=False)
+        return small[0].permute(1, 2, 0).contiguous(), interpolate(values, (HEIGHT, WIDTH), mode="nearest")[0, 0]
+
+    return _data_loader(pairs, workers, read, pin_memory)
 
 
 def opencv(pairs: fastseg.Pairs, workers: int) -> Epoch:

@@ -1,0 +1,176 @@
+"""The rows of training.py: what each is made of, ready to step. `train_row.py` measures them.
+
+A row of the waterfall has all that the rows above it have. From `augmentation` on, a row is fastseg itself:
+`run.build_run` builds it and `training._step` steps it, and `fastseg` and `compile` are what `fastseg.train` does with
+compile=off and compile=on. The rows above are the loop that tutorials write, around the same network, loss and order
+of pairs; of fastseg they use `build_run` for the network, Adam, and the loader where the row has it.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import peers
+import torch
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.checkpoint import build_model
+from fastseg.config import Config
+from fastseg.data.loader import epoch_order
+from fastseg.losses import bce_loss
+from fastseg.run import Run, build_run
+from fastseg.runtime import choose_runtime
+from fastseg.training import _step
+
+WATERFALL = {
+    "tutorial": "torch DataLoader, Pillow, kornia's classes, Adam, float32, NCHW",
+    "loader": "+ our loader: decodes at 1/8, caches",
+    "channels_last": "+ channels-last",
+    "autocast": "+ autocast",
+    "augmentation": "+ our augmentation",
+    "fastseg": "+ fused AdamW, one cycle, BCE + Dice: fastseg.train, eager",
+    "compile": "+ torch.compile: fastseg.train, compiled",
+    "graphs": '+ CUDA graphs: mode="reduce-overhead"',
+}
+PEERS = {
+    "plain": "torch DataLoader, autocast, channels-last, eager",
+    "smp": "the same, segmentation-models-pytorch's Unet with resnet34: another network",
+}
+PEERS_HAVE = {"channels_last", "autocast"}
+
+Batches = Iterable[tuple[Tensor, Tensor, Any]]
+
+
+class Setting(NamedTuple):
+    """What all rows have in common."""
+
+    train_pairs: fastseg.Pairs
+    val_pairs: fastseg.Pairs
+    config: Config
+    reader: str  # of the DataLoader: a function in peers
+    reader_workers: dict[str, int]  # by row
+    rounds: int
+
+
+class Trainer(NamedTuple):
+    """A row, ready to step."""
+
+    run: Run
+    layout: torch.memory_format
+    epoch: Callable[[], Batches]  # uint8 on the device
+    step: Callable[[Tensor, Tensor], None]
+
+
+def make_trainer(name: str, setting: Setting) -> Trainer:
+    """A row at its beginning; the same seed gives every row the same first weights and the same order of pairs."""
+    stages = list(WATERFALL)
+    has = PEERS_HAVE if name in PEERS else set(stages[: stages.index(name) + 1])
+    on_gpu = choose_runtime(setting.config).device.type == "cuda"
+    reduced = "fp16" if name in PEERS and on_gpu else "auto"  # with a GradScaler, as most loops that people write
+    config = setting.config.replace(
+        recipe="fast" if "fastseg" in has else "tutorial",
+        compile="on" if "compile" in has else "off",
+        precision=reduced if "autocast" in has else "fp32",
+    )
+    torch.manual_seed(config.seed)
+    model = make_network(name, config)
+    run = build_run(config, choose_runtime(config), model, setting.train_pairs, setting.val_pairs)
+    layout = torch.channels_last if "channels_last" in has else torch.contiguous_format
+    run.model.to(memory_format=layout)
+    if "graphs" in has:
+        run.forward = torch.compile(run.model, mode="reduce-overhead")
+    if "loader" in has:
+        list(
+            run.train_loader.decoder.decode([np.arange(config.batch_size)])
+        )  # pipelines and code stand; nothing cached
+        epoch = _our_epochs(run)
+    else:
+        load = getattr(peers, setting.reader)(setting.train_pairs, reader_workers_of(name, setting), pin_memory=on_gpu)
+        epoch = _data_loader_epochs(run, load)
+    if "augmentation" in has:
+        step = functools.partial(_step, run)
+    else:
+        step = _plain_step(run, layout)
+    run.model.train()
+    return Trainer(run, layout, epoch, step)
+
+
+def reader_workers_of(name: str, setting: Setting) -> int:
+    return setting.reader_workers.get(name, setting.config.num_workers)
+
+
+def make_network(name: str, config: Config) -> nn.Module:
+    if name != "smp":
+        return build_model(config)
+    import segmentation_models_pytorch as smp
+
+    return _PadTo32(smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=1))
+
+
+class _PadTo32(nn.Module):
+    """smp's Unet halves an image five times; what is padded for that is cut off its logits."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        padded = nn.functional.pad(x, (0, -width % 32, 0, -height % 32))
+        return self.network(padded)[..., :height, :width]
+
+
+def _our_epochs(run: Run) -> Callable[[], Batches]:
+    def epoch() -> Iterator[Any]:
+        yield from run.train_loader
+        run.epoch, run.step = run.epoch + 1, 0
+
+    return epoch
+
+
+def _data_loader_epochs(run: Run, load: peers.Epoch) -> Callable[[], Batches]:
+    """Epochs of torch's DataLoader, in the order that our loader has."""
+    numbers, count, size = itertools.count(), len(run.train_loader.pairs), run.config.batch_size
+
+    def order(epoch: int) -> peers.Batches:
+        whole = epoch_order(count, run.config.seed, epoch)[: count // size * size]
+        return list(whole.reshape(-1, size))
+
+    def epoch() -> Iterator[Any]:
+        for images, masks, indices in load(order(next(numbers))):
+            device = run.runtime.device
+            yield images.to(device, non_blocking=True), masks.to(device, non_blocking=True), indices
+
+    for _ in load(order(0)[:1]):  # the workers run
+        pass
+    return epoch
+
+
+def _plain_step(run: Run, layout: torch.memory_format) -> Callable[[Tensor, Tensor], None]:
+    """The step of a tutorial: kornia's classes with fastseg's strengths, then Adam on BCE."""
+    import kornia.augmentation as K
+
+    config = run.config
+    sizes = (1 - config.scale, 1 + config.scale)
+    augment = K.AugmentationSequential(
+        K.RandomHorizontalFlip(p=config.flip),
+        K.RandomAffine(config.rotation, (config.translation,) * 2, sizes, padding_mode="border", p=1.0),
+        K.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue, p=1.0),
+        data_keys=["input", "mask"],
+    )
+
+    def step(images: Tensor, masks: Tensor) -> None:
+        pixels, targets = augment(images.permute(0, 3, 1, 2).float() / 255, masks[:, None].float() / 255)
+        inputs = ((pixels - 0.5) / 0.25).contiguous(memory_format=layout)
+        with run.runtime.autocast():
+            logits = run.forward(inputs)
+        loss = bce_loss(logits, targets)
+        run.optimizer.zero_grad()
+        run.scaler.scale(loss).backward()
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+
+    return step
