@@ -1,11 +1,13 @@
 # make demo   install, make Carvana-like pairs, train, evaluate, draw: everything from nothing
 # make test   install, run the tests            make lint   ruff and mypy
+# make gpu-check OUT=DIR   tests and benchmarks that need a GPU, eight minutes, results as JSON in DIR
 # make install   only the virtual environment   make clean  remove what these made (data/ and runs/ stay)
 PYTHON ?= python3
 BIN := .venv/bin
+OUT ?= gpu-check
 STAMP := .venv/installed
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint gpu-check install clean
 
 install: $(STAMP)
 
@@ -20,6 +22,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+gpu-check: $(STAMP)
+	$(BIN)/python benchmarks/gpu_check.py --out $(OUT)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

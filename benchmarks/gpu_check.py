@@ -23,19 +23,17 @@ DATA = ["--pairs", "512"]
 # name: seconds it may take, and its command; {out} is the folder
 STEPS: dict[str, tuple[int, list[str]]] = {
     "tests": (150, ["-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"]),
-    "loader": (
-        80,
-        ["benchmarks/loader.py", *DATA, "--device", "cuda", "--engines", "host,dali,cached", "--repeat", "2",
-         "--json", "{out}/loader.json"],
-    ),
+    "dali_knobs": (70, ["benchmarks/dali_knobs.py", *DATA, "--seconds", "1", "--json", "{out}/dali_knobs.json"]),
     "training": (
-        120,
-        ["benchmarks/training.py", *DATA, "--channels", "64", "--steps", "60", "--repeat", "1",
+        110,
+        ["benchmarks/training.py", *DATA, "--channels", "64", "--steps", "60", "--rounds", "2", "--repeat", "1",
+         "--rows", "tutorial,loader,channels_last,autocast,augmentation,fastseg,compile,graphs,plain",
          "--json", "{out}/training.json"],
     ),
-    "model": (50, ["benchmarks/model.py", "--json", "{out}/model.json"]),
+    "model": (40, ["benchmarks/model.py", "--channels", "64", "--batch", "16,64,256", "--dtypes", "bf16", "--repeat", "1",
+                   "--json", "{out}/model.json"]),
     "augment": (20, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
-    "end_to_end": (60, ["benchmarks/end_to_end.py", "--ways", "eager,auto", "--json", "{out}/end_to_end.json"]),
+    "end_to_end": (90, ["benchmarks/end_to_end.py", "--ways", "eager,auto", "--json", "{out}/end_to_end.json"]),
 }  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """Files that are there whole or not at all: written beside their name, then renamed."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["written_whole"]
+from fastseg.errors import ConfigError
+
+__all__ = ["replace_file", "written_whole"]
 
 
 @contextmanager
@@ -29,3 +32,16 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
+    """Let `write` make a file, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written; what was there before is intact.
+    """
+    try:
+        with written_whole(path) as draft:
+            write(draft)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}). Give another place, or make room.") from None

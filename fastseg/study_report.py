@@ -17,8 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastseg.atomic import replace_file
 from fastseg.config import Config, as_text
-from fastseg.files import replace_file
 from fastseg.search_space import Range, Values
 from fastseg.study import MAX_DEATHS, Study, given_back
 

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fastseg.atomic import replace_file
 from fastseg.config import Config
 from fastseg.data.copies import find_copies, need_imagehash
 from fastseg.data.decode import Size
 from fastseg.data.pairs import Matches, group_of, match_masks
 from fastseg.data.survey import Mask, Photo, SetOfFiles, look_at_files
 from fastseg.errors import ConfigError, DataError
-from fastseg.files import replace_file
 
 __all__ = ["CheckReport", "Finding", "check", "print_report"]
 
