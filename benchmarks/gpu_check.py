@@ -30,8 +30,11 @@ STEPS: dict[str, tuple[int, list[str]]] = {
          "--rows", "tutorial,loader,channels_last,autocast,augmentation,fastseg,compile,graphs,plain",
          "--json", "{out}/training.json"],
     ),
-    "model": (40, ["benchmarks/model.py", "--channels", "64", "--batch", "16,64,256", "--dtypes", "bf16", "--repeat", "1",
-                   "--json", "{out}/model.json"]),
+    "model": (
+        40,
+        ["benchmarks/model.py", "--channels", "64", "--batch", "16,64,256", "--dtypes", "bf16", "--repeat", "1",
+         "--json", "{out}/model.json"],
+    ),
     "augment": (20, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
     "end_to_end": (90, ["benchmarks/end_to_end.py", "--ways", "eager,auto", "--json", "{out}/end_to_end.json"]),
 }  # fmt: skip
