@@ -58,6 +58,7 @@ def make_setting(options: argparse.Namespace, pairs: fastseg.Pairs) -> Setting:
         num_epochs=max(2, math.ceil(options.steps / steps_an_epoch)),
         num_workers=options.workers,
         device=options.device,
+        progressive_resizing=0.0,  # every row steps at full size; what small steps win is a matter of recipe.py
     )
     reader = "tutorial" if importlib.util.find_spec("albumentations") else "pillow"
     return Setting(train_pairs, val_pairs, config, reader, {}, options.rounds)
