@@ -21,7 +21,7 @@ from fastseg.checkpoint import build_model
 from fastseg.config import Config
 from fastseg.data.loader import epoch_order
 from fastseg.losses import bce_loss
-from fastseg.run import Run, build_run
+from fastseg.run import Run, build_run, compile_network
 from fastseg.runtime import choose_runtime
 from fastseg.training import _step
 
@@ -82,10 +82,11 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
     run.model.to(memory_format=layout)
     if "graphs" in has:
         run.forward = torch.compile(run.model, mode="reduce-overhead")
+    elif "compile" in has:
+        compile_network(run)
     if "loader" in has:
-        list(
-            run.train_loader.decoder.decode([np.arange(config.batch_size)])
-        )  # pipelines and code stand; nothing cached
+        for _ in run.train_loader.decoder.decode([np.arange(config.batch_size)]):  # pipelines stand, nothing is cached
+            pass
         epoch = _our_epochs(run)
     else:
         load = getattr(peers, setting.reader)(setting.train_pairs, reader_workers_of(name, setting), pin_memory=on_gpu)
