@@ -223,6 +223,8 @@ def open_cache(
     decoder: str,
     device: torch.device,
     cache_dir: str = "",
+    *,
+    said_at: int = logging.INFO,
 ) -> Cache | None:
     """The cache for a loader; None for "off".
 
@@ -230,6 +232,7 @@ def open_cache(
         kind: "device", "memory", "disk", "off", or "auto": the fastest of which half the free space holds it.
         decoder: name of the decoder whose pixels these are.
         cache_dir: folder of disk caches; empty: `fastseg` in the user's cache folder.
+        said_at: level of the log at which the choice is said.
 
     Raises:
         ConfigError: the folder cannot be written, or the memory is not there.
@@ -239,7 +242,7 @@ def open_cache(
         kind, reason = _choose_cache(size, device, _cache_folder(cache_dir))
     else:
         reason = "as asked"
-    log.info("cache: %s (%s)", kind, reason)
+    log.log(said_at, "cache: %s (%s)", kind, reason)
     if kind == "off":
         return None
     if kind == "disk":

@@ -108,7 +108,8 @@ class Loader:
         on_gpu = self.device.type == "cuda"
         self._pin_memory = pin_memory and on_gpu
         name, reason = _choose_decoder(decoder, on_gpu)
-        log.info("decoder: %s (%s)", name, reason)
+        said_at = logging.INFO if shuffle else logging.DEBUG  # validation's choices are those of training, said there
+        log.log(said_at, "decoder: %s (%s)", name, reason)
         if name == "dali":
             from fastseg.data.dali import DaliDecoder  # loads DALI: only for those who use it
 
@@ -131,7 +132,7 @@ class Loader:
                 bad=self.bad,
                 pin_memory=self._pin_memory,
             )
-        self.cache = open_cache(cache, pairs, height, width, mask_resize, name, self.device, cache_dir)
+        self.cache = open_cache(cache, pairs, height, width, mask_resize, name, self.device, cache_dir, said_at=said_at)
 
     def __len__(self) -> int:
         """Batches an epoch."""
