@@ -22,6 +22,7 @@ FIELDS = {
     "precision": "fp32",
     "val_img_dir": "",
     "val_fraction": 0.34,
+    "ema_decay": 0.5,
 }
 
 
