@@ -1,0 +1,70 @@
+"""What a GPU will run, as far as it goes without one: the sentence, the flags, small runs on the CPU."""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dali_knobs
+import end_to_end
+import gpu_check
+import numpy as np
+import pytest
+import torch
+
+import fastseg
+from fastseg.data.host import HostDecoder
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says something else where there is a GPU")
+def test_without_a_gpu_it_says_so_and_ends_well(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("gpu-check: there is no NVIDIA GPU here")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in gpu_check.STEPS if name != "tests"])
+def test_every_flag_of_a_step_exists(name: str) -> None:
+    _, (script, *arguments) = gpu_check.STEPS[name]
+    usage = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+    flags = {argument for argument in arguments if argument.startswith("--")}
+    assert flags
+    assert flags <= set(re.findall(r"--[a-z-]+", usage))
+
+
+def test_the_steps_take_eight_minutes_at_most() -> None:
+    assert sum(limit_s for limit_s, _ in gpu_check.STEPS.values()) <= 8 * 60
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_host_and_dali_share_a_batch(pairs: fastseg.Pairs, share: float) -> None:
+    some = pairs.subset(np.arange(32) % len(pairs))
+    row = dali_knobs.Row("both", 2, host_share=share)
+    exact = next(HostDecoder(some, dali_knobs.HEIGHT, dali_knobs.WIDTH).decode([np.arange(32)])).images
+    assert dali_knobs.check_pixels(row, some, torch.device("cpu"), exact.float()) < dali_knobs.TOLERANCE
+    with pytest.raises(RuntimeError, match="differs from the host decoder by"):
+        dali_knobs.check_pixels(row, some, torch.device("cpu"), 255 - exact.float())
+
+
+def test_end_to_end_counts_from_the_start_of_the_process(pairs: fastseg.Pairs, tmp_path: Path) -> None:
+    end_to_end.link_pairs(pairs, tmp_path, "train", 20)
+    end_to_end.link_pairs(pairs, tmp_path, "val", 4)
+    assert len(fastseg.find_pairs(tmp_path / "train_images", tmp_path / "train_masks")) == 20
+    options = argparse.Namespace(channels=4, epochs=2, batch_size=4, workers=1, device="cpu")
+    row = end_to_end.train(tmp_path, "eager", options)
+    lines = [json.loads(line) for line in (tmp_path / "runs/eager/metrics.jsonl").read_text().splitlines()]
+    assert row["seconds"] > lines[-1]["elapsed_seconds"] > lines[0]["elapsed_seconds"]
+    assert sum(row["seconds_by_part"].values()) == pytest.approx(row["seconds"], rel=0.1)
+    first = lines[0] | {"val_dice": 0.98}
+    begun = row["seconds_by_part"]["python and imports"]
+    assert end_to_end.seconds_to(0.97, [first, lines[1]], begun) == pytest.approx(
+        begun + first["elapsed_seconds"], abs=0.01
+    )
+    assert end_to_end.seconds_to(0.99, [first], begun) is None
