@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measure import carvana_pairs, cores, describe, machine, print_table, report
+from measure import carvana_pairs, cores, describe, machine, one_line, print_table, report
 from torch import Tensor
 
 import fastseg
@@ -217,15 +217,20 @@ def main() -> None:
     device = choose_runtime(Config(device=options.device)).device
     pairs, files = carvana_pairs(options.data, max(options.pairs // BATCH_SIZE, 1) * BATCH_SIZE)
     exact = next(HostDecoder(pairs, HEIGHT, WIDTH, num_workers=options.threads).decode([np.arange(len(pairs))])).images
-    rows = []
+    rows, missing = [], {}
     for row in make_rows(options.threads):
         print(row.describe(), file=sys.stderr)
-        rows.append(measure_row(row, pairs, device, exact.float(), options))
+        try:
+            rows.append(measure_row(row, pairs, device, exact.float(), options))
+        except RuntimeError as error:  # wrong pixels, or DALI refuses the setting
+            missing[row.describe()] = one_line(error)
     columns = ("pairs_per_s", "cpu_cores", "pairs_per_s_beside_training", "training_loss_pct", "error")
     print(f"\n{len(pairs)} pairs, {describe(about)}\n")
     header = ["", "pairs/s", "CPU cores", "pairs/s beside training", "training loses, %", "error, grey levels"]
     print_table(header, [[row["row"], *(str(row[column]) for column in columns)] for row in rows])
-    report("dali_knobs", {"rows": rows, "files": files}, about, (), options.json)
+    for name, reason in missing.items():
+        print(f"missing: {name}: {reason}")
+    report("dali_knobs", {"rows": rows, "missing": missing, "files": files}, about, (), options.json)
 
 
 if __name__ == "__main__":

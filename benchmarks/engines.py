@@ -155,6 +155,8 @@ def search_workers(name: str, candidates: list[int], pairs: fastseg.Pairs) -> in
 def _start(name: str, workers: int, pairs: fastseg.Pairs) -> "Epoch | fastseg.Loader":
     """A warm loader: its code compiled, its pipeline built, its workers running; its cache empty."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # makes the context now, not within what is timed
     warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: we try that
     for index in range(len(pairs)):  # into the page cache
         for path in (pairs.image_path(index), pairs.mask_path(index)):

@@ -68,3 +68,11 @@ def test_end_to_end_counts_from_the_start_of_the_process(pairs: fastseg.Pairs, t
         begun + first["elapsed_seconds"], abs=0.01
     )
     assert end_to_end.seconds_to(0.99, [first], begun) is None
+
+
+def test_skipped_tests_have_shown_nothing(tmp_path: Path) -> None:
+    report = tmp_path / "tests.xml"
+    report.write_text('<testsuites><testsuite tests="3" skipped="0" /></testsuites>')
+    assert gpu_check.judge_tests(report) == "passed"
+    report.write_text('<testsuites><testsuite tests="3" skipped="3" /></testsuites>')
+    assert gpu_check.judge_tests(report) == "failed: 3 of 3 tests were skipped"

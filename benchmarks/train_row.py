@@ -25,7 +25,7 @@ from fastseg.metrics import score_batches
 
 WARM_UP_STEPS = 3  # CUDA graphs are recorded in the second
 WRONG_LOSS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # relative; float32 is TF32 on a GPU
-WRONG_GRADIENT = {torch.float32: 2e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # relative, in the 2-norm; of our UNet
+WRONG_GRADIENT = {torch.float32: 5e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # relative, in the 2-norm; of our UNet
 LOSS_SCALE = 1024.0  # in the comparison: float16 needs one, and the GradScaler's first is too large on purpose
 
 

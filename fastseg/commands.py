@@ -166,7 +166,8 @@ def _predict(options: argparse.Namespace) -> int:
     from fastseg.distributed import gather_over_processes, place_in_group, process_group
     from fastseg.prediction import predict
 
-    with process_group():
+    fields = _config_fields(options)
+    with process_group(fields.get("device", "auto")):
         result = predict(
             options.checkpoint,
             options.images,
@@ -177,7 +178,7 @@ def _predict(options: argparse.Namespace) -> int:
             csv=options.csv,
             tta=options.tta,
             resume=options.resume,
-            **_config_fields(options),
+            **fields,
         )
         if place_in_group()[0] == 0:  # the first process speaks for all
             print(result.sentence)

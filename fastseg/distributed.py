@@ -30,12 +30,16 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; nothing for a process on its own."""
+def process_group(device: str = "auto") -> Iterator[None]:
+    """Join the processes that torchrun started, and leave them at the end; nothing for a process on its own.
+
+    Args:
+        device: as in `Config`; processes that stay on the CPU talk over gloo, whatever GPUs there are.
+    """
     if place_in_group()[1] == 1 or dist.is_initialized():
         yield
         return
-    on_gpu = torch.cuda.is_available()
+    on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if on_gpu else "gloo")

@@ -126,7 +126,7 @@ def predict(
     paths = [images] if isinstance(images, str | os.PathLike) else images
     out, csv = str(Path(out)), os.fspath(csv)
     model, trained = load_model(checkpoint)
-    with process_group():
+    with process_group(changes.get("device", "auto")):
         rank, world_size = place_in_group()
         defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": _cores()}
         config = Config(**{**defaults, **changes})

@@ -4,16 +4,16 @@
 UNet projects use: Adam at one learning rate on BCE.
 """
 
+import copy
 import math
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastseg.config import Config
 from fastseg.losses import bce_dice_loss, bce_loss
 
-__all__ = ["learning_rate", "make_average", "make_optimizer", "training_loss", "training_size"]
+__all__ = ["learning_rate", "make_average", "make_optimizer", "training_loss", "training_size", "update_average"]
 
 PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
@@ -34,11 +34,20 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def make_average(config: Config, model: nn.Module) -> AveragedModel | None:
-    """The exponential moving average of the weights and of batch norm's statistics, where one is asked for."""
-    if not config.ema_decay:
-        return None
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+def make_average(config: Config, model: nn.Module) -> nn.Module | None:
+    """A network for the moving average of the weights and of batch norm's statistics, where one is asked for."""
+    return copy.deepcopy(model) if config.ema_decay else None
+
+
+def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Take the weights after `step` (from 0) into the average: the plain mean at first, then an exponential one.
+
+    torch's `AveragedModel` does the same, but makes the host wait for a GPU twice a step.
+    """
+    before, now = (
+        [value for value in network.state_dict().values() if value.is_floating_point()] for network in (average, model)
+    )
+    torch._foreach_lerp_(before, now, max(1 - decay, 1 / (step + 1)))
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:

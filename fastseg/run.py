@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from fastseg.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
 from fastseg.config import DEFAULT_VAL_DIRS, Config
@@ -49,7 +48,7 @@ class Run:
     runtime: Runtime
     model: nn.Module
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
-    average: AveragedModel | None  # of the weights so far, which is scored and kept in place of the last ones
+    average: nn.Module | None  # with the mean of the weights so far; scored and kept in place of the model
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # of the augmentation
@@ -78,7 +77,7 @@ class Run:
     @property
     def scored_model(self) -> nn.Module:
         """The network that is validated and kept: the averaged one where there is one."""
-        return self.model if self.average is None else self.average.module
+        return self.model if self.average is None else self.average
 
     @property
     def best(self) -> dict[str, Any]:

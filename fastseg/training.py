@@ -27,7 +27,7 @@ from fastseg.distributed import any_process, process_group, sum_over_processes
 from fastseg.errors import FastsegError
 from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
-from fastseg.recipe import learning_rate, training_loss, training_size
+from fastseg.recipe import learning_rate, training_loss, training_size, update_average
 from fastseg.report import draw_curves, draw_overlay, versions
 from fastseg.run import (
     Run,
@@ -89,7 +89,7 @@ def train(
     """
     started = time.perf_counter()
     config = as_config(config)
-    with process_group():
+    with process_group(config.device):
         runtime = choose_runtime(config)
         model, state = first_weights(config)
         train_pairs, val_pairs = find_data(config)
@@ -200,7 +200,7 @@ def _step(run: Run, images: Tensor, masks: Tensor) -> None:
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if run.average:
-        run.average.update_parameters(run.model)
+        update_average(run.average, run.model, run.config.ema_decay, run.steps_done)
     run.loss_sum += loss.detach()
     run.step += 1
 

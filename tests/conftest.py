@@ -1,6 +1,5 @@
 """Small pairs that every test can afford, drawn with Pillow alone: coloured blobs on a textured wall."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from PIL import Image
 
 import fastseg
+from fastseg.data.loader import _has_dali
 
 
 def write_pair(folder: Path, name: str, width: int = 96, height: int = 64, seed: int = 0, mask: str = "gif") -> None:
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-    if importlib.util.find_spec("nvidia.dali") is None:
+    if not _has_dali():
         for item in items:
             if item.get_closest_marker("dali"):
                 item.add_marker(pytest.mark.skip(reason="needs nvidia-dali-cuda120"))

@@ -315,9 +315,10 @@ def test_the_averaged_weights_are_scored_and_kept(pairs_dir, tmp_path, monkeypat
 
     monkeypatch.setattr(training, "_step", step)
     result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, ema_decay=0.7, batch_size=2))
-    average = seen[0]
-    for state in seen[1:]:
-        average = {key: 0.7 * average[key] + 0.3 * state[key] for key in state}
+    average = {key: torch.zeros_like(value) for key, value in seen[0].items()}
+    for step, state in enumerate(seen):
+        share = max(0.3, 1 / (step + 1))  # the mean of the first steps, then decaying
+        average = {key: (1 - share) * average[key] + share * state[key] for key in state}
     kept = weights(result.run_dir / "best.pt")
     assert len(seen) >= 3
     for key in ("head.weight", "encoder.0.1.running_var"):

@@ -51,14 +51,14 @@ class Cache:
 
     def put(self, batch: Batch) -> None:
         """Keep a decoded batch."""
-        rows = torch.from_numpy(batch.indices).to(self.device)
+        rows = self._as_rows(batch.indices)
         self.images.index_copy_(0, rows, batch.images.to(self.device))
         self.masks.index_copy_(0, rows, batch.masks.to(self.device))
         self.filled[batch.indices] = True
 
     def gather(self, indices: NDArray[np.int64], pin_memory: bool = False) -> Batch:
         """A new batch of the rows `indices`."""
-        rows = torch.from_numpy(indices).to(self.device)
+        rows = self._as_rows(indices)
 
         def select(storage: torch.Tensor) -> torch.Tensor:
             shape = (len(indices), *storage.shape[1:])
@@ -66,6 +66,12 @@ class Cache:
             return torch.index_select(storage, 0, rows, out=out)
 
         return Batch(select(self.images), select(self.masks), indices)
+
+    def _as_rows(self, indices: NDArray[np.int64]) -> torch.Tensor:
+        rows = torch.from_numpy(indices)
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()  # or the copy would wait for the step that runs
+        return rows.to(self.device, non_blocking=True)
 
     def publish(self, bad: list[int]) -> None:
         """Make the cache available to later runs, where it can be and all but the `bad` rows are there."""

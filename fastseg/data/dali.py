@@ -89,6 +89,8 @@ class DaliDecoder:
         self._decoder_options: dict[str, Any] = {"device": "cpu"}
         self._stream: torch.cuda.Stream | None = None  # on which batches are copied out of DALI's buffers
         if self.device.type == "cuda":
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             self._decoder_options = {
                 "device": "mixed",
                 "hw_decoder_load": hw_decoder_load,

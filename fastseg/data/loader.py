@@ -227,6 +227,8 @@ class Loader:
         with contextlib.closing(batches):
             for batch in batches:
                 if batch.images.device.type == "cuda":
+                    while ahead:  # what was asked for first comes first
+                        yield hand_over(*ahead.popleft())
                     yield batch
                     continue
                 with torch.cuda.stream(copying):
@@ -257,8 +259,15 @@ def _move(batch: Batch, device: torch.device) -> Batch:
 def _choose_decoder(name: str, on_gpu: bool) -> tuple[str, str]:
     if name != "auto":
         return name, "as asked"
-    if on_gpu and importlib.util.find_spec("nvidia.dali"):
+    if on_gpu and _has_dali():
         return "dali", "the GPU decodes"
     if on_gpu:
         return "host", "DALI is not installed"
     return "host", "on a CPU measured several times faster than DALI: benchmarks/README.md"
+
+
+def _has_dali() -> bool:
+    try:
+        return importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # not even the package above it
+        return False
