@@ -39,7 +39,7 @@ def executed(committed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))  # a person's start-up files stay out
         client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(folder)}})
-        client.execute()  # raises the error of a cell
+        client.execute(cleanup_kc=True)  # raises the error of a cell; no kernel outlives it
     return notebook, folder
 
 
