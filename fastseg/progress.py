@@ -1,6 +1,6 @@
 """One kind of progress bar for all long work: on a terminal a bar with rate and time left, elsewhere nothing."""
 
-import sys
+import importlib.util
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -20,7 +20,9 @@ class _Note(ProgressColumn):
 
 def progress_bar(*, shown: bool = True) -> Progress:
     """A bar on standard error, if that is a terminal or a notebook and `shown` is true."""
-    shown = shown and (_SCREEN.is_terminal or "ipykernel" in sys.modules)
+    # In a notebook rich draws with ipywidgets; without them it would warn at each of ten pictures a second.
+    in_notebook = _SCREEN.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
+    shown = shown and (_SCREEN.is_terminal or in_notebook)
     console = _SCREEN if shown else Console(quiet=True)  # a bar that is not shown prints a newline otherwise
     columns = (
         TextColumn("{task.description}"),

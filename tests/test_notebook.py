@@ -1,0 +1,124 @@
+"""scripts/main.ipynb runs from top to bottom, what it leaves is right by Pillow, and its outputs are committed."""
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
+from nbclient import NotebookClient
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+QUICK = "CARS, VIEWS = 4, 8\nCHANNELS = 8\nSTEPS = 72"  # 24 pairs to learn from, 8 to validate on
+ABSOLUTE_PATH = re.compile(r"(?<![\w./~-])/[\w.-]+/|\b[A-Z]:\\")
+
+
+@pytest.fixture(scope="module")
+def committed() -> Any:
+    return nbformat.read(ROOT / "scripts" / "main.ipynb", as_version=4)
+
+
+@pytest.fixture(scope="module")
+def executed(committed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The notebook after a run with fewer pairs and steps, and the folder that it ran in."""
+    folder = tmp_path_factory.mktemp("notebook")
+    notebook = nbformat.from_dict(committed)
+    for cell in code_cells(notebook):
+        cell.outputs, cell.execution_count = [], None
+    (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    settings.source = QUICK
+    # No folder of kernels is looked into: what is left is the running Python's own, not a person's other python3.
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))  # a person's start-up files stay out
+        client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(folder)}})
+        client.execute(cleanup_kc=True)  # raises the error of a cell; no kernel outlives it
+    return notebook, folder
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def texts(notebook: Any) -> list[str]:
+    """Everything that cells printed or that stands for a picture."""
+    found = []
+    for output in (output for cell in code_cells(notebook) for output in cell.outputs):
+        found += [output.get("text", ""), *output.get("traceback", ())]
+        found += [data for kind, data in output.get("data", {}).items() if kind.startswith("text/")]
+    return found
+
+
+def pictures(cell: Any) -> list[str]:
+    """Base64 of what a cell shows."""
+    shown = [output.data for output in cell.outputs if output.output_type == "display_data"]
+    return [data for bundle in shown for kind, data in bundle.items() if kind.startswith("image/")]
+
+
+def complaints(notebook: Any) -> list[str]:
+    """Errors, output on standard error, and warnings, which rich takes from there while a bar is shown."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    found = [str(output) for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    return found + [text for text in texts(notebook) if "Warning" in text]
+
+
+def read_mask(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.array(picture.convert("L")) > 127
+
+
+def test_masks_have_the_photos_size_and_the_printed_dice(executed):
+    notebook, folder = executed
+    dice = []
+    for photo in sorted((folder / "data" / "val_images").iterdir()):
+        true = read_mask(folder / "data" / "val_masks" / f"{photo.stem}_mask.gif")
+        found = read_mask(folder / "runs" / "notebook" / "masks" / f"{photo.stem}_mask.png")
+        with Image.open(photo) as picture:
+            assert found.shape == (picture.height, picture.width)
+        dice.append(2 * (found & true).sum() / (found.sum() + true.sum()))
+    assert len(dice) == 8
+    (printed,) = re.findall(r"training size: +Dice ([\d.]+)", "\n".join(texts(notebook)))
+    assert np.mean(dice) > 0.85  # all foreground: 0.35
+    assert float(printed) == pytest.approx(np.mean(dice), abs=0.01)  # cells of 8 x 8 pixels, and the pixels themselves
+
+
+def test_pictures_show_something_where_the_committed_ones_do(executed, committed):
+    notebook, _ = executed
+    shown = [pictures(cell) for cell in code_cells(notebook)]
+    assert [len(one) for one in shown] == [len(pictures(cell)) for cell in code_cells(committed)]
+    for data in (data for one in shown for data in one):
+        with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
+            assert np.array(picture.convert("L")).std() > 10
+            assert picture.width <= 1300
+    assert sum(map(len, shown)) == 6
+
+
+def test_nothing_is_complained_of(executed, committed):
+    assert complaints(executed[0]) == []
+    assert complaints(committed) == []
+
+
+def test_committed_outputs_are_of_one_run_in_order(committed):
+    cells = code_cells(committed)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert (ROOT / "scripts" / "main.ipynb").stat().st_size < 1.5e6
+
+
+def test_committed_outputs_name_no_place_of_one_machine(committed):
+    assert ABSOLUTE_PATH.search("see /home/me/data")
+    assert ABSOLUTE_PATH.search("'/tmp/x'")
+    assert ABSOLUTE_PATH.search(r"C:\Users")
+    assert len("".join(texts(committed))) > 1000
+    assert [text for text in texts(committed) if ABSOLUTE_PATH.search(text) or "Traceback" in text] == []
+
+
+def test_committed_notebook_runs_with_any_python3_kernel(committed):
+    nbformat.validate(committed)
+    assert committed.metadata.kernelspec.name == "python3"
