@@ -4,8 +4,8 @@
     python benchmarks/refine.py --checkpoint area-0.pt --checkpoint area-1.pt --checkpoint nearest-0.pt ... --json FILE
 
 Checkpoints that were trained on the same kind of target (`mask_resize`: "area" is soft, "nearest" is hard) are one
-group; its seeds give the mean and the range. The time is that of an image from the network's logits and the photo's file
-to the mask at full size. The picture shows the pieces of outline about which the methods differ most.
+group; its seeds give the mean and the range. The time is that of an image from the network's logits and the photo's
+file to the mask at full size. The picture shows the pieces of outline about which the methods differ most.
 """
 
 import argparse
