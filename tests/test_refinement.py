@@ -98,24 +98,24 @@ def test_crf_defaults_equal_the_dense_one(mean_field):
     assert np.abs(mean_field(logits, photos).sigmoid()[0, 0].numpy() - expected).max() < 1e-4
 
 
-@pytest.mark.parametrize("certainty", [1.0, 3.5, 15.0])
+@pytest.mark.parametrize("certainty", [1.0, 3.5])
 def test_crf_equals_the_dense_one_where_few_labels_change(certainty, mean_field):
-    """Most of a picture has decided after two steps; what goes on is along the outline and at the picture's edge."""
+    """Most of a picture has decided after a few steps; what goes on is along the outline and at the picture's edge."""
     y, x = np.mgrid[:26, :40]
-    blob = np.hypot(y - 15, 0.7 * (x - 32)) < 8  # cut by the right edge
-    grain = np.random.default_rng(0).normal(0, 5, (26, 40, 3))
-    photo = (np.where(blob[..., None], (120, 110, 100), (130, 117, 107)) + grain).clip(0, 255).astype(np.uint8)
-    seen = np.roll(blob, (3, -2), (0, 1)).astype(np.float32)
+    depth = 8 - np.hypot(y - 15, 0.7 * (x - 32))  # in a blob that the right edge cuts
+    grain = np.random.default_rng(0).normal(0, 2, (26, 40, 3))
+    photo = (130 - 40 * (depth / 3 + 0.5).clip(0, 1)[..., None] + grain).clip(0, 255).astype(np.uint8)
+    seen = np.roll(depth > 0, (3, -2), (0, 1)).astype(np.float32)
     logits = torch.from_numpy(certainty * (2 * seen - 1))[None, None] + 0.2 * noise(1, 1, 26, 40)
     settings = mean_field_crf.__kwdefaults__
-    at = {
+    after = {
         steps: dense_mean_field(logits[0, 0].numpy(), photo, **{**settings, "iterations": steps})
-        for steps in (2, 3, 4, 10)
+        for steps in (4, 5, 9, 10)
     }
-    assert (2 * np.abs(at[3] - at[2]) > 1e-6).mean() < 0.15
-    assert np.abs(at[4] - at[3]).max() > 1e-3
+    assert (2 * np.abs(after[5] - after[4]) > 1e-6).mean() < 0.19
+    assert np.abs(after[10] - after[9]).max() > 0.01  # it has not come to rest
     found = mean_field(logits, torch.from_numpy(photo)[None]).sigmoid()[0, 0].numpy()
-    assert np.abs(found - at[10]).max() < 1e-4
+    assert np.abs(found - after[10]).max() < 1e-4
 
 
 def exact_guided_filter(probability: np.ndarray, photo: np.ndarray, radius: int, eps: float) -> np.ndarray:
