@@ -4,8 +4,8 @@
     python benchmarks/refine.py --checkpoint area-0.pt --checkpoint area-1.pt --checkpoint nearest-0.pt ... --json FILE
 
 Checkpoints that were trained on the same kind of target (`mask_resize`: "area" is soft, "nearest" is hard) are one
-group; its seeds give the mean and the range. The time is that of an image from the network's logits to the mask. The
-picture shows the pieces of outline about which the methods differ most.
+group; its seeds give the mean and the range. The time is that of an image from the network's logits and the photo's
+file to the mask at full size. The picture shows the pieces of outline about which the methods differ most.
 """
 
 import argparse
@@ -25,13 +25,13 @@ import fastseg
 from fastseg.augment import normalise
 from fastseg.boundary import BOUNDARY_PIXELS, boundary_iou
 from fastseg.checkpoint import load_model
-from fastseg.data.decode import decode_full_mask, decode_full_photo
-from fastseg.data.host import HostDecoder, decode_file
+from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
+from fastseg.data.host import HostDecoder, decode_file, decode_onto
 from fastseg.data.pairs import group_of
 from fastseg.metrics import Scores
 from fastseg.progress import progress_bar
-from fastseg.refinement import METHODS, refine
-from fastseg.upsample import upsample_logits
+from fastseg.refinement import METHODS, guide_size, refine
+from fastseg.upsample import cut_logits, upsample_logits
 
 PACKAGES = ("kornia", "matplotlib")
 TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}
@@ -63,18 +63,18 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
         for index, (image, mask, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
             inputs, _ = normalise(image.to(device), mask.to(device))
             logits = model(inputs).float()
-            photo = decode_file(pairs.image_path(index), decode_full_photo)
+            path = pairs.image_path(index)
             true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None].to(device)
-            photos, masks = torch.from_numpy(photo)[None].to(device), {"true": true}
+            size, masks = (true.shape[1], true.shape[2]), {"true": true}
             for method in METHODS:
                 if index == 0:  # the first call of each is not timed
-                    cut(logits, photos, method)
+                    cut(logits, path, size, method)
                 started = time.perf_counter()
-                masks[method] = cut(logits, photos, method)
+                masks[method] = cut(logits, path, size, method)
                 seconds[method].append(time.perf_counter() - started)
                 dice[method].append(Scores(device).update(masks[method], true).item())
                 band[method].append(boundary_iou(masks[method], true).item())
-            crops.append(most_differing(pairs.images[index], photo, masks))
+            crops.append(most_differing(pairs.images[index], decode_file(path, decode_full_photo), masks))
             bar.advance(task)
     methods = {
         method: {
@@ -88,11 +88,15 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
     return {"mask_resize": config.mask_resize, "seed": config.seed, "methods": methods}, crops
 
 
-def cut(logits: Tensor, photos: Tensor, method: str) -> Tensor:
-    """(1, H, W) bool, the mask of a photo at its own size; waits for the device."""
-    mask = refine(upsample_logits(logits, *photos.shape[1:3]), photos, method)[:, 0] > 0
-    if mask.device.type == "cuda":
-        torch.cuda.synchronize()
+def cut(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
+    """(1, H, W) bool, the mask of a photo at its own size, as `fastseg.predict` finds it; waits for the device."""
+    if method != "none":
+        photos = torch.from_numpy(decode_onto(path, guide_size(logits.shape[2], logits.shape[3])))[None]
+        logits = refine(logits, photos.to(logits.device), size, method)
+    if logits.device.type == "cpu":
+        return torch.from_numpy(cut_logits(logits[0, 0].numpy(), *size))[None]
+    mask = upsample_logits(logits, *size)[:, 0] > 0
+    torch.cuda.synchronize()
     return mask
 
 

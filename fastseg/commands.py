@@ -150,6 +150,12 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, the mask on the photo")
     parser.add_argument("--csv", metavar="FILE", default="", help="also write a table: size, foreground, error")
     parser.add_argument(
+        "--refine",
+        metavar="none|guided|crf",
+        default="crf",
+        help="how masks are corrected by the photo (default: crf)",
+    )
+    parser.add_argument(
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )
     parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
@@ -176,6 +182,7 @@ def _predict(options: argparse.Namespace) -> int:
             probabilities=options.probabilities,
             overlays=options.overlays,
             csv=options.csv,
+            refine=options.refine,
             tta=options.tta,
             resume=options.resume,
             **fields,

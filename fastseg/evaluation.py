@@ -84,7 +84,8 @@ def evaluate(
         checkpoint: `best.pt` or `last.pt` of a run.
         img_dir, mask_dir: as for `find_pairs`.
         full_size: also score logits upsampled to the photo's size against the whole mask.
-        refine: what corrects the upsampled logits by the photo: "none", "guided" or "crf" (`refinement.refine`).
+        refine: what corrects the logits by the photo before they are upsampled: "none", "guided" or "crf"
+            (`refinement.refine`).
         out: folder for `scores.csv` (one line an image), `summary.json` and `worst.png` (the eight worst images with
             both outlines; with `full_size`).
         changes: fields of `Config` that differ from the checkpoint's, such as `device` or `batch_size`.
@@ -122,9 +123,7 @@ def evaluate(
         bad_samples=config.bad_samples,
         pin_memory=config.pin_memory,
     )
-    tally = _score_pairs(
-        runtime.place(model), loader, runtime, config.num_workers, full_size, refine, folder is not None
-    )
+    tally = _score_pairs(runtime.place(model), loader, runtime, config, full_size, refine, folder is not None)
     scores = _summarise(tally, full_size, pairs.image_dir)
     if folder is not None:
         about = {
@@ -142,11 +141,12 @@ def evaluate(
 
 
 def _score_pairs(
-    model: UNet, loader: Loader, runtime: Runtime, threads: int, full_size: bool, refine: str, keep_worst: bool
+    model: UNet, loader: Loader, runtime: Runtime, config: Config, full_size: bool, refine: str, keep_worst: bool
 ) -> _Tally:
     """Run the network over all pairs, in order, and score one image at a time: photos may differ in size."""
     pairs, tally = loader.pairs, _Tally(Scores(runtime.device), Scores(runtime.device))
-    full_pairs = decode_full_pairs(pairs, num_workers=threads, with_photo=refine != "none")
+    photo_size = None if refine == "none" else refinement.guide_size(config.image_height, config.image_width)
+    full_pairs = decode_full_pairs(pairs, num_workers=config.num_workers, photo_size=photo_size)
     with torch.inference_mode(), contextlib.closing(full_pairs), progress_bar() as bar:
         task = bar.add_task("scoring", total=len(pairs))
         decoded = enumerate(full_pairs if full_size else itertools.repeat(None, len(pairs)))
@@ -180,10 +180,11 @@ def _score_full(
 ) -> tuple[_Row, NDArray[np.bool_]]:
     """Add an image's scores at full size; returns its row and the predicted mask."""
     true = torch.from_numpy(full.mask)[None].to(logits.device)
-    logits = upsample_logits(logits, *full.mask.shape)
+    height, width = full.mask.shape
     if full.photo is not None:
-        logits = refinement.refine(logits, torch.from_numpy(full.photo)[None].to(logits.device), refine)
-    predicted = logits[:, 0] > 0
+        photos = torch.from_numpy(full.photo)[None].to(logits.device)
+        logits = refinement.refine(logits, photos, (height, width), refine)
+    predicted = upsample_logits(logits, height, width)[:, 0] > 0
     dice, band = scores.update(predicted, true).item(), boundary_iou(predicted, true).item()
     return _Row(row.image, row.dice, row.iou, dice, _iou(dice), band), predicted[0].cpu().numpy()
 

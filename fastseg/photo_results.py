@@ -10,12 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastseg.data.decode import Size, decode_full_mask, decode_image
-from fastseg.data.host import decode_file
+from fastseg.data.decode import Size, decode_full_mask
+from fastseg.data.host import decode_file, decode_onto
 from fastseg.data.resample import mask_from_array
 from fastseg.errors import DataError
 from fastseg.mask_files import encode_gif, encode_overlay, encode_png, write_file
 from fastseg.photos import MASK, OVERLAY, PROBABILITY, Photo
+from fastseg.refinement import guide_size, refine
 from fastseg.upsample import cut_logits, upsample_logits
 
 __all__ = ["Plan", "Row", "broken_row", "find_results", "write_results", "write_table"]
@@ -35,6 +36,7 @@ class Plan:
     overlays: bool
     table: bool  # a CSV is wanted
     resume: bool
+    refine: str  # one of refinement.METHODS
     cells: Size  # height and width that the network sees
 
     def path(self, photo: Photo, suffix: str) -> str:
@@ -87,6 +89,9 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
         DataError: a file cannot be written.
     """
     try:
+        if plan.refine != "none":
+            pixels = torch.from_numpy(decode_onto(photo.path, guide_size(*plan.cells)))
+            logits = refine(logits[None], pixels[None].to(logits.device), size, plan.refine)[0]
         mask, probability = _at_full_size(logits, size, plan)
         files = {MASK[plan.mask_format]: ENCODE_MASK[plan.mask_format](mask)}
         if probability is not None:
@@ -105,7 +110,6 @@ def _at_full_size(logits: Tensor, size: Size, plan: Plan) -> tuple[NDArray[np.bo
     if logits.device.type == "cpu" and not plan.probabilities:
         return cut_logits(logits[0].numpy(), *size), None
     full = upsample_logits(logits[None], *size)
-    # Whatever refines logits at full size with the help of the photo belongs here.
     mask = (full[0, 0] > 0).cpu().numpy()
     if not plan.probabilities:
         return mask, None
@@ -116,8 +120,7 @@ def _overlay(photo: Photo, mask: NDArray[np.bool_]) -> bytes:
     height, width = mask.shape
     shown_width = min(width, OVERLAY_WIDTH)
     shown_height = max(1, round(height * shown_width / width))
-    shown = np.empty((shown_height, shown_width, 3), np.uint8)
-    decode_file(photo.path, lambda data: decode_image(data, shown))
+    shown = decode_onto(photo.path, (shown_height, shown_width))
     return encode_overlay(shown, mask_from_array(mask, shown_height, shown_width))
 
 

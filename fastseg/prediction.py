@@ -1,6 +1,6 @@
 """Masks of photos, each at its photo's own size: `fastseg predict --checkpoint best.pt --images DIR --out DIR`.
 
-    photo file -> decoded onto the grid -> batch -> network -> logits at the photo's size -> cut at 0 -> mask file
+    photo file -> decoded onto the grid -> batch -> network -> logits, corrected by the photo -> cut at 0 -> mask file
 
 Threads decode and write; between them the network runs in this one. Each stage takes from the one before as many photos
 as it needs and a few ahead, so that memory does not grow with the number of photos.
@@ -33,6 +33,7 @@ from fastseg.errors import ConfigError, DataError
 from fastseg.photo_results import Plan, Row, broken_row, find_results, write_results, write_table
 from fastseg.photos import MASK, Photo, find_photos, open_folders
 from fastseg.progress import progress_bar
+from fastseg.refinement import METHODS
 from fastseg.runtime import Runtime, choose_runtime
 
 __all__ = ["PredictResult", "predict"]
@@ -91,6 +92,7 @@ def predict(
     probabilities: bool = False,
     overlays: bool = False,
     csv: str | os.PathLike[str] = "",
+    refine: str = "crf",
     tta: str = "none",
     resume: bool = False,
     **changes: Any,
@@ -110,6 +112,8 @@ def predict(
         overlays: also write `<stem>_overlay.jpg`, the photo at most 1280 pixels wide with its mask on it.
         csv: a table to write, one line an image in the order given: image, mask, width, height, share of foreground,
             and the error of one that is broken.
+        refine: what corrects the logits by the photo before they are upsampled: "none", "guided" (a guided filter) or
+            "crf" (a conditional random field), as in `evaluate`.
         tta: "flip" takes the mean of the logits of the photo and of its mirror image, for twice the network's time.
         resume: leave photos alone whose results are all there.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos at a
@@ -120,7 +124,11 @@ def predict(
             file cannot be written: what was written before stays.
     """
     began = time.perf_counter()
-    for field, value, known in (("mask_format", mask_format, tuple(MASK)), ("tta", tta, TTA)):
+    for field, value, known in (
+        ("mask_format", mask_format, tuple(MASK)),
+        ("refine", refine, METHODS),
+        ("tta", tta, TTA),
+    ):
         if value not in known:
             raise ConfigError(f"{field}: must be one of {', '.join(known)}; got {value!r}.")
     paths = [images] if isinstance(images, str | os.PathLike) else images
@@ -132,9 +140,8 @@ def predict(
         config = Config(**{**defaults, **changes})
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
-        plan = Plan(
-            out, mask_format, probabilities, overlays, bool(csv), resume, (config.image_height, config.image_width)
-        )
+        cells = (config.image_height, config.image_width)
+        plan = Plan(out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells)
         open_folders(photos, out, csv)
         log.info("%d images, %s", len(photos), runtime.describe)
         clock: Clock = defaultdict(float)

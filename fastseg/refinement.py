@@ -1,85 +1,96 @@
 """Outlines moved to where the photo says they are: the network sees a cell of 8 x 8 pixels as one, the photo does not.
 
-Upsampled logits know about where an outline runs. Two methods look at the colours around it: a guided filter (a linear
-model of the colours in every window), and mean-field inference in a conditional random field (pixels of like colour
-ask each other for their label). Both collect what they need on a grid of about `GRID` pixels, which is enough for
-corrections of a few cells and keeps a photo of any size affordable, and write their answer at full size.
+The network's logits know about where an outline runs. Two methods look at the colours around it: a guided filter (a
+linear model of the colours in every window), and mean-field inference in a conditional random field (pixels of like
+colour ask each other for their label). Both work on a grid finer than the network's cells and coarser than the photo,
+to which a JPEG is decoded at a fraction of the cost of all its pixels; what they return is upsampled as cells are.
 
 The constants were chosen on training photos of 1918x1280 and a network of 240x160: `python benchmarks/refine.py`.
 """
 
-import math
-
+import numpy as np
 import torch
 from kornia.filters import guided_blur
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate, pad
 
-__all__ = ["METHODS", "guided_filter", "mean_field_crf", "refine"]
+from fastseg.data.decode import Size
+from fastseg.refinement_host import mean_field_on_host
+from fastseg.upsample import upsample_logits
+
+__all__ = ["METHODS", "guide_size", "guided_filter", "mean_field_crf", "refine"]
 
 METHODS = ("none", "guided", "crf")
-GRID = 480  # pixels on the longer side of the grid: 4 x 4 pixels of a Carvana photo are one
+GRID = 480  # pixels on the longer side of the grid, at least half of them: 4 x 4 pixels of a Carvana photo are one
 NEAR_CERTAIN = 1e-4  # probabilities closer than this to 0 or 1 become logits as if they were this close
 
 
+def guide_size(height: int, width: int) -> Size:
+    """Height and width of the grid on which photos correct a network of `height` x `width` cells.
+
+    It has whole numbers of pixels a cell: as many as make up 480 on the longer side, and at least one.
+
+    >>> guide_size(160, 240)
+    (320, 480)
+    """
+    pixels = max(1, GRID // max(height, width))
+    return height * pixels, width * pixels
+
+
 @torch.no_grad()
-def refine(logits: Tensor, photos: Tensor, method: str) -> Tensor:
-    """Logits at the photos' size, corrected by the photos; the threshold stays 0.
+def refine(logits: Tensor, photos: Tensor, size: Size, method: str) -> Tensor:
+    """Logits corrected by the photos; the threshold stays 0.
 
     Args:
-        logits: (B, 1, H, W), any float dtype, such as from `upsample_logits`.
-        photos: (B, H, W, 3) uint8, on the same device.
+        logits: (B, 1, h, w), any float dtype, as the network gives them.
+        photos: (B, H, W, 3) uint8, on the same device, decoded onto a grid of `guide_size` by `decode_image`.
+        size: height and width of the photos before that, by which both grids know what they cover.
         method: "none" returns the logits; "guided" is `guided_filter`, "crf" is `mean_field_crf`.
 
     Returns:
-        (B, 1, H, W), float32 unless the method is "none". Each image is refined as if it were alone.
+        (B, 1, H, W) float32, for `upsample_logits` or `cut_logits`; the logits themselves if the method is "none". Each
+        image is refined as if it were alone.
 
     Raises:
-        ValueError: the method is unknown, or the sizes differ.
+        ValueError: the method is unknown, shapes or dtype differ, or the photos are coarser than the logits.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if photos.shape != (len(logits), *logits.shape[2:], 3) or logits.shape[1] != 1:
-        shapes = f"{tuple(logits.shape)} and {tuple(photos.shape)}"
-        raise ValueError(f"logits must be (B, 1, H, W) and photos (B, H, W, 3); got {shapes}")
     if method == "none":
         return logits
-    logits, photos = logits.float(), photos.permute(0, 3, 1, 2).float() / 255
-    step = max(1, round(max(photos.shape[2:]) / GRID))
+    shapes = f"{tuple(logits.shape)} and {photos.dtype} {tuple(photos.shape)}"
+    if logits.ndim != 4 or logits.shape[1] != 1 or photos.dtype != torch.uint8 or photos.shape[3:] != (3,):
+        raise ValueError(f"logits must be (B, 1, h, w) and photos uint8 (B, H, W, 3); got {shapes}")
+    grid = (photos.shape[1], photos.shape[2])
+    if len(photos) != len(logits) or grid[0] < logits.shape[2] or grid[1] < logits.shape[3]:
+        raise ValueError(f"photos must be as many as logits, and no coarser; got {shapes}")
+    fine = upsample_logits(logits.float(), *size, onto=grid)
     if method == "guided":
-        return guided_filter(logits.sigmoid(), photos, step=step).logit(NEAR_CERTAIN)
-    coarse = avg_pool2d(_pad_to(logits, step), step)
-    correction = mean_field_crf(coarse, avg_pool2d(_pad_to(photos, step), step)) - coarse
-    fine = interpolate(correction, scale_factor=step, mode="bilinear")
-    return logits + fine[..., : logits.shape[2], : logits.shape[3]]
+        return guided_filter(fine.sigmoid(), photos.permute(0, 3, 1, 2).float() / 255).logit(NEAR_CERTAIN)
+    return mean_field_crf(fine, photos)
 
 
-def guided_filter(probability: Tensor, photo: Tensor, *, radius: int = 6, eps: float = 1e-4, step: int = 1) -> Tensor:
+def guided_filter(probability: Tensor, photo: Tensor, *, radius: int = 6, eps: float = 1e-4) -> Tensor:
     """The probability as a linear function of the colour, fitted in every window: q = a . colour + b.
 
     Args:
         probability: (B, 1, H, W) in [0, 1].
         photo: (B, 3, H, W) in [0, 1], the guide.
-        radius: of the window, in steps.
+        radius: of the window, in pixels.
         eps: variance of colour, in squared units of the photo, below which a window counts as even and is averaged.
-        step: the models are fitted to every `step`-th pixel, and interpolated in between.
 
     Returns:
         (B, 1, H, W) in [0, 1].
 
-    Source: He et al. 2010, Guided image filtering; He & Sun 2015, Fast guided filter (arXiv:1505.00996).
+    Source: He et al. 2010, Guided image filtering.
     """
-    height, width = photo.shape[2:]
-    window = 2 * radius * step + 1
-    guide, values = _pad_to(photo, step), _pad_to(probability, step)
     with torch.backends.cudnn.flags(enabled=False):  # TF32 would lose the variances, which are differences of means
-        filtered = guided_blur(guide, values, window, eps, border_type="replicate", subsample=step)
-    return filtered[..., :height, :width].clamp(0, 1)
+        return guided_blur(photo, probability, 2 * radius + 1, eps, border_type="replicate").clamp(0, 1)
 
 
 def mean_field_crf(
     logits: Tensor,
-    photo: Tensor,
+    photos: Tensor,
     *,
     radius: int = 5,
     iterations: int = 10,
@@ -103,20 +114,39 @@ def mean_field_crf(
         logit q_i = u_i + sum_j k_ij (q_j - (1 - q_j)) = u_i + sum_j k_ij tanh(logit q_j / 2)
 
     Args:
-        logits: (B, 1, H, W) float, u.
-        photo: (B, 3, H, W) in [0, 1].
+        logits: (B, 1, H, W) float32, u.
+        photos: (B, H, W, 3) uint8.
         radius, smoothness_sigma, appearance_sigma: in pixels.
         iterations: all pixels are updated at once; it begins with u.
         smoothness, appearance: weights, in units of the logits.
-        colour_sigma: in units of the photo.
+        colour_sigma: where colours lie in [0, 1].
 
     Returns:
-        (B, 1, H, W) logit of q. Memory: a few copies of the photo, whatever the radius.
+        (B, 1, H, W) float32, logit of q. Memory: a few copies of the photo, whatever the radius. On the CPU one thread
+        does it, and q is within 1e-4 of the exact one.
 
     Source: Kraehenbuehl & Koltun 2011, Efficient inference in fully connected CRFs (arXiv:1210.5644), algorithm 1.
     """
-    height, width = logits.shape[2:]
-    colours = (photo / colour_sigma).split(1, dim=1)
+    down, right = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+    squared = down * down + right * right
+    by_place = (smoothness * np.exp(-0.5 * squared / smoothness_sigma**2) * (squared > 0)).astype(np.float32)
+    by_colour = (appearance * np.exp(-0.5 * squared / appearance_sigma**2) * (squared > 0)).astype(np.float32)
+    if logits.device.type == "cpu":
+        return mean_field_on_host(logits, photos, by_place, by_colour, 255 * colour_sigma, iterations)
+    return _mean_field_on_device(logits, photos, by_place, by_colour, 255 * colour_sigma, iterations)
+
+
+def _mean_field_on_device(
+    logits: Tensor,
+    photos: Tensor,
+    smoothness: NDArray[np.float32],
+    appearance: NDArray[np.float32],
+    colour_sigma: float,
+    iterations: int,
+) -> Tensor:
+    """`mean_field_on_host` in torch's operations."""
+    (height, width), radius = logits.shape[2:], len(smoothness) // 2
+    colours = (photos.permute(0, 3, 1, 2) / colour_sigma).split(1, dim=1)
     refined = logits
     for _ in range(iterations):
         label, message = (refined / 2).tanh(), torch.zeros_like(logits)
@@ -127,10 +157,8 @@ def mean_field_crf(
             for colour in colours:
                 difference = colour[here] - colour[there]
                 distance.addcmul_(difference, difference)
-            distance.clamp_(max=60)  # exp(-30) is nothing; denormal numbers would slow a CPU down
-            squared = down * down + right * right
-            kernel = distance.mul_(-0.5).sub_(0.5 * squared / appearance_sigma**2).exp_().mul_(appearance)
-            kernel.add_(smoothness * math.exp(-0.5 * squared / smoothness_sigma**2))
+            kernel = distance.mul_(-0.5).exp_().mul_(appearance[radius + down, radius + right].item())
+            kernel.add_(smoothness[radius + down, radius + right].item())
             message[here].addcmul_(kernel, label[there])
             message[there].addcmul_(kernel, label[here])  # k_ij = k_ji
         refined = logits + message
@@ -140,8 +168,3 @@ def mean_field_crf(
 def _half_window(down: int, right: int) -> list[tuple[int, int]]:
     """One of each two opposite offsets (rows, columns) within a window."""
     return [(y, x) for y in range(down + 1) for x in range(-right, right + 1) if (y, x) > (0, 0)]
-
-
-def _pad_to(images: Tensor, step: int) -> Tensor:
-    """Images (B, C, H, W) whose last rows and columns are repeated up to multiples of `step`."""
-    return pad(images, (0, -images.shape[3] % step, 0, -images.shape[2] % step), mode="replicate")

@@ -9,31 +9,41 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from fastseg.data.decode import Size
 from fastseg.data.gif import compiled
 from fastseg.data.resample import sampling_grid
 
 __all__ = ["cut_logits", "upsample_logits"]
 
 
-def upsample_logits(logits: Tensor, height: int, width: int) -> Tensor:
-    """Logits at a photo's own size; threshold them afterwards, at 0.
+def upsample_logits(logits: Tensor, height: int, width: int, onto: Size | None = None) -> Tensor:
+    """Logits at a photo's own size, or on a finer grid of it; threshold them afterwards, at 0.
 
     The cells cover the grid's extent, which may reach some columns and rows beyond the photo (1920 columns of 1918):
     what lies there is cut off. Resizing straight to the photo's size would drift by as many pixels.
 
     Args:
         logits: (B, C, h, w) of photos that are all `height` x `width`.
+        onto: height and width of a grid of these photos with no fewer cells; it may cover less beyond the photo.
 
     Returns:
-        (B, C, height, width), of the same dtype: linear between the centres of cells; the mean over a pixel where
-        the photo is smaller than the cells.
+        (B, C, height, width) or as in `onto`, of the same dtype: linear between the centres of cells; the mean over a
+        pixel where the photo is smaller than the cells.
 
     Raises:
         ValueError: a size is below 1.
     """
-    grid = sampling_grid(width, height, logits.shape[-1], logits.shape[-2])
-    size = (grid.extent_y, grid.extent_x)
-    return interpolate(logits, size, mode="bilinear", antialias=True)[..., :height, :width]
+    cells = sampling_grid(width, height, logits.shape[-1], logits.shape[-2])
+    if onto is None:
+        size = (cells.extent_y, cells.extent_x)
+        return interpolate(logits, size, mode="bilinear", antialias=True)[..., :height, :width]
+    grid = sampling_grid(width, height, onto[1], onto[0])
+    # Rounded up, because torch cuts off a fraction of a pixel: what is left over is cut off below.
+    scale = (
+        math.nextafter(onto[0] * cells.extent_y / (logits.shape[-2] * grid.extent_y), math.inf),
+        math.nextafter(onto[1] * cells.extent_x / (logits.shape[-1] * grid.extent_x), math.inf),
+    )
+    return interpolate(logits, scale_factor=scale, mode="bilinear")[..., : onto[0], : onto[1]]
 
 
 def cut_logits(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.bool_]:

@@ -17,9 +17,9 @@ from fastseg.augment import normalise
 from fastseg.boundary import boundary_iou
 from fastseg.checkpoint import load_model
 from fastseg.cli import main
-from fastseg.data.host import HostDecoder
+from fastseg.data.host import HostDecoder, decode_onto
 from fastseg.errors import ConfigError, DataError
-from fastseg.refinement import METHODS, refine
+from fastseg.refinement import METHODS, guide_size, refine
 from fastseg.report import Outlined, draw_worst
 from fastseg.upsample import upsample_logits
 from tests.conftest import write_pair
@@ -66,10 +66,11 @@ def logits_and_masks(checkpoint: Path, data: Path, method: str) -> list[tuple[to
     pairs = fastseg.find_pairs(data / "images", data / "masks")
     found = []
     for i, (images, masks, _) in enumerate(HostDecoder(pairs, 32, 48).decode(np.arange(len(pairs))[:, None])):
-        photo, mask = read(pairs.image_path(i), "RGB"), read(pairs.mask_path(i), "L") > 0
+        mask = read(pairs.mask_path(i), "L") > 0
+        photos = torch.from_numpy(decode_onto(pairs.image_path(i), guide_size(32, 48)))[None]
         with torch.no_grad():
-            logits = upsample_logits(model(normalise(images, masks)[0]), *mask.shape)
-            found.append((refine(logits, photo[None], method)[:, 0], mask[None]))
+            logits = refine(model(normalise(images, masks)[0]), photos, mask.shape, method)
+            found.append((upsample_logits(logits, *mask.shape)[:, 0], mask[None]))
     assert config.mask_resize == "area"
     return found
 

@@ -21,16 +21,18 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
 import fastseg
-from fastseg.checkpoint import build_model, save_checkpoint
+from fastseg.checkpoint import build_model, load_model, save_checkpoint
 from fastseg.cli import main
 from fastseg.data.decode import decode_image
+from fastseg.data.host import decode_onto
 from fastseg.mask_files import encode_gif, encode_overlay, encode_png
+from fastseg.refinement import refine
 from fastseg.upsample import cut_logits, upsample_logits
 from tests.conftest import write_pair
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
-CPU = {"device": "cpu", "precision": "fp32", "num_workers": 2}
+CPU = {"device": "cpu", "precision": "fp32", "num_workers": 2, "refine": "none"}
 NEAR_ZERO = 1e-4  # logits whose sign is left to rounding
 
 
@@ -76,7 +78,7 @@ def reference_logits(checkpoint: Path, photo: Path, flip: bool = False) -> NDArr
 
     Each pixel's mean over a triangle about its centre, as wide as a cell or, if it is wider, as the pixel.
     """
-    model, config = fastseg.load_model(checkpoint)
+    model, config = load_model(checkpoint)
     cells = np.empty((config.image_height, config.image_width, 3), np.uint8)
     size = decode_image(photo.read_bytes(), cells)
     inputs = torch.from_numpy((cells / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None]
@@ -156,6 +158,30 @@ def test_tta_flip_is_the_mean_of_the_logits(checkpoint, photos, tmp_path):
         mask = read_mask(flipped / f"{name}_mask.png")
         assert_is_mask(mask, reference_logits(checkpoint, photos / f"{name}.jpg", flip=True))
         assert (mask != read_mask(plain / f"{name}_mask.png")).any()
+
+
+@pytest.mark.parametrize("method", ["guided", "crf"])
+def test_refined_masks_are_those_that_evaluate_scores(method, checkpoint, photos, tmp_path):
+    """Also of a photo that EXIF turns, of CMYK ones, and of very small ones."""
+    spoil(photos)
+    Image.new("RGB", (7, 5), "blue").save(photos / "small.bmp")
+    result = fastseg.predict(checkpoint, photos, tmp_path, **{**CPU, "refine": method, "probabilities": True})
+    assert (result.masks, len(result.broken)) == (12, 4)
+    model, _ = load_model(checkpoint)
+    changed = 0
+    for path in tmp_path.rglob("*_mask.png"):
+        name = path.relative_to(tmp_path).with_name(path.name.removesuffix("_mask.png"))
+        (photo,) = photos.glob(f"{name}.*")
+        cells, guide, mask = decode_onto(photo, (32, 48)), decode_onto(photo, (320, 480)), read_mask(path)
+        with torch.inference_mode():
+            logits = model(torch.from_numpy((cells / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None])
+            refined = refine(logits, torch.from_numpy(guide)[None], mask.shape, method)
+            full = upsample_logits(refined, *mask.shape)[0, 0].double().numpy()
+        assert (mask != (full > 0)).mean() < 2e-4  # the network rounds otherwise in a batch, which refinement enlarges
+        with Image.open(str(path).replace("_mask.png", "_probability.png")) as image:
+            assert (np.abs(np.asarray(image) - 255 / (1 + np.exp(-full))) < 1).mean() > 0.999
+        changed += (mask != (reference_logits(checkpoint, photo) > 0)).mean() > 2e-3
+    assert changed >= 8
 
 
 def test_probabilities_overlays_and_table(checkpoint, photos, tmp_path):
@@ -311,6 +337,7 @@ def test_broken_files_are_in_the_result(checkpoint, photos, tmp_path):
         ({"csv": "photos"}, "csv: must be a file; photos is a folder. Give a name in it."),
         ({"csv": "photos/a.jpg/b.csv"}, "csv: photos/a.jpg cannot be written (Not a directory). Give another folder."),
         ({"mask_format": "bmp"}, "mask_format: must be one of png, gif; got 'bmp'."),
+        ({"refine": "dense"}, "refine: must be one of none, guided, crf; got 'dense'."),
         ({"tta": "turn"}, "tta: must be one of none, flip; got 'turn'."),
         ({"batch_size": "0"}, "batch_size: must be at least 1; got '0'. The default is 16."),
     ],
@@ -356,7 +383,7 @@ def test_results_among_the_photos_are_neither_input_nor_written_over(checkpoint,
 def test_resume_does_what_is_missing(checkpoint, photos, tmp_path):
     """Also where one of two files is there; the table is that of one run."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    options: dict[str, Any] = {"probabilities": True, **CPU}
+    options: dict[str, Any] = {**CPU, "probabilities": True, "refine": "crf"}
     fastseg.predict(checkpoint, photos, whole, csv=tmp_path / "whole.csv", **options)
     fastseg.predict(checkpoint, photos, parts, **options)
     (parts / "b_probability.png").unlink()

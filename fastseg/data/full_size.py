@@ -1,6 +1,6 @@
-"""Pairs at their own size, decoded by threads a few ahead of whoever takes them.
+"""Masks at their own size, and photos that help to find them, decoded by threads a few ahead of whoever takes them.
 
-A photo of 1918x1280 takes 5 ms and 7 MB, so that nobody wants a batch of them at once, nor wait for one.
+A pair of 1918x1280 takes some 5 ms and 3 MB, so that nobody wants a batch of them at once, nor wait for one.
 """
 
 from collections import deque
@@ -11,22 +11,28 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastseg.data.decode import decode_full_mask, decode_full_photo
-from fastseg.data.host import decode_file
+from fastseg.data.decode import Size, decode_full_mask
+from fastseg.data.host import decode_file, decode_onto
 from fastseg.data.pairs import Pairs
 
 __all__ = ["FullPair", "decode_full_pairs"]
 
 
 class FullPair(NamedTuple):
-    """A pair at its own size; the photo only where it is asked for."""
+    """A mask at its own size, and its photo on the grid that was asked for."""
 
-    photo: NDArray[np.uint8] | None  # (H, W, 3)
+    photo: NDArray[np.uint8] | None  # (h, w, 3)
     mask: NDArray[np.bool_]  # (H, W)
 
 
-def decode_full_pairs(pairs: Pairs, *, num_workers: int, with_photo: bool) -> Generator[Future[FullPair], None, None]:
+def decode_full_pairs(
+    pairs: Pairs, *, num_workers: int, photo_size: Size | None
+) -> Generator[Future[FullPair], None, None]:
     """Every pair in order, two for each thread decoded or being decoded ahead.
+
+    Args:
+        num_workers: threads.
+        photo_size: height and width of the grid onto which photos are decoded; None where they are not wanted.
 
     Yields:
         A future whose result raises DataError, which names the file, where that is damaged: the caller decides whether
@@ -34,7 +40,7 @@ def decode_full_pairs(pairs: Pairs, *, num_workers: int, with_photo: bool) -> Ge
     """
 
     def decode(index: int) -> FullPair:
-        photo = decode_file(pairs.image_path(index), decode_full_photo) if with_photo else None
+        photo = None if photo_size is None else decode_onto(pairs.image_path(index), photo_size)
         return FullPair(photo, decode_file(pairs.mask_path(index), decode_full_mask))
 
     waiting: deque[Future[FullPair]] = deque()
