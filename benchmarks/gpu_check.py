@@ -28,7 +28,7 @@ MODULES = ("gpu", "decoders", "loader", "prediction", "refinement", "segmenter")
 # name: seconds it may take, and its command; {out} is the folder
 STEPS: dict[str, tuple[int, list[str]]] = {
     "tests": (
-        130,
+        120,
         ["-m", "pytest", *(f"tests/test_{module}.py" for module in MODULES), "-m", "gpu", "-v", "--durations=0",
          "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"],
     ),
@@ -47,8 +47,12 @@ STEPS: dict[str, tuple[int, list[str]]] = {
          "--json", "{out}/model.json"],
     ),
     "augment": (15, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
+    "profile_step": (
+        30,
+        ["benchmarks/profile_step.py", "--batch", "16,64,256", "--compile", "--json", "{out}/profile_step.json"],
+    ),
     "end_to_end": (
-        135,
+        115,
         ["benchmarks/end_to_end.py", "--files", str(FILES), "--ways", "eager,cold,warm",
          "--json", "{out}/end_to_end.json"],
     ),
