@@ -49,7 +49,7 @@ STEPS: dict[str, tuple[int, list[str]]] = {
     "augment": (15, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
     "profile_step": (
         30,
-        ["benchmarks/profile_step.py", "--batch", "16,64,256", "--compile", "--json", "{out}/profile_step.json"],
+        ["benchmarks/profile_step.py", "--batch", "16,64,256", "--json", "{out}/profile_step.json"],
     ),
     "end_to_end": (
         115,
