@@ -101,7 +101,7 @@ def evaluate(
         CheckpointError, ConfigError, DataError: one sentence with the remedy.
     """
     if refine not in refinement.METHODS:
-        raise ConfigError(f"refine: must be one of {', '.join(refinement.METHODS)}; got {refine!r}.")
+        raise ConfigError(f"refine: must be one of {', '.join(refinement.METHODS)}; got {refine!r}. Use none.")
     model, trained = load_model(checkpoint)
     config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
     runtime = choose_runtime(config)
