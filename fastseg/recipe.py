@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.losses import bce_dice_loss, bce_loss
 
-__all__ = ["learning_rate", "make_average", "make_optimizer", "training_loss", "training_size", "update_average"]
+__all__ = [
+    "learning_rate",
+    "make_average",
+    "make_optimizer",
+    "small_steps",
+    "training_loss",
+    "training_size",
+    "update_average",
+]
 
 PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
@@ -64,6 +72,11 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2
 
 
+def small_steps(config: Config, total_steps: int) -> int:
+    """How many steps, the first of the run, see small images."""
+    return 0 if config.recipe == "tutorial" else math.ceil(config.progressive_resizing * total_steps)
+
+
 def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int]:
     """Height and width of what a step sees: about half of the image in the first `progressive_resizing` of the steps.
 
@@ -73,7 +86,7 @@ def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int
     Source: Howard et al. 2018, DAWNBench entry of fast.ai (progressive resizing).
     """
     height, width = config.image_height, config.image_width
-    if config.recipe == "tutorial" or step >= config.progressive_resizing * total_steps:
+    if step >= small_steps(config, total_steps):
         return height, width
     cell = 2**config.depth
     half = [max(math.ceil(size / (2 * cell)), 2) * cell for size in (height, width)]

@@ -27,7 +27,7 @@ from fastseg.distributed import any_process, process_group, sum_over_processes
 from fastseg.errors import FastsegError
 from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
-from fastseg.recipe import learning_rate, training_loss, training_size, update_average
+from fastseg.recipe import learning_rate, small_steps, training_loss, training_size, update_average
 from fastseg.report import draw_curves, draw_overlay, versions
 from fastseg.run import (
     Run,
@@ -123,7 +123,9 @@ def _is_finished(run: Run) -> bool:
     config = run.config
     if run.epoch >= config.num_epochs:
         return True
-    since_best = run.epoch - run.best["epoch"]
+    # While steps see small images, the score at full size rises and falls: patience begins after them.
+    small_epochs = math.ceil(small_steps(config, run.total_steps) / len(run.train_loader))
+    since_best = run.epoch - max(run.best["epoch"], small_epochs)
     if config.early_stopping and run.history and since_best >= config.early_stopping:
         log.info("early stopping: %d epochs without a better Dice", since_best)
         return True

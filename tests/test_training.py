@@ -371,3 +371,20 @@ def test_tensorboard_that_is_not_installed_is_said_before_training(pairs_dir, tm
     with pytest.raises(fastseg.ConfigError, match="Install fastseg-dali\\[tensorboard\\], or pass tensorboard=false"):
         fastseg.train(config(pairs_dir, tmp_path, tensorboard=True))
     assert not (tmp_path / "carvana/last.pt").exists()
+
+
+@pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 9), (0.0, 3)])
+def test_patience_begins_when_training_sees_the_full_size(
+    pairs_dir, tmp_path, monkeypatch, progressive_resizing, epochs
+):
+    """With scores that only fall: two epochs after the seven of ten that see small images, or after the first."""
+    falling = iter(np.linspace(0.9, 0.1, 10))
+
+    def score(*_):
+        dice = next(falling)
+        return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels"), 0.5) | {"dice": dice}
+
+    monkeypatch.setattr("fastseg.training.score_batches", score)
+    changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}
+    result = fastseg.train(config(pairs_dir, tmp_path, **changes))
+    assert len(result.history) == epochs
