@@ -378,7 +378,7 @@ def test_patience_begins_when_training_sees_the_full_size(
     pairs_dir, tmp_path, monkeypatch, progressive_resizing, epochs
 ):
     """With scores that only fall: two epochs after the seven of ten that see small images, or after the first."""
-    falling = iter(np.linspace(0.9, 0.1, 10))
+    falling = iter(np.linspace(0.9, 0.1, 10).tolist())
 
     def score(*_):
         dice = next(falling)
