@@ -59,9 +59,12 @@ def steps_for(row: str, default_share: float) -> int:
     return round(work(STEPS, default_share) / work(1, share))
 
 
-def _step_with_clipping(config: fastseg.Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+def _optimizer_that_clips(config: fastseg.Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    def clip(*_: Any) -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
     optimizer = MAKE_OPTIMIZER(config, model)
-    optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+    optimizer.register_step_pre_hook(clip)
     return optimizer
 
 
@@ -69,7 +72,7 @@ MAKE_OPTIMIZER = fastseg.recipe.make_optimizer
 PATCHES: dict[str, tuple[str, Any]] = {  # row: name of a function as training sees it, and what takes its place
     "bce": ("fastseg.training.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
     "dice": ("fastseg.training.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
-    "clip": ("fastseg.run.make_optimizer", _step_with_clipping),
+    "clip": ("fastseg.run.make_optimizer", _optimizer_that_clips),
     "constant": ("fastseg.training.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
 }
 
