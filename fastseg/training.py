@@ -112,6 +112,8 @@ def train(
                     if after_epoch and any_process(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("ended after epoch %d, as asked", run.epoch)
                         break
+        if board:
+            board.close()
         if run.stop:
             save_last(run)
             log.info("stopped in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
