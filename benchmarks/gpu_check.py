@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import torch
 from measure import carvana_pairs, machine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,7 +107,7 @@ def main() -> int:
     if unknown:
         parser.error(f"--only: knows {', '.join(STEPS)}; got {', '.join(unknown)}")
     about = machine()
-    if about["gpu"] is None:
+    if not torch.cuda.is_available():
         print(
             "gpu-check: there is no NVIDIA GPU here, so there is nothing to check. The tests that need none: make test."
         )

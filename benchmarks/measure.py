@@ -24,7 +24,7 @@ from PIL import Image
 import fastseg
 from fastseg.errors import DataError
 
-PACKAGES = ("fastseg-dali", "torch", "numpy", "numba", "simplejpeg", "pillow", "nvidia-dali-cuda120")
+PACKAGES = ("torch", "numpy", "numba", "simplejpeg", "pillow", "nvidia-dali-cuda120")
 SPLITS = ("train", "val")
 BUSY = 0.03  # share of CPU time that others take above which the numbers deserve a warning
 
@@ -174,7 +174,7 @@ def describe(machine: dict[str, Any]) -> str:
 
 
 def versions(*more: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "fastseg": fastseg.__version__}
     for name in (*PACKAGES, *more):
         try:
             found[name] = importlib.metadata.version(name)

@@ -6,7 +6,6 @@ Names are loaded when first used: importing the package loads neither torch nor 
 """
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
     from fastseg.training import TrainResult, train
     from fastseg.tuning import TuneResult, tune
     from fastseg.unet import UNet
+
+__version__ = "0.1.0"
 
 _HOME = {
     "train": "training",
@@ -85,8 +86,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.metadata.version("fastseg-dali")
     if name not in _HOME:
         raise AttributeError(f"module 'fastseg' has no attribute {name!r}")
     return getattr(importlib.import_module(f"fastseg.{_HOME[name]}"), name)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from fastseg import __version__
 from fastseg.commands import COMMANDS, INTERRUPTED
 from fastseg.config import nearest
 from fastseg.errors import ConfigError, FastsegError
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fastseg", description="Train a segmentation UNet on folders of images and masks.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         usage = f"%(prog)s {command.usage}"

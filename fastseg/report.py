@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastseg import __version__
 from fastseg.atomic import written_whole
 from fastseg.augment import normalise
 from fastseg.config import Config
@@ -24,7 +25,7 @@ __all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_wor
 
 TRUE, PREDICTED = "#00d5ff", "#ff2e88"  # outlines that stand out from each other and from most photographs
 MARGIN = 40  # pixels of a photo that are shown around its outlines
-PACKAGES = ("fastseg-dali", "torch", "nvidia-dali-cuda120", "kornia", "numba", "numpy", "simplejpeg", "pillow")
+PACKAGES = ("torch", "nvidia-dali-cuda120", "kornia", "numba", "numpy", "simplejpeg", "pillow")
 
 
 class Outlined(NamedTuple):
@@ -38,7 +39,7 @@ class Outlined(NamedTuple):
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide about speed; "absent" where one is not installed."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "fastseg": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

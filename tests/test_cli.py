@@ -1,6 +1,7 @@
 """The command line as its user meets it: flags, results, refusals; and that a refusal writes nothing."""
 
 import functools
+import importlib.metadata
 import json
 import logging
 import os
@@ -149,6 +150,11 @@ def test_help_names_the_commands(cli):
     assert status == 0
     for command in ("train", "evaluate", "predict", "synth"):
         assert f"\n    {command} " in out
+
+
+def test_version_is_that_of_the_installed_package(cli):
+    status, out, _ = cli("--version")
+    assert (status, out) == (0, f"fastseg {importlib.metadata.version('fastseg-dali')}\n")
 
 
 # Flags and files

@@ -247,10 +247,11 @@ def test_masks_read_back_as_they_were_written(shape, share):
 
 @pytest.mark.gpu
 def test_gpu_writes_the_masks_that_the_cpu_does(checkpoint, photos, tmp_path):
-    options = {**CPU, "probabilities": True, "tta": "flip"}
-    fastseg.predict(checkpoint, photos, tmp_path / "cpu", **options)
-    fastseg.predict(checkpoint, photos, tmp_path / "gpu", **{**options, "device": "cuda"})
-    fastseg.predict(checkpoint, photos, tmp_path / "bare", tta="flip", device="cuda", precision="fp32")
+    on_cpu = {**CPU, "tta": "flip"}
+    on_gpu = {**on_cpu, "device": "cuda"}
+    fastseg.predict(checkpoint, photos, tmp_path / "cpu", **on_cpu)
+    fastseg.predict(checkpoint, photos, tmp_path / "gpu", probabilities=True, **on_gpu)
+    fastseg.predict(checkpoint, photos, tmp_path / "bare", **on_gpu)
     for path in (tmp_path / "cpu").rglob("*_mask.png"):
         name = path.relative_to(tmp_path / "cpu")
         assert (read_mask(path) != read_mask(tmp_path / "gpu" / name)).mean() < 1e-2  # TF32 convolutions
