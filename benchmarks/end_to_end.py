@@ -4,9 +4,10 @@
     python benchmarks/end_to_end.py --pairs 256 --channels 8 --ways eager    # a small one, for a CPU
 
 Carvana-like files, used again under other names up to `--pairs`; a tenth is validation, of cars that training never
-sees. Each way is the command itself in a process of its own: `eager` does not compile, `cold` compiles into an empty
-folder, `warm` finds there what `cold` left, `auto` is the default with that folder. Everything counts: Python,
-imports, looking at the files, decoding, compiling, validation, checkpoints, pictures.
+sees. Each way is the command itself in a process of its own: `eager` does not compile, `graphs` records CUDA graphs
+(on a GPU only), `cold` compiles into an empty folder, `warm` finds there what `cold` left, `auto` is the default with
+that folder. Everything counts: Python, imports, looking at the files, decoding, compiling, validation, checkpoints,
+pictures.
 """
 
 import argparse
@@ -22,8 +23,9 @@ from typing import Any
 from measure import carvana_pairs, describe, machine, print_table, report
 
 import fastseg
+from fastseg.runtime import choose_device
 
-WAYS = {"eager": "off", "cold": "on", "warm": "on", "auto": "auto"}  # and its `compile`
+WAYS = {"eager": "off", "graphs": "graphs", "cold": "on", "warm": "on", "auto": "auto"}  # and its `compile`
 VAL_SHARE = 0.1
 TARGETS = (0.97, 0.99)
 
@@ -113,12 +115,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--ways", default=",".join(WAYS), help=f"of {', '.join(WAYS)}, in that order")
+    parser.add_argument("--ways", help=f"of {', '.join(WAYS)}, in that order; default: all that this machine can")
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
-    unknown = set(options.ways.split(",")) - set(WAYS)
-    if unknown:
+    on_gpu = choose_device(options.device).type == "cuda"
+    ways = options.ways.split(",") if options.ways else [way for way in WAYS if on_gpu or way != "graphs"]
+    if unknown := set(ways) - set(WAYS):
         parser.error(f"--ways: knows {', '.join(WAYS)}; got {', '.join(sorted(unknown))}")
+    if "graphs" in ways and not on_gpu:
+        parser.error("--ways: graphs needs a GPU. Give the others.")
     about = machine()
     pairs, files = carvana_pairs(options.data, options.files)
     with tempfile.TemporaryDirectory() as name:
@@ -128,7 +133,7 @@ def main() -> None:
         link_pairs(train_pairs, folder, "train", options.pairs - val_count)
         link_pairs(val_pairs, folder, "val", val_count)
         rows = []
-        for way in options.ways.split(","):
+        for way in ways:
             print(f"{way}: fastseg train on {options.pairs - val_count} + {val_count} pairs", file=sys.stderr)
             rows.append(train(folder, way, options))
     print(

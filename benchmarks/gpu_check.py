@@ -3,9 +3,9 @@
     make gpu-check OUT=results                     # or: python benchmarks/gpu_check.py --out results
     PYTHONPATH=. python3 benchmarks/gpu_check.py --out results --only tests,end_to_end
 
-Runs from the source tree, with whatever Python has the dependencies. Each step has its share of eight minutes; one that
-takes longer is stopped with all its processes and counted as failed, and the next one begins. gpu_check.json holds the
-results of all. Without a GPU it says so and ends well.
+Runs from the source tree, with whatever Python has the dependencies. Each step has its share of eight minutes and what
+those before it left of theirs; one that takes longer is stopped with all its processes and counted as failed, and the
+next one begins. gpu_check.json holds the results of all. Without a GPU it says so and ends well.
 """
 
 import argparse
@@ -26,44 +26,44 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = 256  # different pairs, made before the clock of the first step starts
 MODULES = ("gpu", "decoders", "loader", "prediction", "refinement", "segmenter")  # that have tests for a GPU
 
-# name: seconds it may take, and its command; {out} is the folder
+# name: its share of the seconds, and its command; {out} is the folder
 STEPS: dict[str, tuple[int, list[str]]] = {
     "tests": (
-        120,
+        130,
         ["-m", "pytest", *(f"tests/test_{module}.py" for module in MODULES), "-m", "gpu", "-v", "--durations=0",
          "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"],
-    ),
-    "dali_knobs": (
-        60,
-        ["benchmarks/dali_knobs.py", "--pairs", str(FILES), "--seconds", "1", "--json", "{out}/dali_knobs.json"],
     ),
     "training": (
         90,
         ["benchmarks/training.py", "--pairs", str(FILES), "--channels", "64", "--steps", "40", "--rounds", "2",
-         "--repeat", "1", "--rows", "tutorial,fastseg,compile,plain", "--json", "{out}/training.json"],
-    ),
-    "model": (
-        50,
-        ["benchmarks/model.py", "--channels", "64", "--batch", "64", "--dtypes", "bf16", "--repeat", "1",
-         "--json", "{out}/model.json"],
-    ),
-    "augment": (15, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
-    "profile_step": (
-        30,
-        ["benchmarks/profile_step.py", "--batch", "16,64,256", "--json", "{out}/profile_step.json"],
+         "--repeat", "1", "--rows", "tutorial,fastseg,graphs,compile,plain", "--json", "{out}/training.json"],
     ),
     "end_to_end": (
-        115,
-        ["benchmarks/end_to_end.py", "--files", str(FILES), "--ways", "eager,cold,warm",
+        120,
+        ["benchmarks/end_to_end.py", "--files", str(FILES), "--ways", "eager,graphs,cold,warm",
          "--json", "{out}/end_to_end.json"],
+    ),
+    "dali_knobs": (
+        50,
+        ["benchmarks/dali_knobs.py", "--pairs", str(FILES), "--seconds", "1", "--json", "{out}/dali_knobs.json"],
+    ),
+    "profile_step": (
+        40,
+        ["benchmarks/profile_step.py", "--batch", "16,64,256", "--ways", "eager,benchmark,graphs",
+         "--json", "{out}/profile_step.json"],
+    ),
+    "augment": (15, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
+    "model": (
+        35,
+        ["benchmarks/model.py", "--channels", "64", "--batch", "64", "--dtypes", "bf16", "--repeat", "1",
+         "--json", "{out}/model.json"],
     ),
 }  # fmt: skip
 
 
-def run_step(name: str, out: Path) -> dict[str, Any]:
+def run_step(name: str, out: Path, limit_s: float) -> dict[str, Any]:
     """Run one step, its output in a file beside its results."""
-    limit_s, command = STEPS[name]
-    command = [sys.executable, *(part.format(out=out) for part in command)]
+    command = [sys.executable, *(part.format(out=out) for part in STEPS[name][1])]
     started = time.perf_counter()
     log = out / f"{name}.log"
     with open(log, "w") as file:
@@ -74,7 +74,7 @@ def run_step(name: str, out: Path) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)  # its workers too: they would hold the GPU
             process.wait()
-            result = f"failed: stopped after {limit_s} s"
+            result = f"failed: stopped after {limit_s:.0f} s"
     if name == "tests" and result == "passed":
         result = judge_tests(out / "tests.xml")
     seconds = round(time.perf_counter() - started, 1)
@@ -115,7 +115,10 @@ def main() -> int:
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     carvana_pairs(None, FILES)
-    steps = [run_step(name, out) for name in names]
+    started, share, steps = time.perf_counter(), 0, []
+    for name in names:
+        share += STEPS[name][0]
+        steps.append(run_step(name, out, share - (time.perf_counter() - started)))
     (out / "gpu_check.json").write_text(json.dumps({"machine": about, "steps": steps}, indent=1) + "\n")
     print(json.dumps({"suite": "gpu_check", "machine": about, "steps": steps}))
     return 0 if all(step["result"] == "passed" for step in steps) else 1

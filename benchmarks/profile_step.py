@@ -1,16 +1,20 @@
 """Where a training step's time goes, against what its arithmetic and its memory traffic would take at least.
 
     python benchmarks/profile_step.py                                  # 64 channels, batch 16, on the GPU
+    python benchmarks/profile_step.py --batch 16,64,256 --ways eager,benchmark,graphs,compile,max_autotune
     python benchmarks/profile_step.py --channels 8 --batch 4 --device cpu
 
 One resident batch, fastseg's own step: augmentation, forward, loss, backward, optimizer. torch's profiler adds up what
 each kind of operation takes on the device; what is left of the step's wall time is the device waiting for the host.
+`first step` is from the network's making to the end of its first step, with the compiler's folder empty.
 The floor of the convolutions is their FLOPs over the rate of a large matrix product; that of everything else, the bytes
 that batch norms, ReLUs, pooling and concatenation must read and write, over the rate of a large copy.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from typing import Any
@@ -24,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 import fastseg
 from fastseg.augment import augment, sample_params
 from fastseg.config import Config
+from fastseg.graphs import record_graphs
 from fastseg.losses import bce_dice_loss
 from fastseg.recipe import make_optimizer
 from fastseg.runtime import Runtime, choose_runtime
@@ -31,6 +36,16 @@ from fastseg.unet import UNet
 
 HEIGHT, WIDTH = 160, 240
 WARM_UP, STEPS = 5, 10
+WAYS = {
+    "eager": "compile=off",
+    "benchmark": "eager, cuDNN tries its algorithms",
+    "graphs": "compile=graphs: the eager network's kernels, recorded",
+    "compile": "compile=on: torch.compile, cuDNN tries its algorithms",
+    "compile_graphs": 'torch.compile(mode="reduce-overhead"), cuDNN tries its algorithms',
+    "max_autotune": 'torch.compile(mode="max-autotune-no-cudagraphs"), cuDNN tries its algorithms',
+}
+MODES = {"compile": None, "compile_graphs": "reduce-overhead", "max_autotune": "max-autotune-no-cudagraphs"}
+NEED_GPU = ("graphs", "compile_graphs")
 KINDS = {  # the first whose word stands in the operation's name
     "convolution": ("conv", "cudnn", "xmma", "cutlass", "gemm", "mkldnn"),
     "batch norm": ("batch_norm", "batchnorm", "bn_"),
@@ -49,11 +64,16 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "the rest")
 
 
-def make_step(config: Config, runtime: Runtime, compiled: bool) -> Any:
+def make_step(config: Config, runtime: Runtime, way: str) -> Any:
     """fastseg's step on one resident batch."""
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = way not in ("eager", "graphs")
     model = runtime.place(UNet(config.base_channels, config.depth)).train()
-    forward = torch.compile(model, dynamic=False) if compiled else model
+    forward: Any = model
+    if way == "graphs":
+        forward = record_graphs(model, runtime, [(config.batch_size, 3, HEIGHT, WIDTH)])
+    elif way in MODES:
+        forward = torch.compile(model, dynamic=False, mode=MODES[way])
     optimizer = make_optimizer(config, model)
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     shape = (config.batch_size, HEIGHT, WIDTH)
@@ -96,7 +116,7 @@ def profile_steps(step: Any, device: torch.device) -> dict[str, float]:
         synchronise(device)
     found: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages():
-        if on_gpu and event.device_type == torch.autograd.DeviceType.CPU:
+        if on_gpu and (event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation):
             continue  # the kernels that it started are counted themselves
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found[kind_of(event.key)] += spent / 1e3 / STEPS
@@ -134,35 +154,73 @@ def copy_bytes_per_s(device: torch.device) -> float:
     return 2 * source.numel() / min(seconds[1:])
 
 
+def measure_way(way: str, config: Config, runtime: Runtime) -> dict[str, Any]:
+    """A row: milliseconds of a step and what they go into, beside their floors."""
+    device, batch = runtime.device, config.batch_size
+    flops = count_flops(lambda: UNet(config.base_channels, config.depth), HEIGHT, WIDTH)["forward_backward"] * batch
+    arithmetic = 1e3 * flops / matmul_flops_per_s(device, runtime.dtype)
+    item = torch.finfo(runtime.dtype).bits // 8
+    traffic = 1e3 * floor_bytes(config.base_channels, config.depth, batch, item) / copy_bytes_per_s(device)
+    synchronise(device)
+    began = time.perf_counter()
+    step = make_step(config, runtime, way)
+    step()
+    synchronise(device)
+    first_step = time.perf_counter() - began
+    wall = time_steps(step, device)
+    kinds = profile_steps(step, device)
+    return {
+        "row": f"batch {batch}, {runtime.describe}, {way}: {WAYS[way]}",
+        "way": way,
+        "batch": batch,
+        "first_step_s": round(first_step, 2),
+        "step_ms": round(wall, 3),
+        "pairs_per_s": round(1e3 * batch / wall, 1),
+        "limit_pct": round(100 * arithmetic / wall, 1),
+        "floor": {"arithmetic_ms": round(arithmetic, 3), "memory_ms": round(traffic, 3)},
+        "by_kind_ms": {kind: round(ms, 3) for kind, ms in kinds.items()},
+    }
+
+
+def print_row(row: dict[str, Any]) -> None:
+    wall, floor, kinds = row["step_ms"], row["floor"], row["by_kind_ms"]
+    print(f"\n{row['row']}")
+    print(
+        f"{wall:.2f} ms a step, {row['pairs_per_s']:.0f} pairs/s, {row['limit_pct']:.0f} % of a matrix product's rate; "
+        f"first step after {row['first_step_s']:.1f} s; "
+        f"floor {floor['arithmetic_ms']:.2f} ms of arithmetic, {floor['memory_ms']:.2f} of memory"
+    )
+    print_table(
+        ["", "ms a step", "% of its wall time"],
+        [[kind, f"{ms:.2f}", f"{100 * ms / wall:.0f}"] for kind, ms in kinds.items()],
+    )
+    print(f"device idle, or the profiler's own time: {wall - sum(kinds.values()):.2f} ms", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--batch", default="16", help="several with commas between; default: %(default)s")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true", help="compiled as well")
+    parser.add_argument("--ways", default="eager", help=f"some of {', '.join(WAYS)}; default: %(default)s")
     parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
+    ways = options.ways.split(",")
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--ways: knows {', '.join(WAYS)}; got {', '.join(unknown)}")
     about = machine()
+    device = choose_runtime(Config(device=options.device)).device
+    if device.type == "cpu" and (missing := [way for way in ways if way in NEED_GPU]):
+        parser.error(f"--ways: {', '.join(missing)} needs a GPU")
     rows = []
     for batch in map(int, options.batch.split(",")):
         config = Config(base_channels=options.channels, batch_size=batch, device=options.device)
-        runtime = choose_runtime(config)
-        flops = count_flops(lambda: UNet(options.channels, 4), HEIGHT, WIDTH)["forward_backward"] * batch
-        arithmetic = 1e3 * flops / matmul_flops_per_s(runtime.device, runtime.dtype)
-        item = torch.finfo(runtime.dtype).bits // 8
-        traffic = 1e3 * floor_bytes(options.channels, 4, batch, item) / copy_bytes_per_s(runtime.device)
-        for compiled in (False, True)[: 1 + options.compile]:
-            step = make_step(config, runtime, compiled)
-            wall = time_steps(step, runtime.device)
-            kinds = profile_steps(step, runtime.device)
-            name = f"batch {batch}, {runtime.describe}" + (", compiled" if compiled else "")
-            print(f"\n{name}: {wall:.2f} ms a step; floor {arithmetic:.2f} of arithmetic, {traffic:.2f} of memory")
-            table = [[kind, f"{ms:.2f}", f"{100 * ms / wall:.0f}"] for kind, ms in kinds.items()]
-            print_table(["", "ms a step", "% of its wall time"], table)
-            print(f"device idle, or the profiler's own time: {wall - sum(kinds.values()):.2f} ms")
-            floors = {"arithmetic_ms": round(arithmetic, 3), "memory_ms": round(traffic, 3)}
-            by_kind = {kind: round(ms, 3) for kind, ms in kinds.items()}
-            rows.append({"row": name, "step_ms": round(wall, 3), "floor": floors, "by_kind_ms": by_kind})
+        for way in ways:
+            with tempfile.TemporaryDirectory() as folder:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+                rows.append(measure_way(way, config, choose_runtime(config)))
+            torch.compiler.reset()
+            print_row(rows[-1])
     print(f"\n{describe(about)}")
     report("profile_step", {"channels": options.channels, "rows": rows}, about, (), options.json)
 

@@ -1,13 +1,15 @@
 """The rows of training.py: what each is made of, ready to step. `train_row.py` measures them.
 
 A row of the waterfall has all that the rows above it have. From `augmentation` on, a row is fastseg itself:
-`run.build_run` builds it and `training._step` steps it, and `fastseg` and `compile` are what `fastseg.train` does with
-compile=off and compile=on. The rows above are the loop that tutorials write, around the same network, loss and order
-of pairs; of fastseg they use `build_run` for the network, Adam, and the loader where the row has it.
+`run.build_run` builds it and `training._step` steps it, and `fastseg`, `graphs` and `compile` are what `fastseg.train`
+does with compile=off, compile=graphs and compile=on. The rows above are the loop that tutorials write, around the same
+network, loss and order of pairs; of fastseg they use `build_run` for the network, Adam, and the loader where the row
+has it.
 """
 
 import functools
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -32,9 +34,12 @@ WATERFALL = {
     "autocast": "+ autocast",
     "augmentation": "+ our augmentation",
     "fastseg": "+ fused AdamW, one cycle, BCE + Dice: fastseg.train, eager",
-    "compile": "+ torch.compile: fastseg.train, compiled",
-    "graphs": '+ CUDA graphs: mode="reduce-overhead"',
+    "graphs": "+ CUDA graphs: fastseg.train, recorded",
+    "compile": "+ torch.compile instead: fastseg.train, compiled",
+    "compile_graphs": '+ both: mode="reduce-overhead"',
 }
+NEED_GPU = ("graphs", "compile_graphs")
+COMPILED = {"graphs": "graphs", "compile": "on", "compile_graphs": "on"}  # `Config.compile` of the rows that have one
 PEERS = {
     "plain": "torch DataLoader, autocast, channels-last, eager",
     "smp": "the same, segmentation-models-pytorch's Unet with resnet34: another network",
@@ -62,6 +67,7 @@ class Trainer(NamedTuple):
     layout: torch.memory_format
     epoch: Callable[[], Batches]  # uint8 on the device
     step: Callable[[Tensor, Tensor], None]
+    compile_s: float  # seconds that went into compiling or recording before the first step
 
 
 def make_trainer(name: str, setting: Setting) -> Trainer:
@@ -72,7 +78,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
     reduced = "fp16" if name in PEERS and on_gpu else "auto"  # with a GradScaler, as most loops that people write
     config = setting.config.replace(
         recipe="fast" if "fastseg" in has else "tutorial",
-        compile="on" if "compile" in has else "off",
+        compile=COMPILED.get(name, "off"),
         precision=reduced if "autocast" in has else "fp32",
     )
     torch.manual_seed(config.seed)
@@ -80,10 +86,12 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
     run = build_run(config, choose_runtime(config), model, setting.train_pairs, setting.val_pairs)
     layout = torch.channels_last if "channels_last" in has else torch.contiguous_format
     run.model.to(memory_format=layout)
-    if "graphs" in has:
-        run.forward = torch.compile(run.model, mode="reduce-overhead")
-    elif "compile" in has:
+    began = time.perf_counter()
+    if name in COMPILED:
         compile_network(run)
+    compile_s = time.perf_counter() - began
+    if name == "compile_graphs":
+        run.forward = torch.compile(run.model, mode="reduce-overhead", dynamic=False)
     if "loader" in has:
         for _ in run.train_loader.decoder.decode([np.arange(config.batch_size)]):  # pipelines stand, nothing is cached
             pass
@@ -96,7 +104,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
     else:
         step = _plain_step(run, layout)
     run.model.train()
-    return Trainer(run, layout, epoch, step)
+    return Trainer(run, layout, epoch, step, compile_s)
 
 
 def reader_workers_of(name: str, setting: Setting) -> int:

@@ -27,7 +27,7 @@ from loader import in_fresh_process
 from measure import carvana_pairs, cores, describe, machine, median, one_line, print_table, report, short, spread
 from time_to_dice import RACERS, race
 from train_row import run_row
-from trainers import PEERS, WATERFALL, Setting
+from trainers import COMPILED, NEED_GPU, PEERS, WATERFALL, Setting
 
 import fastseg
 from fastseg.config import Config
@@ -68,9 +68,9 @@ def find_missing(names: list[str], no_compile: bool, device: torch.device) -> di
     """Rows that cannot run here, with the reason."""
     missing = {}
     if no_compile:
-        missing = {name: "--no-compile" for name in ("compile", "graphs") if name in names}
-    elif "graphs" in names and device.type != "cuda":
-        missing["graphs"] = "n/a: CUDA graphs need a GPU"
+        missing = {name: "--no-compile" for name in COMPILED if name in names}
+    elif device.type != "cuda":
+        missing = {name: "n/a: CUDA graphs need a GPU" for name in NEED_GPU if name in names}
     if "smp" in names and not importlib.util.find_spec("segmentation_models_pytorch"):
         missing["smp"] = "segmentation-models-pytorch is not installed: pip install '.[peers]'"
     return missing
@@ -154,7 +154,7 @@ def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
 def compare(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What `fastseg.train` reaches: times as fast as the others, and whether its data keep up."""
     rate = {row["row"]: row["pairs_per_s"] for row in rows}
-    ours = max((name for name in ("fastseg", "compile") if name in rate), key=lambda name: rate[name], default=None)
+    ours = max({"fastseg", "graphs", "compile"} & set(rate), key=lambda name: rate[name], default=None)
     if ours is None:
         return {}
     times = {name: short(rate[ours] / rate[name]) for name in ("tutorial", "plain") if name in rate}
@@ -209,7 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="resident against real data; default: %(default)s")
     parser.add_argument("--workers", type=int, default=2, help="decoding threads or processes; default: %(default)s")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: %(default)s")
-    parser.add_argument("--no-compile", action="store_true", help="leave the rows compile and graphs out")
+    parser.add_argument("--no-compile", action="store_true", help="leave the rows after fastseg out")
     parser.add_argument("--time-to-dice", type=float, metavar="DICE", help="measure the seconds to this Dice instead")
     parser.add_argument("--racers", default=",".join(RACERS), help="of --time-to-dice; default: all of %(default)s")
     parser.add_argument("--limit-s", type=float, default=600, help="of --time-to-dice; default: %(default)s")

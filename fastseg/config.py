@@ -94,7 +94,9 @@ class Config(BaseModel):
     time_limit_s: float = _field(0.0, "begin no epoch that would end later than this, in seconds; 0: no limit", ge=0)
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "number format of the network's arithmetic")
-    compile: Literal["auto", "on", "off"] = _field("auto", "torch.compile; auto: if the run is long enough to pay")
+    compile: Literal["auto", "on", "graphs", "off"] = _field(
+        "auto", "torch.compile; auto: if the run is long enough to pay; graphs: CUDA graphs"
+    )
     seed: int = _field(0, "decides the order, the augmentation, the split and the first weights", ge=0, lt=2**63)
 
     # Augmentation; 0 switches each off

@@ -20,7 +20,8 @@ from fastseg.data.loader import Loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.distributed import share_model
 from fastseg.errors import ConfigError
-from fastseg.recipe import make_average, make_optimizer
+from fastseg.graphs import record_graphs
+from fastseg.recipe import make_average, make_optimizer, training_size
 from fastseg.runtime import Runtime, choose_compile
 
 __all__ = [
@@ -60,6 +61,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch, as in metrics.jsonl
     signalled: bool = False  # Ctrl-C or SIGTERM has come
     stop: bool = False  # to end after this step; all processes agree on it
+    sizes_seen: set[tuple[int, int]] = field(default_factory=set)  # of training images, in this call
     trained_pairs: int = 0
     started: float = 0.0  # time.perf_counter() when this call began
     clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by what they went into
@@ -172,9 +174,16 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
 
 
 def compile_network(run: Run) -> None:
-    """Compile the forward and backward pass if the steps that remain win back the time it takes."""
-    if choose_compile(run.config, run.runtime, run.total_steps - run.steps_done):
-        run.forward = torch.compile(run.forward, dynamic=False)  # two sizes at most, each its own code
+    """Compile the forward and backward pass if the steps that remain win back the time it takes, or record them."""
+    config, total = run.config, run.total_steps
+    choice = choose_compile(config, run.runtime, total - run.steps_done)
+    if choice == "on":
+        # Its two sizes at most have their own code. Who has time to compile has time to try cuDNN's algorithms too.
+        torch.backends.cudnn.benchmark = True
+        run.forward = torch.compile(run.forward, dynamic=False)
+    elif choice == "graphs":
+        sizes = {training_size(config, step, total) for step in (run.steps_done, total - 1)}
+        run.forward = record_graphs(run.model, run.runtime, [(config.batch_size, 3, *size) for size in sizes])
 
 
 def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: bool) -> Loader:

@@ -4,7 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -17,7 +18,7 @@ from fastseg.data.cache import user_cache
 from fastseg.distributed import place_in_group, share_of_batch
 from fastseg.errors import ConfigError
 
-__all__ = ["Runtime", "choose_compile", "choose_device", "choose_runtime"]
+__all__ = ["Runtime", "choose_compile", "choose_device", "choose_runtime", "cudnn_left_as_it_was"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,11 +41,11 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
 
-    def autocast(self) -> AbstractContextManager[object]:
-        """The context of the forward pass."""
+    def autocast(self, *, cache: bool = True) -> AbstractContextManager[object]:
+        """The context of the forward pass; `cache`: weights are cast once in it, however often they are used."""
         if self.dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, cache_enabled=cache)
 
     def place(self, model: Model) -> Model:
         """The model on the device, its convolutions channels-last."""
@@ -63,11 +64,15 @@ def choose_runtime(config: Config) -> Runtime:
     """Device and number format for a configuration on this machine.
 
     Raises:
-        ConfigError: a GPU or a number format is asked for that this machine lacks.
+        ConfigError: a GPU or a number format is asked for that this machine lacks, or CUDA graphs of anything but one
+            process on a GPU.
     """
     device = choose_device(config.device)
     rank, world_size = place_in_group()
     share_of_batch(config.batch_size, world_size)
+    if config.compile == "graphs" and (device.type != "cuda" or world_size > 1):
+        where = device.type if world_size == 1 else f"shared by {world_size} processes"
+        raise ConfigError(f"compile: graphs needs one process on a GPU; the network is on {where}. Use auto.")
     return Runtime(device, _choose_dtype(config.precision, device), rank, world_size)
 
 
@@ -102,31 +107,41 @@ def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def choose_compile(config: Config, runtime: Runtime, steps: int) -> bool:
-    """Whether to `torch.compile` the network for `steps` more steps; says why, and sets where compiled code is kept.
+@contextmanager
+def cudnn_left_as_it_was() -> Iterator[None]:
+    """Put cuDNN's setting, which is the whole program's, back at the end."""
+    before = torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
-    What was compiled stays in the user's cache folder, one folder a network, machine and version of torch: a second
-    run finds it there and needs seconds instead of most of a minute.
+
+def choose_compile(config: Config, runtime: Runtime, steps: int) -> str:
+    """How the network runs in `steps` more steps: "on" (torch.compile), "graphs" or "off"; says why.
+
+    What is compiled stays in the user's cache folder, one folder a network, machine and version of torch, which is set
+    here: a second run finds it there and needs seconds instead of most of a minute.
     """
     kept = _compiled_code(config, runtime)
     choice, reason = compile_reason(config, runtime.device, steps, warm=any(kept.glob("fxgraph/*")))
-    log.info("compile: %s (%s)", "on" if choice else "off", reason)
-    if choice:
+    log.info("compile: %s (%s)", choice, reason)
+    if choice == "on":
         os.environ[CODE_FOLDER] = str(kept)
     return choice
 
 
-def compile_reason(config: Config, device: torch.device, steps: int, *, warm: bool) -> tuple[bool, str]:
-    """Whether compiling pays, and the sentence that says so; `warm`: this network was compiled here before."""
+def compile_reason(config: Config, device: torch.device, steps: int, *, warm: bool) -> tuple[str, str]:
+    """What pays, and the sentence that says so; `warm`: this network was compiled here before."""
     if config.compile != "auto":
-        return config.compile == "on", "as asked"
+        return config.compile, "as asked"
     if device.type == "cpu":
-        return False, "on a CPU compiling takes longer than it saves"
+        return "off", "on a CPU compiling takes longer than it saves"
     least = PAYS_AFTER_WARM if warm else PAYS_AFTER_COLD
     state = "compiled here before" if warm else "not compiled here before"
     if steps < least:
-        return False, f"{state}: pays from {least} steps on, and {steps} are to do"
-    return True, f"{state}: {steps} steps are to do, and it pays from {least} on"
+        return "off", f"{state}: pays from {least} steps on, and {steps} are to do"
+    return "on", f"{state}: {steps} steps are to do, and it pays from {least} on"
 
 
 def _compiled_code(config: Config, runtime: Runtime) -> Path:

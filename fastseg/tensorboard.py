@@ -11,11 +11,21 @@ from PIL import Image
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 
-__all__ = ["open_board", "write_epoch"]
+__all__ = ["find_writer", "open_board", "write_epoch"]
 
 
 def open_board(config: Config, epoch: int) -> Any:
     """A `SummaryWriter` into the run's folder, which forgets what was written after `epoch`; None if not asked for.
+
+    Raises:
+        ConfigError: TensorBoard is not installed.
+    """
+    writer = find_writer(config)
+    return writer and writer(config.run_dir, purge_step=epoch + 1)
+
+
+def find_writer(config: Config) -> Any:
+    """The class of TensorBoard's writer; None if not asked for.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -28,7 +38,7 @@ def open_board(config: Config, epoch: int) -> Any:
         raise ConfigError(
             "tensorboard: the package is not installed. Install fastseg-dali[tensorboard], or pass tensorboard=false."
         ) from None
-    return SummaryWriter(config.run_dir, purge_step=epoch + 1)
+    return SummaryWriter
 
 
 def write_epoch(board: Any, entry: dict[str, Any], overlay: Path) -> None:

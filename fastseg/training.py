@@ -40,12 +40,13 @@ from fastseg.run import (
     resume,
     save_last,
 )
-from fastseg.runtime import choose_runtime
-from fastseg.tensorboard import open_board, write_epoch
+from fastseg.runtime import choose_runtime, cudnn_left_as_it_was
+from fastseg.tensorboard import find_writer, open_board, write_epoch
 
 __all__ = ["TrainResult", "train"]
 
 LOG_SECONDS = 0.5  # between looks at the loss: each makes the host wait for the device
+FIRST_STEPS = "first step of each size"  # a part of the time, on its own because it compiles and chooses kernels
 AGREE_STEPS = 20  # between the steps at which several processes agree whether to stop
 
 log = logging.getLogger(__name__)
@@ -89,8 +90,9 @@ def train(
     """
     started = time.perf_counter()
     config = as_config(config)
-    with process_group(config.device):
+    with process_group(config.device), cudnn_left_as_it_was():
         runtime = choose_runtime(config)
+        find_writer(config)  # what is missing is said before anything else is done
         model, state = first_weights(config)
         train_pairs, val_pairs = find_data(config)
         config = fit_to_data(config, len(train_pairs))
@@ -144,10 +146,11 @@ def _train_epoch(run: Run) -> None:
     loader, config = run.train_loader, run.config
     run.model.train()
     began, logged, waited, first_step = time.perf_counter(), 0.0, loader.wait_seconds, run.step
+    preparing = run.clock[FIRST_STEPS]
     with progress_bar() as bar:
         task = bar.add_task(f"epoch {run.epoch + 1}/{config.num_epochs}", total=len(loader), note="")
         for images, masks, _ in loader:
-            _step(run, images, masks)
+            _step_timed(run, images, masks)
             now = time.perf_counter()
             if now - logged >= LOG_SECONDS:
                 logged = now
@@ -171,7 +174,7 @@ def _train_epoch(run: Run) -> None:
     seconds, waited = time.perf_counter() - began, loader.wait_seconds - waited
     run.trained_pairs += (run.step - first_step) * config.batch_size
     run.clock["waiting for data"] += waited
-    run.clock["steps"] += seconds - waited
+    run.clock["steps"] += seconds - waited - (run.clock[FIRST_STEPS] - preparing)
     if run.stop:
         return
     run.history.append(
@@ -184,6 +187,19 @@ def _train_epoch(run: Run) -> None:
             "seconds": seconds,
         }
     )
+
+
+def _step_timed(run: Run, images: Tensor, masks: Tensor) -> None:
+    """A step; the first one of each size, which compiles and chooses kernels, counts on its own."""
+    size = training_size(run.config, run.steps_done, run.total_steps)
+    if size in run.sizes_seen:
+        _step(run, images, masks)
+        return
+    run.sizes_seen.add(size)
+    began = time.perf_counter()
+    _step(run, images, masks)
+    run.loss_sum.item()  # waits for the device
+    run.clock[FIRST_STEPS] += time.perf_counter() - began
 
 
 def _step(run: Run, images: Tensor, masks: Tensor) -> None:
@@ -276,7 +292,7 @@ def _finish(run: Run, left_out: list[str]) -> TrainResult:
         draw_curves(run.history, folder / "curves.png")
         _draw_overlay(run, run.model)
     run.clock["pictures"] = time.perf_counter() - began
-    stepping = run.clock["steps"] + run.clock["waiting for data"]
+    stepping = sum(run.clock[part] for part in ("steps", FIRST_STEPS, "waiting for data"))
     result = TrainResult(
         run_dir=folder,
         val_dice=best["val_dice"],

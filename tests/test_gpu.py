@@ -119,7 +119,7 @@ def test_memory_stays_flat_over_fifty_epochs(photos, decoder):
 
 
 def test_every_arithmetic_reaches_one_dice(tmp_path):
-    """Eager float32 against bf16, fp16 with its scaler, and compiled bf16, on pairs that a small network learns."""
+    """Eager float32 against bf16, fp16 with its scaler, CUDA graphs and compiled code, on pairs that are easy."""
     for number in range(24):
         write_pair(tmp_path, f"car{number // 4}_{number % 4 + 1:02d}", width=480, height=320, seed=number)
     common = {
@@ -134,7 +134,7 @@ def test_every_arithmetic_reaches_one_dice(tmp_path):
         "device": "cuda",
         "out_dir": str(tmp_path / "runs"),
     }
-    ways = [("fp32", "off"), ("bf16", "off"), ("fp16", "off"), ("bf16", "on")]
+    ways = [("fp32", "off"), ("bf16", "off"), ("fp16", "off"), ("bf16", "graphs"), ("fp16", "graphs"), ("bf16", "on")]
     dice = {
         way: fastseg.train({**common, "name": "-".join(way), "precision": way[0], "compile": way[1]}).val_dice
         for way in ways

@@ -16,8 +16,9 @@ from PIL import Image
 
 import fastseg
 from fastseg.augment import shrink
+from fastseg.graphs import record_graphs
 from fastseg.recipe import learning_rate, training_size
-from fastseg.runtime import compile_reason
+from fastseg.runtime import Runtime, compile_reason
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -281,13 +282,49 @@ def test_compiled_training_reaches_the_same_loss(pairs_dir, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(
     ("device", "steps", "warm", "choice"),
-    [("cpu", 10**6, True, False), ("cuda", 954, False, False), ("cuda", 954, True, True), ("cuda", 9540, False, True)],
+    [("cpu", 10**6, True, "off"), ("cuda", 954, False, "off"), ("cuda", 954, True, "on"), ("cuda", 9540, False, "on")],
 )
 def test_compile_auto_weighs_the_steps_that_remain(device, steps, warm, choice):
     chosen, reason = compile_reason(fastseg.Config(), torch.device(device), steps, warm=warm)
-    assert chosen is choice
+    assert chosen == choice
     assert device == "cpu" or str(steps) in reason
-    assert compile_reason(fastseg.Config(compile="off"), torch.device(device), steps, warm=warm)[0] is False
+    for asked in ("off", "graphs"):
+        assert compile_reason(fastseg.Config(compile=asked), torch.device(device), steps, warm=warm)[0] == asked
+
+
+def test_graphs_are_refused_without_a_gpu(pairs_dir, tmp_path):
+    with pytest.raises(fastseg.ConfigError, match="compile: graphs needs one process on a GPU; the network is on cpu"):
+        fastseg.train(config(pairs_dir, tmp_path, compile="graphs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_graphs_leave_the_network_as_it_was_and_serve_every_shape(monkeypatch):
+    """Recording itself needs a GPU; here what is recorded runs eagerly, after the runs that recording makes."""
+
+    def make_graphed_callables(module, inputs):
+        for _ in range(3):
+            module(*inputs)
+        shapes.append(inputs[0].shape)
+        return module
+
+    shapes = []
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make_graphed_callables)
+    torch.manual_seed(0)
+    model, plain = (fastseg.UNet(4, 2) for _ in range(2))
+    plain.load_state_dict(model.state_dict())
+    both = [(2, 3, 8, 12), (2, 3, 16, 24)]
+    forward = record_graphs(model, Runtime(torch.device("cpu"), torch.float32), both)
+    assert shapes == both
+    for shape in both:
+        x = torch.randn(shape)
+        found, exact = forward(x), plain.train()(x)
+        torch.testing.assert_close(found, exact)
+        found.mean().backward()
+        exact.mean().backward()
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
+    with pytest.raises(KeyError):
+        forward(torch.randn(1, 3, 8, 12))
 
 
 def test_after_epoch_sees_each_epoch_and_ends_the_run(pairs_dir, tmp_path):
@@ -366,11 +403,11 @@ def test_tensorboard_shows_the_figures_of_metrics_jsonl(pairs_dir, tmp_path):
         assert (shown.width, shown.height) == overlay.size
 
 
-def test_tensorboard_that_is_not_installed_is_said_before_training(pairs_dir, tmp_path, monkeypatch):
+def test_tensorboard_that_is_not_installed_is_said_before_anything_is_done(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(fastseg.ConfigError, match="Install fastseg-dali\\[tensorboard\\], or pass tensorboard=false"):
-        fastseg.train(config(pairs_dir, tmp_path, tensorboard=True))
-    assert not (tmp_path / "carvana/last.pt").exists()
+        fastseg.train(config(tmp_path / "nowhere", tmp_path, tensorboard=True))
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 9), (0.0, 3)])
