@@ -161,7 +161,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
     for name, what in (
         ("batch_size", "photos at a time, in each process (default: as in training)"),
-        ("num_workers", "decoding and writing threads (default: as many as there are cores)"),
+        ("num_workers", "decoding and writing threads; 0: one a core (default: 0)"),
     ):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=what)

@@ -67,7 +67,7 @@ class Config(BaseModel):
     check_data: bool = _field(True, "look at every file's header before training begins")
 
     # How to load it
-    num_workers: int = _field(2, "decoding threads", ge=1, le=256)
+    num_workers: int = _field(0, "decoding threads; 0: one a core", ge=0, le=256)
     pin_memory: bool = _field(True, "pinned staging buffers on a GPU: copies overlap with the training step")
     decoder: Literal["auto", "host", "dali"] = _field("auto", "who decodes: our threads, or a DALI pipeline")
     cache: Literal["auto", "device", "memory", "disk", "off"] = _field("auto", "where decoded pairs stay after epoch 1")

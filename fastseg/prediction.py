@@ -35,6 +35,7 @@ from fastseg.photos import MASK, Photo, find_photos, open_folders
 from fastseg.progress import progress_bar
 from fastseg.refinement import METHODS
 from fastseg.runtime import Runtime, choose_runtime
+from fastseg.threads import count_threads
 
 __all__ = ["PredictResult", "predict"]
 
@@ -117,7 +118,7 @@ def predict(
         tta: "flip" takes the mean of the logits of the photo and of its mirror image, for twice the network's time.
         resume: leave photos alone whose results are all there.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos at a
-            time, of each process) and `num_workers` (threads; by default as many as there are cores).
+            time, of each process) and `num_workers` (threads; 0, the default: one a core).
 
     Raises:
         CheckpointError, ConfigError, DataError: one sentence with the remedy, before anything is written; or, later, a
@@ -136,7 +137,7 @@ def predict(
     model, trained = load_model(checkpoint)
     with process_group(changes.get("device", "auto")):
         rank, world_size = place_in_group()
-        defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": _cores()}
+        defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": 0}
         config = Config(**{**defaults, **changes})
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
@@ -166,11 +167,6 @@ def predict(
     return PredictResult(len(rows), masks, skipped, broken, masks / running, seconds, dict(clock), out)
 
 
-def _cores() -> int:
-    """Threads for each of the processes on this machine."""
-    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def _predict_all(
     photos: list[Photo],
     plan: Plan,
@@ -183,7 +179,7 @@ def _predict_all(
     """A row a photo, in their order."""
     rows: list[Row] = []
     ahead = BATCHES_AHEAD * config.batch_size
-    pool = ThreadPoolExecutor(config.num_workers, thread_name_prefix="fastseg-predict")
+    pool = ThreadPoolExecutor(count_threads(config.num_workers), thread_name_prefix="fastseg-predict")
     try:
         with progress_bar(shown=shown) as bar:
             task = bar.add_task("predicting", total=len(photos), note=" ")

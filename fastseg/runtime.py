@@ -18,7 +18,14 @@ from fastseg.data.cache import user_cache
 from fastseg.distributed import place_in_group, share_of_batch
 from fastseg.errors import ConfigError
 
-__all__ = ["Runtime", "choose_compile", "choose_device", "choose_runtime", "cudnn_left_as_it_was"]
+__all__ = [
+    "Runtime",
+    "check_compile",
+    "choose_compile",
+    "choose_device",
+    "choose_runtime",
+    "cudnn_left_as_it_was",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,15 +71,11 @@ def choose_runtime(config: Config) -> Runtime:
     """Device and number format for a configuration on this machine.
 
     Raises:
-        ConfigError: a GPU or a number format is asked for that this machine lacks, or CUDA graphs of anything but one
-            process on a GPU.
+        ConfigError: a GPU or a number format is asked for that this machine lacks.
     """
     device = choose_device(config.device)
     rank, world_size = place_in_group()
     share_of_batch(config.batch_size, world_size)
-    if config.compile == "graphs" and (device.type != "cuda" or world_size > 1):
-        where = device.type if world_size == 1 else f"shared by {world_size} processes"
-        raise ConfigError(f"compile: graphs needs one process on a GPU; the network is on {where}. Use auto.")
     return Runtime(device, _choose_dtype(config.precision, device), rank, world_size)
 
 
@@ -115,6 +118,17 @@ def cudnn_left_as_it_was() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+def check_compile(config: Config, runtime: Runtime) -> None:
+    """Do nothing where the network can be trained as `config.compile` says.
+
+    Raises:
+        ConfigError: CUDA graphs are asked for without a GPU, or of several processes.
+    """
+    if config.compile == "graphs" and (runtime.device.type != "cuda" or runtime.world_size > 1):
+        where = runtime.device.type if runtime.world_size == 1 else f"shared by {runtime.world_size} processes"
+        raise ConfigError(f"compile: graphs needs one process on a GPU; the network is on {where}. Use auto.")
 
 
 def choose_compile(config: Config, runtime: Runtime, steps: int) -> str:

@@ -26,6 +26,7 @@ from fastseg.data.host import check_sizes, decode_file
 from fastseg.data.pairs import find_images, find_masks, mask_stem
 from fastseg.errors import ConfigError, DataError
 from fastseg.progress import progress_bar
+from fastseg.threads import count_threads
 
 __all__ = ["BrokenMasksError", "decode_rle", "encode_rle", "write_submission"]
 
@@ -118,7 +119,7 @@ def write_submission(
     out: str | os.PathLike[str],
     *,
     images: str | os.PathLike[str] | None = None,
-    num_workers: int = 2,
+    num_workers: int = 0,
 ) -> int:
     """Write the CSV of a submission, `img,rle_mask`, in constant memory; it appears whole or not at all.
 
@@ -128,7 +129,7 @@ def write_submission(
         out: the file.
         images: folder of the images that must be answered, for a folder of masks: names come from there, and every
             mask must have its image's size. Without it, `<stem>.jpg` is assumed.
-        num_workers: threads that decode and encode.
+        num_workers: threads that decode and encode; 0: one a core.
 
     Returns:
         How many lines follow the header; they are in the order of the names, or of the pairs.
@@ -152,7 +153,7 @@ def write_submission(
             task = bar.add_task("encoding masks", total=total, note=" ")
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(HEADER)
-            for name, encoded in _in_order(jobs, num_workers):
+            for name, encoded in _in_order(jobs, count_threads(num_workers)):
                 try:
                     writer.writerow((name, encoded.result()))
                     lines += 1

@@ -40,7 +40,7 @@ from fastseg.run import (
     resume,
     save_last,
 )
-from fastseg.runtime import choose_runtime, cudnn_left_as_it_was
+from fastseg.runtime import check_compile, choose_runtime, cudnn_left_as_it_was
 from fastseg.tensorboard import find_writer, open_board, write_epoch
 
 __all__ = ["TrainResult", "train"]
@@ -92,6 +92,7 @@ def train(
     config = as_config(config)
     with process_group(config.device), cudnn_left_as_it_was():
         runtime = choose_runtime(config)
+        check_compile(config, runtime)
         find_writer(config)  # what is missing is said before anything else is done
         model, state = first_weights(config)
         train_pairs, val_pairs = find_data(config)

@@ -585,10 +585,18 @@ def test_script_trains_from_a_file_in_any_case(script, data, monkeypatch):
     assert (data / "runs" / "carvana" / "summary.json").exists()
 
 
-def test_script_without_arguments_reads_the_file_beside_it(script, configured):
-    assert script().status == 130
-    assert configured == [fastseg.Config.from_json(ROOT / "scripts" / "hyperparams.json")]
-    assert configured[0].device == "cuda"
+@pytest.mark.parametrize("gpu", [True, False])
+def test_script_without_arguments_reads_the_file_beside_it(script, configured, gpu, monkeypatch):
+    """The old project's file says cuda; its users without a GPU train all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    outcome = script()
+    assert outcome.status == 130
+    file = fastseg.Config.from_json(ROOT / "scripts" / "hyperparams.json")
+    assert file.device == "cuda"
+    assert configured == [file if gpu else file.replace(device="cpu")]
+    assert ("says device cuda, and there is no GPU here: training on the CPU" in outcome.err) is not gpu
+    assert script("--device", "cuda:1").status == 130
+    assert configured[1].device == "cuda:1"
 
 
 def test_python_m_fastseg_refuses_bad_data_in_one_sentence(data):

@@ -77,9 +77,9 @@ def test_script_folder_holds_the_old_file():
     assert json.loads(file.read_text()) == OLD_FILE
 
 
-def test_defaults_are_the_old_file_but_for_the_device():
+def test_defaults_are_the_old_file_but_for_the_device_and_the_threads():
     config = fastseg.Config()
-    assert {key: getattr(config, key.lower()) for key in OLD_FILE} == {**OLD_FILE, "DEVICE": "auto"}
+    assert {key: getattr(config, key.lower()) for key in OLD_FILE} == {**OLD_FILE, "DEVICE": "auto", "NUM_WORKERS": 0}
     assert config.val_fraction == 0.1
 
 
@@ -159,7 +159,7 @@ def test_replace_checks_and_leaves_the_original():
         ({"batch_size": [16]}, "batch_size: must be a whole number; got [16]. The default is 16."),
         ({"num_epochs": 2.5}, "num_epochs: must be a whole number; got 2.5. The default is 3."),
         ({"num_epochs": True}, "num_epochs: must be a number; got True. The default is 3."),
-        ({"num_workers": 257}, "num_workers: must be at most 256; got 257. The default is 2."),
+        ({"num_workers": 257}, "num_workers: must be at most 256; got 257. The default is 0."),
         ({"learning_rate": 0}, "learning_rate: must be above 0; got 0. The default is 0.0001."),
         ({"learning_rate": "fast"}, "learning_rate: must be a number; got 'fast'. The default is 0.0001."),
         ({"learning_rate": float("nan")}, "learning_rate: must be a finite number; got nan. The default is 0.0001."),

@@ -327,7 +327,7 @@ def test_both_mask_modes_arrive(make: Callable[..., Loader]) -> None:
         ({"height": 0}, "height: must be at least 1; got 0."),
         ({"width": -3}, "width: must be at least 1; got -3."),
         ({"batch_size": 0}, "batch_size: must be at least 1; got 0."),
-        ({"num_workers": 0}, "num_workers: must be at least 1; got 0."),
+        ({"num_workers": -1}, "num_workers: must be at least 0; got -1."),
         ({"seed": -1}, "seed: must be at least 0; got -1."),
         ({"world_size": 0}, "world_size: must be at least 1; got 0."),
         ({"rank": 2, "world_size": 2}, "rank: must be below world_size, 2; got 2."),

@@ -272,7 +272,7 @@ def test_what_cannot_be_checked_ends_with_status_2(data, tmp_path, capsys, monke
         ([data], f"{data / 'val_masks'}: no such folder of masks"),
         ([tmp_path / "nothing"], f"{tmp_path / 'nothing'}: must hold train_images, train_masks"),
         (["a", "b", "c"], "check: must be given one folder"),
-        ([data, "--num-workers", 0], "num_workers: must be at least 1; got '0'"),
+        ([data, "--num-workers", -1], "num_workers: must be at least 0; got '-1'"),
     ):
         assert run(*arguments) == 2
         assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastseg: {sentence}")

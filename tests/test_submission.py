@@ -292,6 +292,6 @@ def test_place_that_cannot_be_written_is_named(masks, tmp_path, capsys):
         "",
         [f"fastseg: out: {out} cannot be written (No such file or directory). Give another file."],
     )
-    assert run(capsys, "--masks", masks, "--out", out, "--num-workers", 0)[2] == [
-        "fastseg: num_workers: must be at least 1; got '0'. The default is 2."
+    assert run(capsys, "--masks", masks, "--out", out, "--num-workers", -1)[2] == [
+        "fastseg: num_workers: must be at least 0; got '-1'. The default is 0."
     ]

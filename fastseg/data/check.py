@@ -13,6 +13,7 @@ from fastseg.data.host import decode_file, size_mismatch
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 from fastseg.progress import progress_bar
+from fastseg.threads import count_threads
 
 __all__ = ["Fault", "check_pairs", "check_sets", "find_fault"]
 
@@ -48,18 +49,19 @@ def find_fault(pairs: Pairs, index: int) -> Fault | None:
     return None if mask_size == size else Fault(OTHER_SIZE, size_mismatch(mask_path, mask_size, size))
 
 
-def check_pairs(pairs: Pairs, *, bad_samples: str = "raise", num_workers: int = 2) -> Pairs:
+def check_pairs(pairs: Pairs, *, bad_samples: str = "raise", num_workers: int = 0) -> Pairs:
     """`check_sets` of one set."""
     return check_sets([pairs], bad_samples=bad_samples, num_workers=num_workers)[0]
 
 
-def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers: int = 2) -> list[Pairs]:
+def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers: int = 0) -> list[Pairs]:
     """Look at every file before training begins, and report all that is wrong together.
 
     Args:
         sets: such as the training and the validation pairs.
         bad_samples: "raise" refuses the data set, saying how many pairs are wrong in which way and naming the first;
             "skip" leaves them out and names each.
+        num_workers: threads; 0: one a core.
 
     Returns:
         Of each set the pairs that can be used.
@@ -69,7 +71,7 @@ def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers
     """
     places = [(pairs, index) for pairs in sets for index in range(len(pairs))]
     faults: dict[int, Fault] = {}
-    with progress_bar() as bar, ThreadPoolExecutor(num_workers) as pool:
+    with progress_bar() as bar, ThreadPoolExecutor(count_threads(num_workers)) as pool:
         task = bar.add_task("checking files", total=len(places))
         for place, fault in enumerate(pool.map(lambda place: find_fault(*place), places)):
             if fault is not None:

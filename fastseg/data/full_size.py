@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fastseg.data.decode import Size, decode_full_mask
 from fastseg.data.host import decode_file, decode_onto
 from fastseg.data.pairs import Pairs
+from fastseg.threads import count_threads
 
 __all__ = ["FullPair", "decode_full_pairs"]
 
@@ -31,13 +32,15 @@ def decode_full_pairs(
     """Every pair in order, two for each thread decoded or being decoded ahead.
 
     Args:
-        num_workers: threads.
+        num_workers: threads; 0: one a core.
         photo_size: height and width of the grid onto which photos are decoded; None where they are not wanted.
 
     Yields:
         A future whose result raises DataError, which names the file, where that is damaged: the caller decides whether
         to go on.
     """
+
+    num_workers = count_threads(num_workers)
 
     def decode(index: int) -> FullPair:
         photo = None if photo_size is None else decode_onto(pairs.image_path(index), photo_size)

@@ -27,10 +27,11 @@ from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import MASK_MODES
 from fastseg.errors import ConfigError
+from fastseg.threads import count_threads
 
 __all__ = ["Loader", "epoch_order"]
 
-LEAST = {"height": 1, "width": 1, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 1}
+LEAST = {"height": 1, "width": 1, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 0}
 CHOICES = {
     "decoder": ("auto", "host", "dali"),
     "mask_resize": tuple(MASK_MODES),
@@ -60,7 +61,7 @@ class Loader:
             make equally many steps; in a last batch of fewer pairs than processes some slices are empty.
         device: where batches arrive.
         decoder: "host", "dali", or "auto".
-        num_workers: decoding threads.
+        num_workers: decoding threads; 0: one a core.
         mask_resize: "area" or "nearest".
         cache: "auto", "device", "memory", "disk" or "off".
         cache_dir: of the disk cache; empty: the user's cache folder.
@@ -89,7 +90,7 @@ class Loader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         decoder: str = "auto",
-        num_workers: int = 2,
+        num_workers: int = 0,
         mask_resize: str = "area",
         cache: str = "auto",
         cache_dir: str = "",
@@ -97,6 +98,7 @@ class Loader:
         pin_memory: bool = True,
     ) -> None:
         _check_settings(locals())
+        num_workers = count_threads(num_workers)
         self.pairs = pairs
         self.batch_size = batch_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed

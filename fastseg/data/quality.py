@@ -28,6 +28,7 @@ from fastseg.data.decode import Size
 from fastseg.data.pairs import Matches, group_of, match_masks
 from fastseg.data.survey import Mask, Photo, SetOfFiles, look_at_files
 from fastseg.errors import ConfigError, DataError
+from fastseg.threads import count_threads
 
 __all__ = ["CheckReport", "Finding", "check", "print_report"]
 
@@ -82,7 +83,7 @@ class CheckReport:
         replace_file(path, lambda draft: draft.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8"))
 
 
-def check(*folders: str | os.PathLike[str], num_workers: int = 2, copies: bool = True) -> CheckReport:
+def check(*folders: str | os.PathLike[str], num_workers: int = 0, copies: bool = True) -> CheckReport:
     """Find what is wrong with a data set; reads and decodes every file once.
 
     Errors are files that cannot be decoded, masks of more than two values or of another size than their image, images
@@ -92,7 +93,7 @@ def check(*folders: str | os.PathLike[str], num_workers: int = 2, copies: bool =
     Args:
         folders: one that holds `train_images`, `train_masks`, `val_images`, `val_masks` (or `images`, `masks`); or
             images and masks; or images and masks of training, then of validation.
-        num_workers: threads.
+        num_workers: threads; 0: one a core.
         copies: whether to look for photos that look alike; needs ImageHash.
 
     Returns:
@@ -103,7 +104,7 @@ def check(*folders: str | os.PathLike[str], num_workers: int = 2, copies: bool =
         DataError: a folder is missing or holds no images or no masks.
     """
     began = time.perf_counter()
-    num_workers = Config(num_workers=num_workers).num_workers
+    num_workers = count_threads(Config(num_workers=num_workers).num_workers)
     if copies:
         need_imagehash()
     parts = [SetOfFiles(name, match_masks(*both)) for name, both in _find_layout(folders).items()]
