@@ -30,6 +30,7 @@ from fastseg.augment import augment, sample_params
 from fastseg.config import Config
 from fastseg.graphs import record_graphs
 from fastseg.losses import bce_dice_loss
+from fastseg.memory import keep_freed_memory
 from fastseg.recipe import make_optimizer
 from fastseg.runtime import Runtime, choose_runtime
 from fastseg.unet import UNet
@@ -162,6 +163,8 @@ def measure_way(way: str, config: Config, runtime: Runtime) -> dict[str, Any]:
     item = torch.finfo(runtime.dtype).bits // 8
     traffic = 1e3 * floor_bytes(config.base_channels, config.depth, batch, item) / copy_bytes_per_s(device)
     synchronise(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     began = time.perf_counter()
     step = make_step(config, runtime, way)
     step()

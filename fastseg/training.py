@@ -25,6 +25,7 @@ from fastseg.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastseg.config import Config, as_config
 from fastseg.distributed import any_process, process_group, sum_over_processes
 from fastseg.errors import FastsegError
+from fastseg.memory import freed_memory_kept
 from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
 from fastseg.recipe import learning_rate, small_steps, training_loss, training_size, update_average
@@ -105,7 +106,7 @@ def train(
         open_run_dir(run)
         board = open_board(config, run.epoch) if runtime.rank == 0 else None
         run.clock["start-up"] = time.perf_counter() - started
-        with _stop_on_signal(run):
+        with _stop_on_signal(run), freed_memory_kept(runtime.device):
             while not run.stop and not _is_finished(run):
                 _train_epoch(run)
                 if not run.stop:

@@ -1,0 +1,45 @@
+"""What is freed stays for the next step; counted by the kernel, in processes of their own."""
+
+import ctypes
+import resource
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource, sys
+from pathlib import Path
+import torch
+from fastseg.memory import freed_memory_kept
+
+def resident_mib():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+def steps():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        blocks = [torch.ones(2**25 + 1, dtype=torch.uint8) for _ in range(4)]  # 128 MiB, above glibc's own limit
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+start = resident_mib()
+with freed_memory_kept(torch.device(sys.argv[1])):
+    steps()
+    faults, held = steps(), resident_mib() - start
+print(faults, held, resident_mib() - start)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_memory_is_kept_while_asked_for_and_goes_back():
+    def faults_and_mib(device):
+        done = subprocess.run([sys.executable, "-c", PROGRAM, device], capture_output=True, text=True, check=True)
+        return [float(value) for value in done.stdout.split()]
+
+    kept, held, left = faults_and_mib("cpu")
+    untouched, _, _ = faults_and_mib("cuda")
+    pages = 10 * 2**27 / resource.getpagesize()
+    assert kept < 0.01 * pages < 0.5 * pages < untouched
+    assert held > 100
+    assert left < 20
