@@ -28,6 +28,7 @@ from fastseg.data.loader import Loader
 from fastseg.data.pairs import find_pairs
 from fastseg.errors import ConfigError, DataError
 from fastseg.losses import bce_dice_loss
+from fastseg.memory import freed_memory_kept
 from fastseg.metrics import Scores
 from fastseg.progress import progress_bar
 from fastseg.report import Outlined, draw_worst, versions
@@ -123,7 +124,8 @@ def evaluate(
         bad_samples=config.bad_samples,
         pin_memory=config.pin_memory,
     )
-    tally = _score_pairs(runtime.place(model), loader, runtime, config, full_size, refine, folder is not None)
+    with freed_memory_kept(runtime.device):
+        tally = _score_pairs(runtime.place(model), loader, runtime, config, full_size, refine, folder is not None)
     scores = _summarise(tally, full_size, pairs.image_dir)
     if folder is not None:
         about = {

@@ -30,6 +30,7 @@ from fastseg.data.decode import Size, decode_image
 from fastseg.data.host import decode_file
 from fastseg.distributed import gather_over_processes, place_in_group, process_group
 from fastseg.errors import ConfigError, DataError
+from fastseg.memory import freed_memory_kept
 from fastseg.photo_results import Plan, Row, broken_row, find_results, write_results, write_table
 from fastseg.photos import MASK, Photo, find_photos, open_folders
 from fastseg.progress import progress_bar
@@ -149,7 +150,8 @@ def predict(
         forward = partial(_logits, runtime.place(model), runtime, tta == "flip")
         started = time.perf_counter()
         clock["start-up"] = started - began
-        mine = _predict_all(photos[rank::world_size], plan, config, forward, clock, shown=rank == 0)
+        with freed_memory_kept(runtime.device):
+            mine = _predict_all(photos[rank::world_size], plan, config, forward, clock, shown=rank == 0)
         rows: list[Any] = [None] * len(photos)
         for other, theirs in enumerate(gather_over_processes(mine)):
             rows[other::world_size] = theirs
