@@ -222,6 +222,7 @@ def main() -> None:
         print(row.describe(), file=sys.stderr)
         try:
             rows.append(measure_row(row, pairs, device, exact.float(), options))
+            print(rows[-1], file=sys.stderr)
         except RuntimeError as error:  # wrong pixels, or DALI refuses the setting
             missing[row.describe()] = one_line(error)
     columns = ("pairs_per_s", "cpu_cores", "pairs_per_s_beside_training", "training_loss_pct", "error")

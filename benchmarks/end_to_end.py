@@ -136,6 +136,7 @@ def main() -> None:
         for way in ways:
             print(f"{way}: fastseg train on {options.pairs - val_count} + {val_count} pairs", file=sys.stderr)
             rows.append(train(folder, way, options))
+            print(json.dumps(rows[-1]), file=sys.stderr)
     print(
         f"\n{options.pairs} pairs, {options.channels} channels, {options.epochs} epochs, batch {options.batch_size}; "
     )

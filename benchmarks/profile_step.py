@@ -36,7 +36,7 @@ from fastseg.runtime import Runtime, choose_runtime
 from fastseg.unet import UNet
 
 HEIGHT, WIDTH = 160, 240
-WARM_UP, STEPS = 5, 10
+WARM_UP, STEPS, PAIRS = 5, 10, 640  # steps of a measurement, fewer where they would be more pairs than that
 WAYS = {
     "eager": "compile=off",
     "benchmark": "eager, cuDNN tries its algorithms",
@@ -47,22 +47,25 @@ WAYS = {
 }
 MODES = {"compile": None, "compile_graphs": "reduce-overhead", "max_autotune": "max-autotune-no-cudagraphs"}
 NEED_GPU = ("graphs", "compile_graphs")
-KINDS = {  # the first whose word stands in the operation's name
-    "convolution": ("conv", "cudnn", "xmma", "cutlass", "gemm", "mkldnn"),
-    "batch norm": ("batch_norm", "batchnorm", "bn_"),
-    "pooling": ("pool",),
-    "concatenation": ("cat",),
-    "optimizer": ("adam", "foreach", "multi_tensor"),
-    "fused by torch.compile": ("triton", "cpp_fused"),
-    "ReLU": ("relu", "threshold", "clamp_min"),
-    "copies and casts": ("copy", "_to", "memcpy", "contiguous", "fill", "memset", "zero", "nchw", "nhwc"),
-}
+KINDS = (  # the first line one of whose words stands in the operation's or kernel's name
+    ("convolution", ("triton_tem",)),  # a template of max-autotune
+    ("fused by torch.compile", ("triton", "cpp_fused")),
+    ("batch norm", ("batch_norm", "batchnorm", "bn_fw", "bn_bw")),
+    ("layout changes", ("nchwtonhwc", "nhwctonchw")),
+    ("convolution", ("conv", "cudnn", "xmma", "implicit_gemm", "cutlass_tensorop", "mkldnn")),
+    ("matrix products", ("gemm", "gemv", "nvjet", "cutlass", "bmm")),
+    ("pooling", ("pool",)),
+    ("concatenation", ("catarray", "aten::cat")),
+    ("optimizer", ("adam", "foreach", "multi_tensor")),
+    ("ReLU", ("relu", "threshold", "clamp_scalar", "clamp_min")),
+    ("copies and casts", ("copy", "_to", "memcpy", "contiguous", "fill", "memset", "zero")),
+)
 
 
 def kind_of(name: str) -> str:
     """What an operation or kernel belongs to, by its name."""
     name = name.lower()
-    return next((kind for kind, words in KINDS.items() if any(word in name for word in words)), "the rest")
+    return next((kind for kind, words in KINDS if any(word in name for word in words)), "the rest")
 
 
 def make_step(config: Config, runtime: Runtime, way: str) -> Any:
@@ -92,27 +95,27 @@ def make_step(config: Config, runtime: Runtime, way: str) -> Any:
     return step
 
 
-def time_steps(step: Any, device: torch.device) -> float:
-    """Milliseconds of a step, the median of as many as are profiled; the host is not waited for in between."""
+def time_steps(step: Any, steps: int, device: torch.device) -> float:
+    """Milliseconds of a step, the median of three times `steps`; the device is not waited for in between."""
     for _ in range(WARM_UP):
         step()
     found = []
     for _ in range(3):
         synchronise(device)
         started = time.perf_counter()
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
         synchronise(device)
-        found.append(1e3 * (time.perf_counter() - started) / STEPS)
+        found.append(1e3 * (time.perf_counter() - started) / steps)
     return median(found)
 
 
-def profile_steps(step: Any, device: torch.device) -> dict[str, float]:
+def profile_steps(step: Any, steps: int, device: torch.device) -> dict[str, float]:
     """Milliseconds of a step by kind: of kernels on a GPU, of operations on a CPU."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as profiler:
-        for _ in range(STEPS):
+        for _ in range(steps):
             step()
         synchronise(device)
     found: dict[str, float] = defaultdict(float)
@@ -120,7 +123,7 @@ def profile_steps(step: Any, device: torch.device) -> dict[str, float]:
         if on_gpu and (event.device_type == torch.autograd.DeviceType.CPU or event.is_user_annotation):
             continue  # the kernels that it started are counted themselves
         spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found[kind_of(event.key)] += spent / 1e3 / STEPS
+        found[kind_of(event.key)] += spent / 1e3 / steps
     return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
@@ -162,7 +165,8 @@ def measure_way(way: str, config: Config, runtime: Runtime) -> dict[str, Any]:
     arithmetic = 1e3 * flops / matmul_flops_per_s(device, runtime.dtype)
     item = torch.finfo(runtime.dtype).bits // 8
     traffic = 1e3 * floor_bytes(config.base_channels, config.depth, batch, item) / copy_bytes_per_s(device)
-    synchronise(device)
+    torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 3, 3, device=device))
+    synchronise(device)  # cuDNN has started
     if device.type == "cpu":
         keep_freed_memory()
     began = time.perf_counter()
@@ -170,8 +174,9 @@ def measure_way(way: str, config: Config, runtime: Runtime) -> dict[str, Any]:
     step()
     synchronise(device)
     first_step = time.perf_counter() - began
-    wall = time_steps(step, device)
-    kinds = profile_steps(step, device)
+    steps = max(3, min(STEPS, PAIRS // batch))
+    wall = time_steps(step, steps, device)
+    kinds = profile_steps(step, steps, device)
     return {
         "row": f"batch {batch}, {runtime.describe}, {way}: {WAYS[way]}",
         "way": way,
@@ -220,7 +225,7 @@ def main() -> None:
         config = Config(base_channels=options.channels, batch_size=batch, device=options.device)
         for way in ways:
             with tempfile.TemporaryDirectory() as folder:
-                os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+                os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
                 rows.append(measure_way(way, config, choose_runtime(config)))
             torch.compiler.reset()
             print_row(rows[-1])

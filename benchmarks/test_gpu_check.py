@@ -11,6 +11,7 @@ import dali_knobs
 import end_to_end
 import gpu_check
 import numpy as np
+import profile_step
 import pytest
 import torch
 
@@ -36,6 +37,25 @@ def test_every_flag_of_a_step_exists(name: str) -> None:
     flags = {argument for argument in arguments if argument.startswith("--")}
     assert flags
     assert flags <= set(re.findall(r"--[a-z-]+", usage))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
+        ("void cudnn::bn_fw_tr_1C11_kernel_NHWC<__nv_bfloat16, float, int, 512>", "batch norm"),
+        ("void cudnn::ops::nchwToNhwcKernel<float, __half, float, false, true>", "layout changes"),
+        ("void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::BFloat16>", "pooling"),
+        ("void at::native::(anonymous namespace)::CatArrayBatchedCopy_vectorized", "concatenation"),
+        ("triton_poi_fused_convolution_relu_5", "fused by torch.compile"),
+        ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy HtoD (Pinned -> Device)", "copies and casts"),
+        ("void at::native::scatter_kernel", "the rest"),
+    ],
+)
+def test_kernels_are_what_their_names_say(kernel: str, kind: str) -> None:
+    assert profile_step.kind_of(kernel) == kind
 
 
 def test_the_steps_take_eight_minutes_at_most() -> None:

@@ -231,7 +231,9 @@ def test_one_racer_that_fails_costs_nothing(
 
 def test_rows_that_begin_elsewhere_are_refused(setting: trainers.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"tutorial": 0.7, "loader": 0.7, "fastseg": 0.701, "smp": 1.2}
-    monkeypatch.setattr(training, "in_fresh_process", lambda function, name, _: {"exact_loss": losses[name]})
+    monkeypatch.setattr(
+        training, "in_fresh_process", lambda function, name, _: {"exact_loss": losses[name], "pairs_per_s": [1.0]}
+    )
     missing: dict[str, str] = {}
     runs = training.measure_all(list(losses), setting, 1, missing)
     assert list(runs) == ["tutorial", "loader", "smp"]

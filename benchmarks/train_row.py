@@ -42,6 +42,7 @@ def run_row(name: str, setting: Setting) -> dict[str, Any]:
     compile_s = trainer.compile_s + checked.pop("seconds") + sum(warm) - (1 + len(warm)) * min(warm)
     _begin_again(trainer, *first)
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     epochs = [time_epoch(trainer) for _ in range(run.config.num_epochs)]
     dice = score_batches(run.model.eval(), run.val_loader, run.runtime)["dice"]
@@ -169,7 +170,7 @@ def _peak_gib(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> float:
     """Of the device's memory while training; on a CPU of this process and its workers, in steps of their own."""
     device = trainer.run.runtime.device
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_reserved(device) / 2**30  # what a graph works in counts as reserved only
     with PeakMemory() as memory:
         _time_resident(trainer, batch, 2)
     return memory.mib / 1024

@@ -82,7 +82,7 @@ def best_workers(names: list[str], setting: Setting) -> dict[str, int]:
     if not wanted:
         return {}
     print("workers of the peers' DataLoader", file=sys.stderr)
-    candidates = sorted({1, 2, cores() // 2, cores()} - {0})
+    candidates = sorted({max(1, cores() // 2), cores()})
     some = setting.train_pairs.subset(range(min(256, len(setting.train_pairs))))
     return dict.fromkeys(wanted, in_fresh_process(search_workers, setting.reader, candidates, some))
 
@@ -104,6 +104,7 @@ def measure_all(
                     if name != "smp" and abs(run["exact_loss"] / exact_loss - 1) > SAME_LOSS:
                         raise ValueError(f"other weights or another batch: exact loss {run['exact_loss']}")
                     runs[name].append(run)
+                    print(f"{name}: {median(run['pairs_per_s']):.1f} pairs/s", file=sys.stderr)
                 except FAILURES as error:
                     missing[name] = one_line(error)
                     del runs[name]
@@ -207,7 +208,9 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join([*WATERFALL, *PEERS]), help="default: all of %(default)s")
     parser.add_argument("--repeat", type=int, default=3, help="processes a row; default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="resident against real data; default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="decoding threads or processes; default: %(default)s")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), help="decoding threads or processes; default: the cores, %(default)s"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda; default: %(default)s")
     parser.add_argument("--no-compile", action="store_true", help="leave the rows after fastseg out")
     parser.add_argument("--time-to-dice", type=float, metavar="DICE", help="measure the seconds to this Dice instead")

@@ -83,7 +83,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
 
     Args:
         size: the photo's own, (height, width), as displayed.
-        logits: (1, h, w) float32, on any device.
+        logits: (1, h, w) float32, on the CPU.
 
     Raises:
         DataError: a file cannot be written.
@@ -91,7 +91,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
     try:
         if plan.refine != "none":
             pixels = torch.from_numpy(decode_onto(photo.path, guide_size(*plan.cells)))
-            logits = refine(logits[None], pixels[None].to(logits.device), size, plan.refine)[0]
+            logits = refine(logits[None], pixels[None], size, plan.refine)[0]
         mask, probability = _at_full_size(logits, size, plan)
         files = {MASK[plan.mask_format]: ENCODE_MASK[plan.mask_format](mask)}
         if probability is not None:
@@ -107,13 +107,10 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
 
 def _at_full_size(logits: Tensor, size: Size, plan: Plan) -> tuple[NDArray[np.bool_], NDArray[np.uint8] | None]:
     """The mask (H, W), and the probability (H, W) 0..255 if it is wanted, of one photo's logits (1, h, w)."""
-    if logits.device.type == "cpu" and not plan.probabilities:
+    if not plan.probabilities:
         return cut_logits(logits[0].numpy(), *size), None
     full = upsample_logits(logits[None], *size)
-    mask = (full[0, 0] > 0).cpu().numpy()
-    if not plan.probabilities:
-        return mask, None
-    return mask, full[0, 0].sigmoid().mul_(255).round_().to(torch.uint8).cpu().numpy()
+    return (full[0, 0] > 0).numpy(), full[0, 0].sigmoid().mul_(255).round_().to(torch.uint8).numpy()
 
 
 def _overlay(photo: Photo, mask: NDArray[np.bool_]) -> bytes:

@@ -257,16 +257,14 @@ def _through_network(
 
 
 def _logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: list[NDArray[np.uint8]]) -> Tensor:
-    """(B, 1, h, w) float32 on the device, finished: the threads that take them must not wait for the network."""
+    """(B, 1, h, w) float32 on the CPU, where threads make masks of them."""
     with torch.inference_mode(), runtime.autocast():
         images = torch.from_numpy(np.stack(pixels)).to(runtime.device)
         inputs, _ = normalise(images, images[..., 0])  # there are no masks to normalise
         logits = model(inputs).float()
         if flip:
             logits = (logits + model(inputs.flip(3)).float().flip(3)) / 2
-    if runtime.device.type == "cuda":
-        torch.cuda.synchronize(runtime.device)
-    return logits
+    return logits.cpu()
 
 
 def _write(item: Row | tuple[Photo, Size, Tensor], plan: Plan) -> Row:

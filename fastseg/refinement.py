@@ -5,13 +5,13 @@ linear model of the colours in every window), and mean-field inference in a cond
 colour ask each other for their label). Both work on a grid finer than the network's cells and coarser than the photo,
 to which a JPEG is decoded at a fraction of the cost of all its pixels; what they return is upsampled as cells are.
 
-The constants were chosen on training photos of 1918x1280 and a network of 240x160: `python benchmarks/refine.py`.
+It is done on the CPU, where each thread refines a photo; a GPU has the network. The constants were chosen on training
+photos of 1918x1280 and a network of 240x160: `python benchmarks/refine.py`.
 """
 
 import numpy as np
 import torch
 from kornia.filters import guided_blur
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastseg.data.decode import Size
@@ -42,8 +42,8 @@ def refine(logits: Tensor, photos: Tensor, size: Size, method: str) -> Tensor:
     """Logits corrected by the photos; the threshold stays 0.
 
     Args:
-        logits: (B, 1, h, w), any float dtype, as the network gives them.
-        photos: (B, H, W, 3) uint8, on the same device, decoded onto a grid of `guide_size` by `decode_image`.
+        logits: (B, 1, h, w), any float dtype, on the CPU.
+        photos: (B, H, W, 3) uint8, decoded onto a grid of `guide_size` by `decode_image`.
         size: height and width of the photos before that, by which both grids know what they cover.
         method: "none" returns the logits; "guided" is `guided_filter`, "crf" is `mean_field_crf`.
 
@@ -84,8 +84,7 @@ def guided_filter(probability: Tensor, photo: Tensor, *, radius: int = 6, eps: f
 
     Source: He et al. 2010, Guided image filtering.
     """
-    with torch.backends.cudnn.flags(enabled=False):  # TF32 would lose the variances, which are differences of means
-        return guided_blur(photo, probability, 2 * radius + 1, eps, border_type="replicate").clamp(0, 1)
+    return guided_blur(photo, probability, 2 * radius + 1, eps, border_type="replicate").clamp(0, 1)
 
 
 def mean_field_crf(
@@ -122,7 +121,7 @@ def mean_field_crf(
         colour_sigma: where colours lie in [0, 1].
 
     Returns:
-        (B, 1, H, W) float32, logit of q. Memory: a few copies of the photo, whatever the radius. On the CPU one thread
+        (B, 1, H, W) float32, logit of q. Memory: a few copies of the photo, whatever the radius. One thread
         does it, and q is within 1e-4 of the exact one.
 
     Source: Kraehenbuehl & Koltun 2011, Efficient inference in fully connected CRFs (arXiv:1210.5644), algorithm 1.
@@ -131,40 +130,4 @@ def mean_field_crf(
     squared = down * down + right * right
     by_place = (smoothness * np.exp(-0.5 * squared / smoothness_sigma**2) * (squared > 0)).astype(np.float32)
     by_colour = (appearance * np.exp(-0.5 * squared / appearance_sigma**2) * (squared > 0)).astype(np.float32)
-    if logits.device.type == "cpu":
-        return mean_field_on_host(logits, photos, by_place, by_colour, 255 * colour_sigma, iterations)
-    return _mean_field_on_device(logits, photos, by_place, by_colour, 255 * colour_sigma, iterations)
-
-
-def _mean_field_on_device(
-    logits: Tensor,
-    photos: Tensor,
-    smoothness: NDArray[np.float32],
-    appearance: NDArray[np.float32],
-    colour_sigma: float,
-    iterations: int,
-) -> Tensor:
-    """`mean_field_on_host` in torch's operations."""
-    (height, width), radius = logits.shape[2:], len(smoothness) // 2
-    colours = (photos.permute(0, 3, 1, 2) / colour_sigma).split(1, dim=1)
-    refined = logits
-    for _ in range(iterations):
-        label, message = (refined / 2).tanh(), torch.zeros_like(logits)
-        for down, right in _half_window(min(radius, height - 1), min(radius, width - 1)):
-            here = (..., slice(down, None), slice(max(right, 0), width + min(right, 0)))
-            there = (..., slice(None, height - down), slice(max(-right, 0), width - max(right, 0)))
-            distance = torch.zeros_like(label[here])
-            for colour in colours:
-                difference = colour[here] - colour[there]
-                distance.addcmul_(difference, difference)
-            kernel = distance.mul_(-0.5).exp_().mul_(appearance[radius + down, radius + right].item())
-            kernel.add_(smoothness[radius + down, radius + right].item())
-            message[here].addcmul_(kernel, label[there])
-            message[there].addcmul_(kernel, label[here])  # k_ij = k_ji
-        refined = logits + message
-    return refined
-
-
-def _half_window(down: int, right: int) -> list[tuple[int, int]]:
-    """One of each two opposite offsets (rows, columns) within a window."""
-    return [(y, x) for y in range(down + 1) for x in range(-right, right + 1) if (y, x) > (0, 0)]
+    return mean_field_on_host(logits, photos, by_place, by_colour, 255 * colour_sigma, iterations)

@@ -176,6 +176,8 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
 def compile_network(run: Run) -> None:
     """Compile the forward and backward pass if the steps that remain win back the time it takes, or record them."""
     config, total = run.config, run.total_steps
+    if run.steps_done >= total:
+        return
     choice = choose_compile(config, run.runtime, total - run.steps_done)
     if choice == "on":
         # Its two sizes at most have their own code. Who has time to compile has time to try cuDNN's algorithms too.

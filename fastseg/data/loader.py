@@ -109,6 +109,8 @@ class Loader:
         self._epoch, self._step = 0, 0
         on_gpu = self.device.type == "cuda"
         self._pin_memory = pin_memory and on_gpu
+        # One stream for all epochs: torch keeps freed memory by stream, and would take more for each new one.
+        self._copying = torch.cuda.Stream(self.device) if on_gpu else None
         name, reason = _choose_decoder(decoder, on_gpu)
         said_at = logging.INFO if shuffle else logging.DEBUG  # validation's choices are those of training, said there
         log.log(said_at, "decoder: %s (%s)", name, reason)
@@ -221,10 +223,10 @@ class Loader:
 
     def _on_device(self, batches: Generator[Batch, None, None]) -> Iterator[Batch]:
         """Copy each batch to the GPU on a stream of its own, while the step before it runs."""
-        if self.device.type != "cuda":
+        if self._copying is None:
             yield from batches
             return
-        copying = torch.cuda.Stream(self.device)
+        copying = self._copying
         ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
         with contextlib.closing(batches):
             for batch in batches:
