@@ -13,8 +13,10 @@ import torch
 
 __all__ = ["freed_memory_kept", "give_back_memory", "keep_freed_memory"]
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
-DEFAULTS = {M_TRIM_THRESHOLD: 128 * 1024, M_MMAP_MAX: 65536}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
+KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
+# Where glibc's own thresholds arrive in a process that frees large blocks; once set, they no longer move by themselves.
+GIVE_BACK = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 2**16}
 
 
 @contextmanager
@@ -32,12 +34,12 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
 
 def keep_freed_memory() -> None:
     """From now on; does nothing where the C library is not glibc."""
-    _set({M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0})
+    _set(KEEP)
 
 
 def give_back_memory() -> None:
     """Undo `keep_freed_memory`, and give what is free now back to the kernel."""
-    if _set(DEFAULTS):
+    if _set(GIVE_BACK):
         ctypes.CDLL(None).malloc_trim(0)
 
 
