@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fastseg.prediction import PredictResult, predict
     from fastseg.segmenter import Segmenter, load
     from fastseg.submission import decode_rle, encode_rle, write_submission
-    from fastseg.training import TrainResult, train
+    from fastseg.summary import TrainResult
+    from fastseg.training import train
     from fastseg.tuning import TuneResult, tune
     from fastseg.unet import UNet
 
@@ -28,7 +29,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "train": "training",
-    "TrainResult": "training",
+    "TrainResult": "summary",
     "Config": "config",
     "evaluate": "evaluation",
     "predict": "prediction",

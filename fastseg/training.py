@@ -14,14 +14,12 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastseg.augment import augment, sample_params, shrink
-from fastseg.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastseg.checkpoint import save_checkpoint
 from fastseg.config import Config, as_config
 from fastseg.distributed import any_process, process_group, sum_over_processes
 from fastseg.errors import FastsegError
@@ -29,7 +27,6 @@ from fastseg.memory import freed_memory_kept
 from fastseg.metrics import score_batches
 from fastseg.progress import progress_bar
 from fastseg.recipe import learning_rate, small_steps, training_loss, training_size, update_average
-from fastseg.report import draw_curves, draw_overlay, versions
 from fastseg.run import (
     Run,
     build_run,
@@ -42,32 +39,15 @@ from fastseg.run import (
     save_last,
 )
 from fastseg.runtime import check_compile, choose_runtime, cudnn_left_as_it_was
+from fastseg.summary import FIRST_STEPS, TrainResult, draw_run_overlay, finish
 from fastseg.tensorboard import find_writer, open_board, write_epoch
 
-__all__ = ["TrainResult", "train"]
+__all__ = ["train"]
 
 LOG_SECONDS = 0.5  # between looks at the loss: each makes the host wait for the device
-FIRST_STEPS = "first step of each size"  # a part of the time, on its own because it compiles and chooses kernels
 AGREE_STEPS = 20  # between the steps at which several processes agree whether to stop
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run reached. Scores are of the best epoch, on validation masks at the training size.
-
-    A run that was interrupted before its first epoch ended has `best_epoch` 0 and scores of nan.
-    """
-
-    run_dir: Path
-    val_dice: float  # mean over images
-    val_iou: float
-    best_epoch: int  # counted from 1
-    pairs_per_s: float  # training only, decoding included
-    seconds: float  # of this call
-    interrupted: bool  # by Ctrl-C or SIGTERM; the same call goes on where it stopped
-    history: list[dict[str, Any]]  # one entry an epoch, as in metrics.jsonl
 
 
 def train(
@@ -112,7 +92,7 @@ def train(
                 if not run.stop:
                     _validate(run)
                     if board:
-                        write_epoch(board, run.history[-1], _draw_overlay(run, run.scored_model))
+                        write_epoch(board, run.history[-1], draw_run_overlay(run, run.scored_model))
                     if after_epoch and any_process(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("ended after epoch %d, as asked", run.epoch)
                         break
@@ -121,7 +101,7 @@ def train(
         if run.stop:
             save_last(run)
             log.info("stopped in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
-        return _finish(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
+        return finish(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
 
 def _is_finished(run: Run) -> bool:
@@ -274,55 +254,3 @@ def _stop_on_signal(run: Run) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _draw_overlay(run: Run, model: nn.Module) -> Path:
-    path = run.config.run_dir / "overlay.png"
-    usable = run.val_loader.pairs.without(run.val_loader.bad.found)
-    draw_overlay(model.eval(), usable, run.config, run.runtime, path)
-    return path
-
-
-def _finish(run: Run, left_out: list[str]) -> TrainResult:
-    """Draw the pictures, write the summary and say in a paragraph how it went; from the best epoch's weights."""
-    folder, best = run.config.run_dir, run.best
-    for loader in (run.train_loader, run.val_loader):
-        left_out += [loader.pairs.images[index] for index in loader.bad.found]
-    began = time.perf_counter()
-    if run.history and run.runtime.rank == 0:
-        load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
-        draw_curves(run.history, folder / "curves.png")
-        _draw_overlay(run, run.model)
-    run.clock["pictures"] = time.perf_counter() - began
-    stepping = sum(run.clock[part] for part in ("steps", FIRST_STEPS, "waiting for data"))
-    result = TrainResult(
-        run_dir=folder,
-        val_dice=best["val_dice"],
-        val_iou=best["val_iou"],
-        best_epoch=best["epoch"],
-        pairs_per_s=run.trained_pairs / stepping if stepping else run.history[-1]["pairs_per_s"],
-        seconds=time.perf_counter() - run.started,
-        interrupted=run.stop,
-        history=run.history,
-    )
-    summary = {
-        **{name: value for name, value in asdict(result).items() if name not in ("history", "run_dir")},
-        "val_dice_pixels": best["val_dice_pixels"],
-        "val_iou_pixels": best["val_iou_pixels"],
-        "epochs": run.epoch,
-        "scored": f"{run.config.image_width}x{run.config.image_height}, mask cells at least half covered",
-        "seconds_by_part": {part: round(seconds, 3) for part, seconds in run.clock.items()},
-        "device": run.runtime.describe,
-        "processes": run.runtime.world_size,
-        "train_pairs": len(run.train_loader.pairs),
-        "val_pairs": len(run.val_loader.pairs),
-        "bad_samples": {"count": len(left_out), "images": left_out[:100]},
-        "versions": versions(),
-    }
-    if run.runtime.rank == 0:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    parts = ", ".join(
-        f"{part} {seconds:.1f} s" for part, seconds in sorted(run.clock.items(), key=lambda item: -item[1])
-    )
-    log.info("%.0f s: %s; trained at %.0f pairs/s", result.seconds, parts, result.pairs_per_s)
-    return result

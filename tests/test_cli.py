@@ -124,7 +124,7 @@ def trained(pairs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes ten times as long as a tiny run."""
     for name in ("draw_curves", "draw_overlay"):
-        monkeypatch.setattr(f"fastseg.training.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"fastseg.summary.{name}", lambda *arguments: None)
 
 
 # Help

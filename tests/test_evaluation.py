@@ -46,7 +46,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 2, "num_epochs": 15}
     with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than all the rest
         for name in ("draw_curves", "draw_overlay"):
-            patch.setattr(f"fastseg.training.{name}", lambda *arguments: None)
+            patch.setattr(f"fastseg.summary.{name}", lambda *arguments: None)
         result = fastseg.train({**folders, **sizes, "device": "cpu", "precision": "fp32", "out_dir": out})
     return result.run_dir / "best.pt"
 
