@@ -1,5 +1,6 @@
 """The command line as its user meets it: flags, results, refusals; and that a refusal writes nothing."""
 
+import contextlib
 import functools
 import importlib.metadata
 import json
@@ -152,9 +153,11 @@ def test_help_names_the_commands(cli):
         assert f"\n    {command} " in out
 
 
-def test_version_is_that_of_the_installed_package(cli):
+def test_version_is_known_in_a_source_tree_and_is_that_of_the_installed_package(cli):
     status, out, _ = cli("--version")
-    assert (status, out) == (0, f"fastseg {importlib.metadata.version('fastseg-dali')}\n")
+    assert (status, out) == (0, f"fastseg {fastseg.__version__}\n")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # in a source tree
+        assert importlib.metadata.version("fastseg-dali") == fastseg.__version__
 
 
 # Flags and files
