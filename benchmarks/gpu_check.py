@@ -25,7 +25,7 @@ from measure import carvana_pairs, machine
 ROOT = Path(__file__).resolve().parents[1]
 LAST = 4000  # characters of what a step said that failed: rows that were ready are among them
 FILES = 256  # different pairs, made before the clock of the first step starts
-MODULES = ("gpu", "decoders", "loader", "prediction", "segmenter")  # that have tests for a GPU
+MODULES = ("gpu", "decoders", "loader", "prediction", "refinement", "segmenter")  # that have tests for a GPU
 
 # name: its share of the seconds, and its command; {out} is the folder
 STEPS: dict[str, tuple[int, list[str]]] = {

@@ -31,7 +31,7 @@ from fastseg.data.pairs import group_of
 from fastseg.metrics import Scores
 from fastseg.progress import progress_bar
 from fastseg.refinement import METHODS, guide_size, refine
-from fastseg.upsample import cut_logits, upsample_logits
+from fastseg.upsample import cut_logits
 
 PACKAGES = ("kornia", "matplotlib")
 TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}
@@ -62,9 +62,9 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
         task = bar.add_task(Path(path).parent.name, total=len(pairs))
         for index, (image, mask, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
             inputs, _ = normalise(image.to(device), mask.to(device))
-            logits = model(inputs).float()
+            logits = model(inputs).float().cpu()  # masks are made on the CPU
             path = pairs.image_path(index)
-            true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None].to(device)
+            true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None]
             size, masks = (true.shape[1], true.shape[2]), {"true": true}
             for method in METHODS:
                 if index == 0:  # the first call of each is not timed
@@ -72,7 +72,7 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
                 started = time.perf_counter()
                 masks[method] = cut(logits, path, size, method)
                 seconds[method].append(time.perf_counter() - started)
-                dice[method].append(Scores(device).update(masks[method], true).item())
+                dice[method].append(Scores("cpu").update(masks[method], true).item())
                 band[method].append(boundary_iou(masks[method], true).item())
             crops.append(most_differing(pairs.images[index], decode_file(path, decode_full_photo), masks))
             bar.advance(task)
@@ -89,15 +89,11 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
 
 
 def cut(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
-    """(1, H, W) bool, the mask of a photo at its own size, as `fastseg.predict` finds it; waits for the device."""
+    """(1, H, W) bool, the mask of a photo at its own size, as `fastseg.predict` finds it."""
     if method != "none":
         photos = torch.from_numpy(decode_onto(path, guide_size(logits.shape[2], logits.shape[3])))[None]
-        logits = refine(logits, photos.to(logits.device), size, method)
-    if logits.device.type == "cpu":
-        return torch.from_numpy(cut_logits(logits[0, 0].numpy(), *size))[None]
-    mask = upsample_logits(logits, *size)[:, 0] > 0
-    torch.cuda.synchronize()
-    return mask
+        logits = refine(logits, photos, size, method)
+    return torch.from_numpy(cut_logits(logits[0, 0].numpy(), *size))[None]
 
 
 def most_differing(name: str, photo: NDArray[np.uint8], masks: dict[str, Tensor]) -> Crop:

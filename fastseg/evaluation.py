@@ -185,7 +185,7 @@ def _score_full(
     height, width = full.mask.shape
     if full.photo is not None:
         photos = torch.from_numpy(full.photo)[None]
-        logits = refinement.refine(logits.cpu(), photos, (height, width), refine).to(true.device)
+        logits = refinement.refine(logits, photos, (height, width), refine)
     predicted = upsample_logits(logits, height, width)[:, 0] > 0
     dice, band = scores.update(predicted, true).item(), boundary_iou(predicted, true).item()
     return _Row(row.image, row.dice, row.iou, dice, _iou(dice), band), predicted[0].cpu().numpy()

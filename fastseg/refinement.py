@@ -42,14 +42,14 @@ def refine(logits: Tensor, photos: Tensor, size: Size, method: str) -> Tensor:
     """Logits corrected by the photos; the threshold stays 0.
 
     Args:
-        logits: (B, 1, h, w), any float dtype, on the CPU.
+        logits: (B, 1, h, w), any float dtype, on any device.
         photos: (B, H, W, 3) uint8, decoded onto a grid of `guide_size` by `decode_image`.
         size: height and width of the photos before that, by which both grids know what they cover.
         method: "none" returns the logits; "guided" is `guided_filter`, "crf" is `mean_field_crf`.
 
     Returns:
-        (B, 1, H, W) float32, for `upsample_logits` or `cut_logits`; the logits themselves if the method is "none". Each
-        image is refined as if it were alone.
+        (B, 1, H, W) float32 on the logits' device, for `upsample_logits` or `cut_logits`; the logits themselves if the
+        method is "none". Each image is refined as if it were alone.
 
     Raises:
         ValueError: the method is unknown, shapes or dtype differ, or the photos are coarser than the logits.
@@ -64,10 +64,12 @@ def refine(logits: Tensor, photos: Tensor, size: Size, method: str) -> Tensor:
     grid = (photos.shape[1], photos.shape[2])
     if len(photos) != len(logits) or grid[0] < logits.shape[2] or grid[1] < logits.shape[3]:
         raise ValueError(f"photos must be as many as logits, and no coarser; got {shapes}")
-    fine = upsample_logits(logits.float(), *size, onto=grid)
+    fine, photos = upsample_logits(logits.float().cpu(), *size, onto=grid), photos.cpu()
     if method == "guided":
-        return guided_filter(fine.sigmoid(), photos.permute(0, 3, 1, 2).float() / 255).logit(NEAR_CERTAIN)
-    return mean_field_crf(fine, photos)
+        refined = guided_filter(fine.sigmoid(), photos.permute(0, 3, 1, 2).float() / 255).logit(NEAR_CERTAIN)
+    else:
+        refined = mean_field_crf(fine, photos)
+    return refined.to(logits.device)
 
 
 def guided_filter(probability: Tensor, photo: Tensor, *, radius: int = 6, eps: float = 1e-4) -> Tensor:

@@ -241,3 +241,13 @@ def test_what_cannot_be_refined_is_refused():
     for wrong in (photos[:, :3], photos[:, :, :5], torch.cat([photos, photos])):
         with pytest.raises(ValueError, match="photos must be as many"):
             refine(logits, wrong, (80, 120), "guided")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_of_a_gpu_are_refined_as_those_of_the_cpu(method):
+    photo, mask = car(958, 640, centre=0.75)
+    logits, guide = coarse_logits(mask, 80, 120), guides(photo, 80, 120)
+    there = refine(logits.cuda(), guide.cuda(), (640, 958), method)
+    assert there.device.type == "cuda"
+    assert torch.equal(there.cpu(), refine(logits, guide, (640, 958), method))
