@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from measure import describe, machine, median, print_table, report, spread, time_in_turn
 
-from fastseg.augment import AugmentParams, augment, sample_params
 from fastseg.config import Config
+from fastseg.training.augment import AugmentParams, augment, sample_params
 
 PACKAGES = ("kornia", "albumentations", "opencv-python-headless")
 STRENGTHS = {"rotation": 5.0, "translation": 0.05, "scale": 0.1, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1}

@@ -23,17 +23,17 @@ from measure import carvana_pairs, cores, describe, machine, one_line, print_tab
 from torch import Tensor
 
 import fastseg
-from fastseg.augment import normalise
 from fastseg.config import Config
 from fastseg.data.batch import Batch
 from fastseg.data.dali import DaliDecoder
 from fastseg.data.decode import image_size
 from fastseg.data.host import HostDecoder
 from fastseg.data.loader import epoch_order
-from fastseg.losses import bce_dice_loss
-from fastseg.recipe import make_optimizer
-from fastseg.runtime import choose_runtime
-from fastseg.unet import UNet
+from fastseg.network.losses import bce_dice_loss
+from fastseg.network.unet import UNet
+from fastseg.runtime.device import choose_runtime
+from fastseg.training.augment import normalise
+from fastseg.training.recipe import make_optimizer
 
 HEIGHT, WIDTH, BATCH_SIZE = 160, 240, 16
 TOLERANCE = 2.0  # mean grey levels between a row's pictures and the host decoder's

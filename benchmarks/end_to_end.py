@@ -23,7 +23,7 @@ from typing import Any
 from measure import carvana_pairs, describe, machine, print_table, report
 
 import fastseg
-from fastseg.runtime import choose_device
+from fastseg.runtime.device import choose_device
 
 WAYS = {"eager": "off", "graphs": "graphs", "cold": "on", "warm": "on", "auto": "auto"}  # and its `compile`
 VAL_SHARE = 0.1

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import fastseg
 from fastseg.config import Config
-from fastseg.losses import bce_loss
-from fastseg.runtime import Runtime, choose_runtime
+from fastseg.network.losses import bce_loss
+from fastseg.runtime.device import Runtime, choose_runtime
 
 HEIGHT, WIDTH = 160, 240
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -26,14 +26,14 @@ from measure import describe, machine, median, print_table, report
 from torch.profiler import ProfilerActivity, profile
 
 import fastseg
-from fastseg.augment import augment, sample_params
 from fastseg.config import Config
-from fastseg.graphs import record_graphs
-from fastseg.losses import bce_dice_loss
-from fastseg.memory import keep_freed_memory
-from fastseg.recipe import make_optimizer
-from fastseg.runtime import Runtime, choose_runtime
-from fastseg.unet import UNet
+from fastseg.network.losses import bce_dice_loss
+from fastseg.network.unet import UNet
+from fastseg.runtime.device import Runtime, choose_runtime
+from fastseg.runtime.memory import keep_freed_memory
+from fastseg.training.augment import augment, sample_params
+from fastseg.training.compile import record_graphs
+from fastseg.training.recipe import make_optimizer
 
 HEIGHT, WIDTH = 160, 240
 WARM_UP, STEPS, PAIRS = 5, 10, 640  # steps of a measurement, fewer where they would be more pairs than that

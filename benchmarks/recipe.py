@@ -21,8 +21,8 @@ from loader import in_fresh_process
 from measure import describe, machine, print_table, report
 
 import fastseg
-import fastseg.recipe
-from fastseg.losses import bce_loss, dice_loss
+import fastseg.training.recipe
+from fastseg.network.losses import bce_loss, dice_loss
 
 STEPS = 240
 FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # row: what it is, fields that differ
@@ -30,8 +30,8 @@ FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # row: what it is, fields tha
     "no_resizing": ("all steps at full size, as much work", {"progressive_resizing": 0.0}),
     "resizing_50": ("half of the steps at half the size, as much work", {"progressive_resizing": 0.5}),
     "ema": ("running average of the weights, decay 0.98", {"ema_decay": 0.98}),
-    "peak_low": ("peak of the learning rate 1e-3", {"learning_rate": 1e-3 / fastseg.recipe.PEAK}),
-    "peak_high": ("peak of the learning rate 6e-3", {"learning_rate": 6e-3 / fastseg.recipe.PEAK}),
+    "peak_low": ("peak of the learning rate 1e-3", {"learning_rate": 1e-3 / fastseg.training.recipe.PEAK}),
+    "peak_high": ("peak of the learning rate 6e-3", {"learning_rate": 6e-3 / fastseg.training.recipe.PEAK}),
     "hard_targets": ("targets 0 or 1 by the cell's centre", {"mask_resize": "nearest"}),
     "no_flip": ("no flips", {"flip": 0.0}),
     "no_augmentation": (
@@ -68,12 +68,12 @@ def _optimizer_that_clips(config: fastseg.Config, model: torch.nn.Module) -> tor
     return optimizer
 
 
-MAKE_OPTIMIZER = fastseg.recipe.make_optimizer
+MAKE_OPTIMIZER = fastseg.training.recipe.make_optimizer
 PATCHES: dict[str, tuple[str, Any]] = {  # row: name of a function as training sees it, and what takes its place
-    "bce": ("fastseg.training.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
-    "dice": ("fastseg.training.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
-    "clip": ("fastseg.run.make_optimizer", _optimizer_that_clips),
-    "constant": ("fastseg.training.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
+    "bce": ("fastseg.training.loop.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
+    "dice": ("fastseg.training.loop.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
+    "clip": ("fastseg.training.state.make_optimizer", _optimizer_that_clips),
+    "constant": ("fastseg.training.loop.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
 }
 
 
@@ -91,7 +91,7 @@ def run_row(row: str, data: str, channels: int, seed: int) -> dict[str, Any]:
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))
         steps = steps_for(row, fastseg.Config().progressive_resizing)
         config = config.replace(num_epochs=math.ceil(steps / (pairs // config.batch_size)))
-        target, stand_in = PATCHES.get(row, ("fastseg.recipe.PEAK", fastseg.recipe.PEAK))
+        target, stand_in = PATCHES.get(row, ("fastseg.training.recipe.PEAK", fastseg.training.recipe.PEAK))
         started = time.perf_counter()
         with mock.patch(target, stand_in):
             result = fastseg.train(config)

@@ -22,16 +22,16 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 import fastseg
-from fastseg.augment import normalise
-from fastseg.boundary import BOUNDARY_PIXELS, boundary_iou
-from fastseg.checkpoint import load_model
 from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
 from fastseg.data.host import HostDecoder, decode_file, decode_onto
 from fastseg.data.pairs import group_of
-from fastseg.metrics import Scores
-from fastseg.progress import progress_bar
-from fastseg.refinement import METHODS, guide_size, refine
-from fastseg.upsample import cut_logits
+from fastseg.masks.refine import METHODS, guide_size, refine
+from fastseg.masks.upsample import cut_logits
+from fastseg.network.boundary import BOUNDARY_PIXELS, boundary_iou
+from fastseg.network.checkpoint import load_model
+from fastseg.network.metrics import Scores
+from fastseg.runtime.progress import progress_bar
+from fastseg.training.augment import normalise
 
 PACKAGES = ("kornia", "matplotlib")
 TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}

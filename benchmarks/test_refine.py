@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.checkpoint import build_model, save_checkpoint
+from fastseg.network.checkpoint import build_model, save_checkpoint
 from tests.conftest import write_pair
 
 

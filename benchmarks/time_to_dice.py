@@ -18,7 +18,7 @@ from loader import in_fresh_process
 from measure import median, one_line, print_table
 from trainers import Setting, make_trainer
 
-from fastseg.metrics import score_batches
+from fastseg.network.metrics import score_batches
 
 RACERS = {
     "fast": "fastseg train, as it is",

@@ -18,10 +18,10 @@ from torch import Tensor
 from trainers import COMPILED, Setting, Trainer, make_network, make_trainer, reader_workers_of
 
 import fastseg
-from fastseg.augment import normalise
 from fastseg.data.host import HostDecoder
-from fastseg.losses import bce_loss
-from fastseg.metrics import score_batches
+from fastseg.network.losses import bce_loss
+from fastseg.network.metrics import score_batches
+from fastseg.training.augment import normalise
 
 WARM_UP_STEPS = 3  # CUDA graphs are recorded in the second
 WRONG_LOSS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # relative; float32 is TF32 on a GPU

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import fastseg
-from fastseg.checkpoint import build_model
 from fastseg.config import Config
 from fastseg.data.loader import epoch_order
-from fastseg.losses import bce_loss
-from fastseg.memory import keep_freed_memory
-from fastseg.run import Run, build_run, compile_network
-from fastseg.runtime import choose_runtime
-from fastseg.training import _step
+from fastseg.network.checkpoint import build_model
+from fastseg.network.losses import bce_loss
+from fastseg.runtime.device import choose_runtime
+from fastseg.runtime.memory import keep_freed_memory
+from fastseg.training.loop import _step
+from fastseg.training.state import Run, build_run, compile_network
 
 WATERFALL = {
     "tutorial": "torch DataLoader, Pillow, kornia's classes, Adam, float32, NCHW",

@@ -31,7 +31,7 @@ from trainers import COMPILED, NEED_GPU, PEERS, WATERFALL, Setting
 
 import fastseg
 from fastseg.config import Config
-from fastseg.runtime import choose_runtime
+from fastseg.runtime.device import choose_runtime
 
 PACKAGES = ("kornia", "albumentations", "segmentation-models-pytorch", "matplotlib")
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, BrokenProcessPool, fastseg.FastsegError)

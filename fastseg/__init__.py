@@ -10,46 +10,46 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastseg.config import Config
-    from fastseg.data.carvana_like import generate
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-    from fastseg.data.quality import CheckReport, check
     from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
-    from fastseg.evaluation import evaluate
-    from fastseg.exporting import export
-    from fastseg.prediction import PredictResult, predict
-    from fastseg.segmenter import Segmenter, load
-    from fastseg.submission import decode_rle, encode_rle, write_submission
-    from fastseg.summary import TrainResult
-    from fastseg.training import train
-    from fastseg.tuning import TuneResult, tune
-    from fastseg.unet import UNet
+    from fastseg.masks.evaluate import evaluate
+    from fastseg.masks.predict import PredictResult, predict
+    from fastseg.masks.submission import decode_rle, encode_rle, write_submission
+    from fastseg.network.export import export
+    from fastseg.network.segmenter import Segmenter, load
+    from fastseg.network.unet import UNet
+    from fastseg.quality.check import CheckReport, check
+    from fastseg.synthetic.generate import generate
+    from fastseg.training.loop import train
+    from fastseg.training.summary import TrainResult
+    from fastseg.tuning.tune import TuneResult, tune
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "train": "training",
-    "TrainResult": "summary",
+    "train": "training.loop",
+    "TrainResult": "training.summary",
     "Config": "config",
-    "evaluate": "evaluation",
-    "predict": "prediction",
-    "PredictResult": "prediction",
+    "evaluate": "masks.evaluate",
+    "predict": "masks.predict",
+    "PredictResult": "masks.predict",
     "Loader": "data.loader",
     "Pairs": "data.pairs",
     "find_pairs": "data.pairs",
     "split_by_group": "data.pairs",
-    "check": "data.quality",
-    "CheckReport": "data.quality",
-    "generate": "data.carvana_like",
-    "UNet": "unet",
-    "load": "segmenter",
-    "Segmenter": "segmenter",
-    "export": "exporting",
-    "encode_rle": "submission",
-    "decode_rle": "submission",
-    "write_submission": "submission",
-    "tune": "tuning",
-    "TuneResult": "tuning",
+    "check": "quality.check",
+    "CheckReport": "quality.check",
+    "generate": "synthetic.generate",
+    "UNet": "network.unet",
+    "load": "network.segmenter",
+    "Segmenter": "network.segmenter",
+    "export": "network.export",
+    "encode_rle": "masks.submission",
+    "decode_rle": "masks.submission",
+    "write_submission": "masks.submission",
+    "tune": "tuning.tune",
+    "TuneResult": "tuning.tune",
     "FastsegError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",

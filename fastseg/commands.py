@@ -65,8 +65,8 @@ def _train_config(options: argparse.Namespace) -> Config:
 def _train(options: argparse.Namespace) -> int:
     config = _train_config(options)
 
-    from fastseg.distributed import place_in_group
-    from fastseg.training import train  # loads torch: not for `--help` or a wrong value
+    from fastseg.runtime.distributed import place_in_group
+    from fastseg.training.loop import train  # loads torch: not for `--help` or a wrong value
 
     result = train(config)
     if result.interrupted:
@@ -107,7 +107,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from fastseg.evaluation import evaluate
+    from fastseg.masks.evaluate import evaluate
 
     scores = evaluate(
         options.checkpoint,
@@ -169,8 +169,8 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from fastseg.distributed import gather_over_processes, place_in_group, process_group
-    from fastseg.prediction import predict
+    from fastseg.masks.predict import predict
+    from fastseg.runtime.distributed import gather_over_processes, place_in_group, process_group
 
     fields = _config_fields(options)
     with process_group(fields.get("device", "auto")):
@@ -203,7 +203,7 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
 
 
 def _synth(options: argparse.Namespace) -> int:
-    from fastseg.data.carvana_like import generate
+    from fastseg.synthetic.generate import generate
 
     made = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
     print(f"{made['train_pairs']} training and {made['val_pairs']} validation pairs in {options.out}/")
@@ -217,7 +217,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from fastseg.exporting import export
+    from fastseg.network.export import export
 
     made = export(options.checkpoint, options.out, options.format)
     difference = made["max_difference"]
@@ -237,7 +237,7 @@ def _add_submission(parser: argparse.ArgumentParser) -> None:
 def _submission(options: argparse.Namespace) -> int:
     config = Config(**_config_fields(options))
 
-    from fastseg.submission import BrokenMasksError, write_submission
+    from fastseg.masks.submission import BrokenMasksError, write_submission
 
     try:
         lines = write_submission(options.masks, options.out, images=options.images, num_workers=config.num_workers)
@@ -265,9 +265,9 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
 def _tune(options: argparse.Namespace) -> int:
     config = _train_config(options)
 
-    from fastseg.search_space import read_flags
-    from fastseg.study_report import print_study
-    from fastseg.tuning import tune
+    from fastseg.tuning.report import print_study
+    from fastseg.tuning.search_space import read_flags
+    from fastseg.tuning.tune import tune
 
     search = read_flags(options.search)
     result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
@@ -294,7 +294,7 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fastseg.data.quality import check, print_report
+    from fastseg.quality.check import check, print_report
 
     report = check(*options.folders, copies=not options.no_copies, **_config_fields(options))
     print_report(report)

@@ -29,7 +29,7 @@ def write_checkpoint(path: Path, seed: int = 3, **fields: object) -> Path:
     """A small network as `best.pt`: random, but with statistics like those of a trained one."""
     import torch
 
-    from fastseg.checkpoint import build_model, save_checkpoint
+    from fastseg.network.checkpoint import build_model, save_checkpoint
 
     config = fastseg.Config(**{"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, **fields})
     with torch.random.fork_rng(devices=[]):

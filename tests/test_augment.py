@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-import fastseg.augment
-from fastseg.augment import AugmentParams, augment, normalise, sample_params
+import fastseg.training.augment
 from fastseg.config import Config
+from fastseg.training.augment import AugmentParams, augment, normalise, sample_params
 
 OFF = dict.fromkeys(("flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "hue"), 0)
 

@@ -1,234 +1,282 @@
-"""check_pairs: what is found wrong in the files before training, in which words, and what is no fault."""
+"""check: each fault, planted in a data set that is otherwise good, is found and named; what is no fault is not."""
 
+import json
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import fastseg
-from fastseg.data.check import check_pairs, check_sets
-from fastseg.data.decode import decode_mask
+from fastseg.cli import main
+from fastseg.quality import duplicates as copies
+from fastseg.quality.duplicates import MAX_DISTANCE, find_copies
 from tests.conftest import write_pair
 
-WIDTH, HEIGHT = 96, 64
+WIDTH, HEIGHT = 240, 160
+CARS = {"train": "abcdef", "val": "gh"}
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Three good pairs: a_01, b_01, c_01."""
-    for seed, name in enumerate(("a_01", "b_01", "c_01")):
-        write_pair(tmp_path, name, WIDTH, HEIGHT, seed)
+def data(tmp_path: Path) -> Path:
+    """train_* of six cars and val_* of two, a view each; 240x160."""
+    for split, cars in CARS.items():
+        for car in cars:
+            write_pair(tmp_path / split, f"{car}_01", WIDTH, HEIGHT, seed=ord(car))
+        for part in ("images", "masks"):
+            (tmp_path / split / part).rename(tmp_path / f"{split}_{part}")
+        (tmp_path / split).rmdir()
     return tmp_path
 
 
-def find(folder: Path) -> fastseg.Pairs:
-    return fastseg.find_pairs(folder / "images", folder / "masks")
+def found(data: Path, severity: str, **options) -> dict[tuple[str, str], list[str]]:
+    """Names of the files of every finding of a severity, by what and where it is."""
+    findings = fastseg.check(data, **options).findings
+    return {
+        (finding.what, finding.where): [Path(example.file).name for example in finding.files]
+        for finding in findings
+        if finding.severity == severity
+    }
 
 
-def refusal(*sets: fastseg.Pairs, bad_samples: str = "raise") -> str:
-    with pytest.raises(fastseg.DataError) as error:
-        check_sets(sets, bad_samples=bad_samples)
-    return str(error.value)
-
-
-def cut(path: Path) -> None:
-    """Drop the last third of a file."""
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 2 // 3])
-
-
-def grey_levels(count: int) -> Image.Image:
-    return Image.fromarray((np.arange(WIDTH * HEIGHT) % count * 20).astype(np.uint8).reshape(HEIGHT, WIDTH))
-
-
-def read_picture(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.copy()
-
-
-def save_bytes(path: Path, image: Image.Image, kind: str, **options) -> None:
-    """Whatever the name of the file says."""
-    with open(path, "wb") as file:
-        image.save(file, kind, **options)
-
-
-def test_good_pairs_pass_as_they_are(pairs):
-    assert check_pairs(pairs) is pairs
-    assert check_pairs(pairs, bad_samples="skip") is pairs
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP"])
-def test_truncated_image_is_named(kind, folder):
-    path = folder / "images" / "b_01.jpg"
-    save_bytes(path, read_picture(path), kind)
-    check_pairs(find(folder))  # whole, and named .jpg whatever it is: the content decides
-    cut(path)
-    sentence = refusal(find(folder))
-    assert sentence.startswith(f"1 of 3 pairs cannot be used (1 unreadable); first: {path}: ")
-    assert "truncated" in sentence
-    assert sentence.endswith('. Replace the files, or pass bad_samples="skip" to leave them out.')
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "BMP"])
-def test_truncated_mask_is_named(kind, folder):
-    path = folder / "masks" / "b_01_mask.gif"
-    save_bytes(path, read_picture(path).convert("1"), kind)
-    check_pairs(find(folder))
-    cut(path)
-    sentence = refusal(find(folder))
-    assert sentence.startswith(f"1 of 3 pairs cannot be used (1 unreadable); first: {path}: ")
-    assert "truncated" in sentence
-
-
-@pytest.mark.parametrize("name", ["images/b_01.jpg", "masks/b_01_mask.gif"])
-@pytest.mark.parametrize(
-    ("content", "fault"),
-    [
-        (b"", "is empty (0 bytes)"),
-        (b"no picture", "is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)"),
-        (b"\xff\xd8\xff\xe0", "is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)"),
-    ],
-)
-def test_file_that_is_no_image_is_named(name, content, fault, folder):
-    (folder / name).write_bytes(content)
-    assert refusal(find(folder)) == (
-        f"1 of 3 pairs cannot be used (1 unreadable); first: {folder / name}: {fault}. "
-        'Replace the files, or pass bad_samples="skip" to leave them out.'
-    )
-
-
-@pytest.mark.parametrize("name", ["images/b_01.jpg", "masks/b_01_mask.gif"])
-def test_link_to_nothing_is_named(name, folder):
-    (folder / name).unlink()
-    (folder / name).symlink_to(folder / "gone")
-    sentence = refusal(find(folder))
-    assert f"first: {folder / name}: cannot be read (No such file or directory). Replace" in sentence
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "BMP"])
-def test_mask_of_another_size_is_named(kind, folder):
-    path = folder / "masks" / "b_01_mask.gif"
-    save_bytes(path, Image.new("1", (HEIGHT, WIDTH)), kind)
-    assert refusal(find(folder)) == (
-        f"1 of 3 pairs cannot be used (1 with a mask of another size); first: {path}: "
-        "must have its image's size, 96x64; it has 64x96. "
-        'Replace the files, or pass bad_samples="skip" to leave them out.'
-    )
-
-
-def test_sizes_are_those_displayed(folder):
-    """A photo that EXIF turns by 90 degrees belongs to a mask of the turned size, and to no other."""
-    image, mask = folder / "images" / "b_01.jpg", folder / "masks" / "b_01_mask.gif"
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    read_picture(image).save(image, exif=exif)
-    assert "must have its image's size, 64x96; it has 96x64" in refusal(find(folder))
-    read_picture(mask).convert("1").transpose(Image.Transpose.ROTATE_270).save(mask)
-    check_pairs(find(folder))
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "BMP"])
-def test_mask_of_three_values_is_named(kind, folder):
-    path = folder / "masks" / "b_01_mask.gif"
-    save_bytes(path, grey_levels(3), kind)
-    assert refusal(find(folder)) == (
-        f"1 of 3 pairs cannot be used (1 with a mask of more than two values); first: {path}: "
-        "a mask must have two values; found 3. "
-        'Replace the files, or pass bad_samples="skip" to leave them out.'
-    )
-
-
-BLOB = np.zeros((HEIGHT, WIDTH), np.uint8)
-BLOB[10:40, 20:70] = 1
-
-
-def with_palette(indices: np.ndarray, *colours: tuple[int, int, int]) -> Image.Image:
-    image = Image.fromarray(indices).convert("P")
-    image.putdata(indices.ravel().tolist())
-    image.putpalette([value for colour in colours for value in colour])
-    return image
-
-
-@pytest.mark.parametrize(
-    ("kind", "image"),
-    [
-        *((kind, Image.fromarray(BLOB)) for kind in ("PNG", "BMP", "GIF")),  # 0 and 1
-        *((kind, Image.fromarray(BLOB * 255)) for kind in ("PNG", "BMP", "GIF")),
-        *((kind, Image.fromarray(BLOB.astype(bool))) for kind in ("PNG", "BMP", "GIF")),
-        *((kind, with_palette(BLOB, (0, 0, 0), (255, 255, 255))) for kind in ("PNG", "GIF")),
-        *((kind, with_palette(1 - BLOB, (255, 255, 255), (0, 0, 0))) for kind in ("PNG", "BMP", "GIF")),
-        *((kind, with_palette(BLOB, (0, 0, 128), (255, 255, 0))) for kind in ("PNG", "BMP", "GIF")),
-        ("PNG", with_palette(BLOB * 7, *[(0, 0, 0)] * 7, (128, 0, 0))),
-    ],
-)
-def test_masks_of_two_values_all_mean_the_same(kind, image, folder):
-    path = folder / "masks" / "b_01_mask.gif"
-    save_bytes(path, image, kind)
-    check_pairs(find(folder))
-    mask = np.empty((HEIGHT, WIDTH), np.uint8)
-    assert decode_mask(path.read_bytes(), mask, "area") == (HEIGHT, WIDTH)
-    assert np.array_equal(mask, BLOB * 255)
-
-
-@pytest.mark.parametrize("kind", ["GIF", "PNG", "BMP"])
-def test_mask_of_nothing_is_a_mask(kind, folder):
-    save_bytes(folder / "masks" / "b_01_mask.gif", Image.new("1", (WIDTH, HEIGHT)), kind)
-    check_pairs(find(folder))
-
-
-def damaged(folder: Path) -> fastseg.Pairs:
-    """Seven pairs: two unreadable, one of two sizes, one of three values, three good."""
-    for seed, name in enumerate(("d_01", "e_01", "f_01", "g_01")):
-        write_pair(folder, name, WIDTH, HEIGHT, seed + 3)
-    (folder / "images" / "a_01.jpg").write_bytes(b"")
-    (folder / "masks" / "c_01_mask.gif").write_bytes(b"")
-    Image.new("1", (10, 20)).save(folder / "masks" / "e_01_mask.gif")
-    grey_levels(5).save(folder / "masks" / "g_01_mask.gif")
-    return find(folder)
-
-
-def test_all_faults_are_counted_by_kind_and_the_first_of_each_is_named(folder):
-    assert refusal(damaged(folder)) == (
-        "4 of 7 pairs cannot be used (2 unreadable, 1 with a mask of another size, 1 with a mask of more than two "
-        f"values); first: {folder}/images/a_01.jpg: is empty (0 bytes); {folder}/masks/e_01_mask.gif: must have its "
-        f"image's size, 96x64; it has 10x20; {folder}/masks/g_01_mask.gif: a mask must have two values; found 5. "
-        'Replace the files, or pass bad_samples="skip" to leave them out.'
-    )
-
-
-def test_training_and_validation_are_reported_together(folder):
-    pairs = damaged(folder)
-    train, val = pairs.subset([0, 1, 2]), pairs.subset([3, 4, 5, 6])
-    assert refusal(train, val) == refusal(pairs)
-
-
-@pytest.mark.parametrize("num_workers", [1, 4])
-def test_skip_names_each_and_keeps_the_rest(num_workers, folder, caplog):
-    pairs = check_pairs(damaged(folder), bad_samples="skip", num_workers=num_workers)
-    assert pairs.images == ["b_01.jpg", "d_01.jpg", "f_01.jpg"]
-    assert pairs.masks == ["b_01_mask.gif", "d_01_mask.gif", "f_01_mask.gif"]
-    assert pairs.left_out == ("a_01.jpg", "c_01.jpg", "e_01.jpg", "g_01.jpg")
-    assert caplog.messages == [
-        f"left out: {folder}/images/a_01.jpg: is empty (0 bytes)",
-        f"left out: {folder}/masks/c_01_mask.gif: is empty (0 bytes)",
-        f"left out: {folder}/masks/e_01_mask.gif: must have its image's size, 96x64; it has 10x20",
-        f"left out: {folder}/masks/g_01_mask.gif: a mask must have two values; found 5",
+def notes(data: Path, what: str) -> list[str]:
+    return [
+        example.note for finding in fastseg.check(data).findings if finding.what == what for example in finding.files
     ]
 
 
-def test_skip_adds_to_what_was_left_out_before(folder):
-    (folder / "masks" / "a_01_mask.gif").unlink()
-    (folder / "images" / "b_01.jpg").write_bytes(b"")
-    pairs = fastseg.find_pairs(folder / "images", folder / "masks", bad_samples="skip")
-    assert check_pairs(pairs, bad_samples="skip").left_out == ("a_01.jpg", "b_01.jpg")
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(["check", *map(str, arguments)])
+    return ended.value.code
 
 
-def test_skip_refuses_a_set_of_which_nothing_is_left(folder):
-    pairs = find(folder)
-    (folder / "masks" / "c_01_mask.gif").write_bytes(b"")
-    train, val = pairs.subset([0, 1]), pairs.subset([2])
-    assert refusal(train, val, bad_samples="skip") == (
-        f"{folder}/images: 1 of 1 pairs cannot be used (1 unreadable); first: {folder}/masks/c_01_mask.gif: "
-        "is empty (0 bytes). Replace the files."
-    )
+def copy_pair(data: Path, source: str, target: str) -> None:
+    """Pair `split/stem` once more under another name."""
+    (split, stem), (new_split, new_stem) = source.split("/"), target.split("/")
+    shutil.copy(data / f"{split}_images/{stem}.jpg", data / f"{new_split}_images/{new_stem}.jpg")
+    shutil.copy(data / f"{split}_masks/{stem}_mask.gif", data / f"{new_split}_masks/{new_stem}_mask.gif")
+
+
+def read_picture(path: Path, mode: str = "RGB") -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert(mode)
+
+
+def mask_values(data: Path, name: str) -> np.ndarray:
+    return np.asarray(read_picture(data / "train_masks" / f"{name}_mask.gif", "L"))
+
+
+def replace_mask(data: Path, name: str, values: np.ndarray) -> None:
+    (data / "train_masks" / f"{name}_mask.gif").unlink()
+    Image.fromarray(values).save(data / "train_masks" / f"{name}_mask.png")
+
+
+def test_good_data_has_neither_errors_nor_warnings(data, capsys):
+    report = fastseg.check(data)
+    assert {finding.severity for finding in report.findings} == {"info"}
+    assert {name: part.pairs for name, part in report.sets.items()} == {"train": 6, "val": 2}
+    assert run(data) == 0
+    assert run(data, "--strict") == 0
+    out = capsys.readouterr().out
+    assert "6 pairs in train, 2 pairs in val" in out
+    assert "errors: 0, warnings: 0" in out
+
+
+@pytest.mark.parametrize("name", ["train_images/b_01.jpg", "train_masks/b_01_mask.gif"])
+def test_truncated_file(name, data):
+    path = data / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    assert found(data, "error") == {("files that cannot be decoded", "train"): [path.name]}
+    assert "truncated" in notes(data, "files that cannot be decoded")[0]
+
+
+def test_damage_that_a_header_does_not_show(data):
+    """The file has its header and its end; what is between is not a picture any more."""
+    path = data / "train_images/b_01.jpg"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + whole[-2:])
+    fastseg.data.decode.check_readable(path.read_bytes())  # no complaint
+    assert found(data, "error") == {("files that cannot be decoded", "train"): ["b_01.jpg"]}
+
+
+def test_image_without_mask(data):
+    (data / "train_masks/c_01_mask.gif").unlink()
+    assert found(data, "error") == {("images without a mask", "train"): ["c_01.jpg"]}
+
+
+def test_mask_without_image(data):
+    (data / "val_images/g_01.jpg").unlink()
+    assert found(data, "warning") == {("masks without an image", "val"): ["g_01_mask.gif"]}
+    assert run(data) == 0
+    assert run(data, "--strict") == 1
+
+
+def test_a_mask_without_image_is_decoded_too(data):
+    (data / "val_images/g_01.jpg").unlink()
+    (data / "val_masks/g_01_mask.gif").write_bytes(b"GIF89a")
+    assert found(data, "error") == {("files that cannot be decoded", "val"): ["g_01_mask.gif"]}
+
+
+def test_two_masks_for_an_image(data):
+    Image.fromarray(mask_values(data, "d_01")).save(data / "train_masks/d_01.png")
+    assert found(data, "error") == {("images with more than one mask", "train"): ["d_01.jpg"]}
+    assert notes(data, "images with more than one mask") == ["d_01.png and d_01_mask.gif"]
+
+
+def test_two_images_for_a_mask(data):
+    read_picture(data / "train_images/d_01.jpg").rotate(180).save(data / "train_images/d_01.png")
+    assert found(data, "error") == {("images that share a mask with another", "train"): ["d_01.jpg", "d_01.png"]}
+
+
+def test_mask_of_another_size(data):
+    replace_mask(data, "e_01", mask_values(data, "e_01")[:80])
+    assert found(data, "error") == {("masks of another size than their image", "train"): ["e_01_mask.png"]}
+    assert notes(data, "masks of another size than their image") == ["240x80, its image 240x160"]
+
+
+def test_mask_of_many_values(data):
+    soft = Image.fromarray(mask_values(data, "e_01")).filter(ImageFilter.GaussianBlur(2))
+    replace_mask(data, "e_01", np.asarray(soft))
+    values = len(np.unique(np.asarray(soft)))
+    assert found(data, "error") == {("masks of more than two values", "train"): ["e_01_mask.png"]}
+    assert notes(data, "masks of more than two values") == [f"a mask must have two values; found {values}"]
+
+
+@pytest.mark.parametrize(("value", "what"), [(0, "empty masks"), (255, "masks that are all foreground")])
+def test_mask_of_one_value(value, what, data):
+    replace_mask(data, "f_01", np.full((HEIGHT, WIDTH), value, np.uint8))
+    assert found(data, "warning") == {(what, "train"): ["f_01_mask.png"]}
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_single_other_pixel_makes_a_mask_of_two_values(value, data):
+    values = np.full((HEIGHT, WIDTH), value, np.uint8)
+    values[77, 133] = 255 - value
+    replace_mask(data, "f_01", values)
+    assert found(data, "warning") == {}
+
+
+def test_foreground_is_that_of_numpy(data):
+    shares = [float((mask_values(data, f"{car}_01") > 0).mean()) for car in CARS["train"]]
+    low, high, middle = min(shares), max(shares), sorted(shares)[3]
+    expected = f"foreground is {low:.1%} to {high:.1%} of a mask, {middle:.1%} in the median"
+    assert (expected, "train") in found(data, "info")
+
+
+def test_sizes_are_listed(data):
+    write_pair(data, "i_01", 120, 80, seed=ord("i"))
+    for part in ("images", "masks"):
+        for path in (data / part).iterdir():
+            path.rename(data / f"val_{part}" / path.name)
+        (data / part).rmdir()
+    assert found(data, "info")["images of 2 sizes", "val"] == ["g_01.jpg", "i_01.jpg"]
+    assert notes(data, "images of 2 sizes") == ["240x160, as 2 images are", "120x80, as 1 images are"]
+
+
+def test_same_file_twice_in_a_set_and_in_both(data):
+    copy_pair(data, "train/a_01", "train/x_01")
+    copy_pair(data, "train/b_01", "val/y_01")
+    assert found(data, "warning") == {("images twice", "train"): ["x_01.jpg"]}
+    between = ("validation images that are training images", "train, val")
+    assert found(data, "error") == {between: ["y_01.jpg"]}
+    assert run(data) == 1
+
+
+@pytest.mark.parametrize(("scale", "quality"), [(1, 20), (2, 50), (3, 40)])
+def test_reencoded_and_resized_copy_across_the_split(scale, quality, data):
+    copy_pair(data, "train/b_01", "val/y_01")
+    size = (WIDTH // scale, HEIGHT // scale)
+    read_picture(data / "train_images/b_01.jpg").resize(size).save(data / "val_images/y_01.jpg", quality=quality)
+    mask = read_picture(data / "val_masks/y_01_mask.gif", "L").resize(size, Image.Resampling.NEAREST)
+    mask.convert("1").save(data / "val_masks/y_01_mask.gif")
+    between = ("validation images that look like a training image", "train, val")
+    assert found(data, "warning") == {between: ["y_01.jpg"]}
+    assert f"looks like {data / 'train_images/b_01.jpg'} (" in notes(data, between[0])[0]
+    assert found(data, "warning", copies=False) == {}
+
+
+def test_copy_that_looks_alike_within_a_set(data):
+    copy_pair(data, "train/b_01", "train/y_01")
+    read_picture(data / "train_images/b_01.jpg").save(data / "train_images/y_01.jpg", quality=30)
+    assert found(data, "warning") == {("images that look alike", "train"): ["y_01.jpg"]}
+
+
+def test_views_of_one_car_are_no_copies_of_each_other(tmp_path):
+    """Sixteen views of each of two Carvana-like cars, which also differ from one another."""
+    fastseg.generate(tmp_path, cars=2, views=16, width=480, height=320, workers=1)
+    assert found(tmp_path, "warning") == {}
+
+
+def test_car_on_both_sides(data):
+    (data / "val_images/g_01.jpg").rename(data / "val_images/a_02.jpg")
+    (data / "val_masks/g_01_mask.gif").rename(data / "val_masks/a_02_mask.gif")
+    between = ("validation images of a car in training", "train, val")
+    assert found(data, "warning") == {between: ["a_02.jpg"]}
+    assert notes(data, between[0]) == ["training has a_01.jpg"]
+
+
+@pytest.mark.parametrize("num_originals", [None, 90])
+def test_find_copies_is_brute_force_in_chunks(num_originals, monkeypatch):
+    monkeypatch.setattr(copies, "CHUNK", 32)
+    rng = np.random.default_rng(0)
+    hashes = rng.random((100, 256)) < 0.5
+    originals = None if num_originals is None else rng.random((num_originals, 256)) < 0.5
+    known = hashes if originals is None else originals
+    for copy, original, flips in ((70, 3, MAX_DISTANCE), (99, 5, 0), (40, 39, MAX_DISTANCE + 1)):
+        hashes[copy] = known[original]
+        hashes[copy, :flips] ^= True
+    expected = []
+    for i in range(100):
+        distances = [(int((hashes[i] != known[j]).sum()), j) for j in range(i if originals is None else len(known))]
+        if distances and min(distances)[0] <= MAX_DISTANCE:
+            expected.append((i, min(distances)[1], min(distances)[0]))
+    assert find_copies(hashes, originals) == expected == [(70, 3, MAX_DISTANCE), (99, 5, 0)]
+
+
+def test_find_copies_of_one_and_of_none():
+    assert find_copies(np.zeros((1, 256), bool)) == []
+    assert find_copies(np.zeros((0, 256), bool)) == []
+
+
+def test_json_names_every_file(data, tmp_path):
+    for car in "abcd":
+        (data / f"train_masks/{car}_01_mask.gif").unlink()
+    path = tmp_path / "report.json"
+    assert run(data, "--json", path) == 1
+    report = json.loads(path.read_text())
+    missing = next(finding for finding in report["findings"] if finding["what"] == "images without a mask")
+    assert (missing["severity"], missing["where"]) == ("error", "train")
+    assert [file["file"] for file in missing["files"]] == [str(data / f"train_images/{car}_01.jpg") for car in "abcd"]
+    assert report["sets"]["train"]["pairs"] == 2
+
+
+def test_folders_may_be_named(data, tmp_path):
+    names = [data / f"{split}_{part}" for split in ("train", "val") for part in ("images", "masks")]
+    assert {*fastseg.check(*names).sets} == {"train", "val"}
+    assert {*fastseg.check(*names[:2]).sets} == {"all"}
+    shutil.move(names[0], tmp_path / "images")
+    shutil.move(names[1], tmp_path / "masks")
+    shutil.rmtree(names[2])
+    shutil.rmtree(names[3])
+    assert {*fastseg.check(tmp_path).sets} == {"all"}
+
+
+def test_what_cannot_be_checked_ends_with_status_2(data, tmp_path, capsys, monkeypatch):
+    (tmp_path / "nothing").mkdir()
+    shutil.rmtree(data / "val_masks")
+    for arguments, sentence in (
+        ([data], f"{data / 'val_masks'}: no such folder of masks"),
+        ([tmp_path / "nothing"], f"{tmp_path / 'nothing'}: must hold train_images, train_masks"),
+        (["a", "b", "c"], "check: must be given one folder"),
+        ([data, "--num-workers", -1], "num_workers: must be at least 0; got '-1'"),
+    ):
+        assert run(*arguments) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastseg: {sentence}")
+    monkeypatch.setitem(sys.modules, "imagehash", None)
+    assert run(data / "train_images", data / "train_masks") == 2
+    assert "pip install 'fastseg-dali[check]'" in capsys.readouterr().err
+    assert run(data / "train_images", data / "train_masks", "--no-copies") == 0

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.checkpoint import save_checkpoint
 from fastseg.cli import main
-from fastseg.data import carvana_like
+from fastseg.network.checkpoint import save_checkpoint
+from fastseg.synthetic import generate as carvana_like
 from tests.conftest import write_pair
 
 ROOT = Path(__file__).parents[1]
@@ -125,7 +125,7 @@ def trained(pairs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes ten times as long as a tiny run."""
     for name in ("draw_curves", "draw_overlay"):
-        monkeypatch.setattr(f"fastseg.summary.{name}", lambda *arguments: None)
+        monkeypatch.setattr(f"fastseg.training.summary.{name}", lambda *arguments: None)
 
 
 # Help
@@ -172,7 +172,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[fastseg.Config]:
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fastseg.training.train", train)
+    monkeypatch.setattr("fastseg.training.loop.train", train)
     return configs
 
 
@@ -203,7 +203,7 @@ def test_ctrl_c_ends_with_status_130(cli, configured):
 
 def test_run_stopped_by_a_signal_says_how_to_go_on(cli, monkeypatch, tmp_path):
     stopped = fastseg.TrainResult(tmp_path, 0.5, 0.4, 1, 10.0, 1.0, interrupted=True, history=[])
-    monkeypatch.setattr("fastseg.training.train", lambda config: stopped)
+    monkeypatch.setattr("fastseg.training.loop.train", lambda config: stopped)
     sentence = f"Interrupted. Run the same command again to go on from {tmp_path / 'last.pt'}.\n"
     assert cli("train") == (130, "", sentence)
 

@@ -20,13 +20,13 @@ from test_decode import draw_disc, draw_photo, encode, expected_cells, expected_
 
 from fastseg.data import dali, host
 from fastseg.data.batch import BadSamples, Batch
-from fastseg.data.carvana_car import make_car
-from fastseg.data.carvana_like import encode_image, encode_mask
-from fastseg.data.carvana_studio import make_studio, render_pair
 from fastseg.data.dali import DaliDecoder
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs, find_pairs
 from fastseg.errors import DataError
+from fastseg.synthetic.car import make_car
+from fastseg.synthetic.generate import encode_image, encode_mask
+from fastseg.synthetic.studio import make_studio, render_pair
 
 DECODERS = [HostDecoder, pytest.param(DaliDecoder, marks=pytest.mark.dali)]
 Decoder = HostDecoder | DaliDecoder

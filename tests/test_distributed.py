@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastseg
-from fastseg.distributed import share_of_batch
+from fastseg.runtime.distributed import share_of_batch
 
 FIELDS = {
     "image_height": 32,

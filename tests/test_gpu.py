@@ -14,7 +14,7 @@ from PIL import Image
 import fastseg
 from fastseg.data.dali import DaliDecoder
 from fastseg.data.loader import Loader, epoch_order
-from fastseg.unet import UNet
+from fastseg.network.unet import UNet
 from tests.conftest import write_pair
 
 pytestmark = [pytest.mark.gpu, pytest.mark.dali]

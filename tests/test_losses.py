@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastseg.losses import bce_dice_loss, bce_loss, dice_loss
+from fastseg.network.losses import bce_dice_loss, bce_loss, dice_loss
 
 
 def reference(logits: np.ndarray, target: np.ndarray, eps: float = 1.0) -> tuple[float, float]:

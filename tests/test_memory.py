@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 from pathlib import Path
 import torch
-from fastseg.memory import freed_memory_kept
+from fastseg.runtime.memory import freed_memory_kept
 
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
 
-from fastseg.metrics import Scores
+from fastseg.network.metrics import Scores
 
 
 @pytest.fixture

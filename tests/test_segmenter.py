@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import fastseg
-from fastseg.checkpoint import load_model
+from fastseg.network.checkpoint import load_model
 from tests.conftest import write_checkpoint
 
 

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 import fastseg
-from fastseg import submission
 from fastseg.cli import main
+from fastseg.masks import submission
 
 RNG = np.random.default_rng(0)
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fastseg.threads import MOST_THREADS, count_threads
+from fastseg.runtime.threads import MOST_THREADS, count_threads
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.augment import shrink
-from fastseg.graphs import record_graphs
-from fastseg.recipe import learning_rate, training_size
-from fastseg.runtime import Runtime, choose_runtime, compile_reason
+from fastseg.runtime.device import Runtime, choose_runtime, compile_reason
+from fastseg.training.augment import shrink
+from fastseg.training.compile import record_graphs
+from fastseg.training.recipe import learning_rate, training_size
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -122,7 +122,7 @@ def test_a_named_checkpoint_gives_the_first_weights(pairs_dir, tmp_path):
 def test_resume_equals_uninterrupted(pairs_dir, tmp_path, killed_after, changes, monkeypatch):
     """Stopped after any step, in the middle of an epoch or at its end, a run ends with the same weights."""
     whole = fastseg.train(config(pairs_dir, tmp_path, name="whole", **changes))
-    import fastseg.training as training
+    import fastseg.training.loop as training
 
     taken, real_step = [], training._step
 
@@ -345,7 +345,7 @@ def test_after_epoch_sees_each_epoch_and_ends_the_run(pairs_dir, tmp_path):
 
 def test_the_averaged_weights_are_scored_and_kept(pairs_dir, tmp_path, monkeypatch):
     """best.pt holds the moving average of every step's weights, here computed again in float64."""
-    import fastseg.training as training
+    import fastseg.training.loop as training
 
     seen, real_step = [], training._step
 
@@ -424,7 +424,7 @@ def test_patience_begins_when_training_sees_the_full_size(
         dice = next(falling)
         return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels"), 0.5) | {"dice": dice}
 
-    monkeypatch.setattr("fastseg.training.score_batches", score)
+    monkeypatch.setattr("fastseg.training.loop.score_batches", score)
     changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}
     result = fastseg.train(config(pairs_dir, tmp_path, **changes))
     assert len(result.history) == epochs

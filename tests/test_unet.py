@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fastseg.unet import UNet
+from fastseg.network.unet import UNet
 
 
 def test_parameters_of_the_full_network():

@@ -27,7 +27,7 @@ from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import MASK_MODES
 from fastseg.errors import ConfigError
-from fastseg.threads import count_threads
+from fastseg.runtime.threads import count_threads
 
 __all__ = ["Loader", "epoch_order"]
 

@@ -1,0 +1,221 @@
+"""Kaggle's Carvana submission: every mask run-length encoded, a line an image, 100,064 lines for the test set.
+
+    fastseg submission --masks predictions --images data/test --out submission.csv
+
+A run is a first pixel and a length; pixels are counted from 1, left to right and then top to bottom, and a run may go
+on in the next row. An empty mask is the empty string.
+"""
+
+import csv
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastseg.data.decode import decode_full_mask, image_size
+from fastseg.data.host import check_sizes, decode_file
+from fastseg.data.pairs import find_images, find_masks, mask_stem
+from fastseg.errors import ConfigError, DataError
+from fastseg.runtime.files import written_whole
+from fastseg.runtime.progress import progress_bar
+from fastseg.runtime.threads import count_threads
+
+__all__ = ["BrokenMasksError", "decode_rle", "encode_rle", "write_submission"]
+
+HEADER = ("img", "rle_mask")
+AHEAD = 4  # masks a thread that are encoded before their line is written
+NAMED = 3  # files named in a sentence about many
+SHOWN = 40  # characters of a wrong text that its error repeats
+
+log = logging.getLogger(__name__)
+
+Mask = NDArray[np.bool_] | NDArray[np.uint8]
+
+
+class BrokenMasksError(DataError):
+    """Masks cannot be used; `sentences` has one for each. There is no CSV: one that lacks lines would be refused."""
+
+    def __init__(self, summary: str, sentences: list[str]) -> None:
+        super().__init__(summary)
+        self.sentences = sentences
+
+
+class Job(NamedTuple):
+    """A line to be made."""
+
+    image: str  # name, as the CSV has it
+    encode: Callable[[], str]  # called in a thread
+
+
+def encode_rle(mask: Mask) -> str:
+    """Run-length encoding of a mask as Kaggle's Carvana competition defines it.
+
+    Args:
+        mask: (H, W) bool or uint8; what is not 0 is foreground.
+
+    Returns:
+        `start length` pairs joined by spaces: row by row, the first pixel is 1.
+
+    Raises:
+        ValueError: shape or dtype differ.
+
+    >>> encode_rle(np.array([[0, 1, 1], [1, 0, 1]], np.uint8))
+    '2 3 6 1'
+    """
+    if mask.ndim != 2 or mask.size == 0 or mask.dtype not in (np.uint8, np.bool_):
+        raise ValueError(f"a mask must be bool or uint8 (H, W); got {mask.dtype} {mask.shape}.")
+    pixels = mask.ravel().astype(bool, copy=False)
+    is_bound = np.empty(pixels.size + 1, bool)  # a new array of this size costs more than what is done with it
+    is_bound[0], is_bound[-1] = pixels[0], pixels[-1]
+    np.not_equal(pixels[1:], pixels[:-1], out=is_bound[1:-1])
+    bounds = np.flatnonzero(is_bound)
+    starts, ends = bounds[::2], bounds[1::2]
+    return " ".join(map(str, np.stack([starts + 1, ends - starts], axis=1).ravel().tolist()))
+
+
+def decode_rle(text: str, height: int, width: int) -> NDArray[np.bool_]:
+    """The mask (height, width) that `encode_rle` made a text of.
+
+    Raises:
+        DataError: the text has other things than pairs of whole numbers, or its runs are empty, overlap, are not in
+            ascending order, or leave the mask.
+
+    >>> decode_rle("2 3 6 1", 2, 3).astype(int)
+    array([[0, 1, 1],
+           [1, 0, 1]])
+    """
+    try:
+        numbers = np.array([int(word) for word in text.split()], dtype=np.int64)
+    except (ValueError, OverflowError):
+        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        raise DataError(f"run lengths must be whole numbers; got {shown!r}.") from None
+    if numbers.size % 2:
+        raise DataError(f"run lengths must be pairs of a start and a length; got {numbers.size} numbers.")
+    starts, lengths, size = numbers[::2] - 1, numbers[1::2], height * width
+    ends = starts + lengths
+    previous = np.concatenate([[0], ends[:-1]]) if ends.size else ends
+    wrong = (starts < previous) | (lengths < 1) | (lengths > size) | (starts > size - lengths)
+    if wrong.any():
+        first = wrong.argmax()
+        raise DataError(
+            f"runs must ascend without overlap within the {size} pixels of a {width}x{height} mask; "
+            f"got {starts[first] + 1} {lengths[first]} after pixel {previous[first]}."
+        )
+    bounds = np.stack([starts, ends], axis=1).ravel()
+    lengths = np.diff(bounds, prepend=0, append=size)  # of background and foreground, in turn
+    return np.repeat(np.arange(lengths.size) % 2 == 1, lengths).reshape(height, width)
+
+
+def write_submission(
+    masks: str | os.PathLike[str] | Iterable[tuple[str, Mask]],
+    out: str | os.PathLike[str],
+    *,
+    images: str | os.PathLike[str] | None = None,
+    num_workers: int = 0,
+) -> int:
+    """Write the CSV of a submission, `img,rle_mask`, in constant memory; it appears whole or not at all.
+
+    Args:
+        masks: folder of GIF, PNG or BMP masks, `<stem>_mask.<ext>` or `<stem>.<ext>`; or pairs of an image's name, such
+            as 0004d4463b50_01.jpg, and its mask (H, W), bool or uint8, which are taken as they are needed.
+        out: the file.
+        images: folder of the images that must be answered, for a folder of masks: names come from there, and every
+            mask must have its image's size. Without it, `<stem>.jpg` is assumed.
+        num_workers: threads that decode and encode; 0: one a core.
+
+    Returns:
+        How many lines follow the header; they are in the order of the names, or of the pairs.
+
+    Raises:
+        DataError: a folder is missing or empty, an image has no mask, or more than one.
+        BrokenMasksError: mask files are damaged or of another size than their image. All others have been looked at.
+        ConfigError: `out` cannot be written, or `images` is given without a folder of masks.
+    """
+    if isinstance(masks, str | os.PathLike):
+        named = _masks_by_image(os.fspath(masks), images)
+        jobs, total = _jobs_of_files(named, os.fspath(masks), images), len(named)
+    elif images is not None:
+        raise ConfigError(f"images: goes with a folder of masks, not with masks in memory; got {os.fspath(images)}.")
+    else:
+        jobs, total = (Job(name, partial(encode_rle, mask)) for name, mask in masks), None
+    lines, done, began = 0, 0, time.perf_counter()
+    broken: list[str] = []
+    try:
+        with written_whole(out) as draft, open(draft, "w", encoding="utf-8", newline="") as file, progress_bar() as bar:
+            task = bar.add_task("encoding masks", total=total, note=" ")
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(HEADER)
+            for name, encoded in _in_order(jobs, count_threads(num_workers)):
+                try:
+                    writer.writerow((name, encoded.result()))
+                    lines += 1
+                except DataError as error:
+                    broken.append(str(error))
+                done += 1
+                bar.update(task, completed=done, note=f"{done / (time.perf_counter() - began):.0f} masks/s")
+            if broken:
+                raise BrokenMasksError(
+                    f"{len(broken)} of {done} masks cannot be used, so {out} was not written; first: "
+                    f"{'; '.join(broken[:NAMED])}. Replace them and run again.",
+                    broken,
+                )
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written ({error.strerror}). Give another file.") from error
+    return lines
+
+
+def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> dict[str, str]:
+    """Names of mask files by the names of their images, in the order of these."""
+    masks: dict[str, str] = {}
+    for name in find_masks(mask_dir):
+        first = masks.setdefault(mask_stem(name), name)
+        if first != name:
+            raise DataError(f"{mask_dir}: must hold one mask an image; found {first} and {name}. Keep one of each.")
+    if image_dir is None:
+        return {f"{stem}.jpg": masks[stem] for stem in sorted(masks)}
+    by_image = {name: masks.get(os.path.splitext(name)[0], "") for name in find_images(image_dir)}
+    missing = [name for name, mask in by_image.items() if not mask]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(by_image)} images in {os.fspath(image_dir)} have no mask in {mask_dir}; first: "
+            f"{', '.join(missing[:NAMED])}. Add their masks."
+        )
+    if len(masks) > len(by_image):
+        log.info("%s: left out %d masks without an image", mask_dir, len(masks) - len(by_image))
+    return by_image
+
+
+def _jobs_of_files(named: dict[str, str], mask_dir: str, image_dir: str | os.PathLike[str] | None) -> Iterator[Job]:
+    for image, mask in named.items():
+        image_path = None if image_dir is None else os.path.join(image_dir, image)
+        yield Job(image, partial(_encode_file, os.path.join(mask_dir, mask), image_path))
+
+
+def _encode_file(mask_path: str, image_path: str | None) -> str:
+    mask = decode_file(mask_path, decode_full_mask)
+    if image_path is not None:
+        check_sizes(mask_path, (mask.shape[0], mask.shape[1]), decode_file(image_path, image_size))
+    return encode_rle(mask)
+
+
+def _in_order(jobs: Iterable[Job], num_workers: int) -> Iterator[tuple[str, Future[str]]]:
+    """Start the jobs in threads, a few ahead of the caller, and give back their names and texts in order."""
+    todo, ahead = iter(jobs), deque[tuple[str, Future[str]]]()
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastseg-encode")
+    try:
+        while True:
+            for job in islice(todo, AHEAD * num_workers - len(ahead)):
+                ahead.append((job.image, pool.submit(job.encode)))
+            if not ahead:
+                return
+            yield ahead.popleft()
+    finally:  # the caller may leave early
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,124 @@
+"""Checkpoints: written whole or not at all, read without running code, with plain state-dict keys."""
+
+import json
+import os
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from fastseg.config import Config
+from fastseg.errors import CheckpointError, ConfigError
+from fastseg.network.unet import UNet
+from fastseg.runtime.files import written_whole
+
+__all__ = ["build_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
+
+FORMAT = 1
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Write a checkpoint; a reader finds the old or the new one whole."""
+    try:
+        with written_whole(path) as draft, open(draft, "wb") as file:
+            torch.save({"format": FORMAT, **state}, file)
+    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of what the file raised
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise CheckpointError(
+            f"{path}: cannot be written ({cause.strerror}); what was there before is intact. Make room and run again."
+        ) from None
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU with `weights_only`: tensors and plain values, no code.
+
+    A safetensors file that `fastseg.export` wrote is one too, without what a run needs to go on.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no checkpoint of fastseg.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Name an existing checkpoint.") from None
+    try:
+        if start[8:] == b"{":  # safetensors: the length of the header in 8 bytes, then the header, a JSON object
+            state = _read_safetensors(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # what damaged bytes raise in torch's reader is anybody's guess
+        raise CheckpointError(f"{path}: is damaged or no checkpoint. Use another, or remove it.") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_whole(state):
+        raise CheckpointError(
+            f"{path}: is no checkpoint of this version of fastseg (format {FORMAT}). Use one that it wrote."
+        )
+    return state
+
+
+def build_model(config: Config) -> UNet:
+    """A new network as configured."""
+    return UNet(config.base_channels, config.depth)
+
+
+def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:
+    """Put a checkpoint's weights into a network built from `config`.
+
+    Raises:
+        CheckpointError: they belong to a network of other channels or depth.
+    """
+    saved = state["config"]
+    named = os.fspath(path) == config.checkpoint
+    remedy = "give another checkpoint" if named else "give another name, or pass load_model=false"
+    for field in ("base_channels", "depth"):
+        if saved[field] != getattr(config, field):
+            raise CheckpointError(
+                f"{path}: holds a network with {field} {saved[field]}; the configuration asks for "
+                f"{getattr(config, field)}. Set {field} to {saved[field]}, or {remedy}."
+            )
+    try:
+        model.load_state_dict(plain_keys(state["model"]))
+    except (RuntimeError, TypeError):
+        raise CheckpointError(
+            f"{path}: must hold the weights of a network with base_channels {saved['base_channels']} and depth "
+            f"{saved['depth']}, as its configuration says; it holds others. Use another checkpoint."
+        ) from None
+
+
+def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
+    """The network a checkpoint holds, in evaluation mode on the CPU, and the configuration it was trained with.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no checkpoint of fastseg.
+    """
+    state = load_checkpoint(path)
+    try:
+        config = Config(**state["config"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: holds a configuration that cannot be used ({error}). Use another.") from None
+    model = build_model(config)
+    load_weights(model, state, path, config)
+    return model.eval(), config
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    with safe_open(path, framework="pt") as file:
+        config = json.loads((file.metadata() or {}).get("config", "null"))  # others' files have none
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
+        return {"format": FORMAT, "config": config, "model": weights}
+
+
+def _is_whole(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint has the parts that every one has."""
+    config, weights = state.get("config"), state.get("model")
+    if not isinstance(config, dict) or not isinstance(weights, dict):
+        return False
+    return {"base_channels", "depth"} <= config.keys() and all(isinstance(key, str) for key in weights)
+
+
+def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State-dict keys without what `torch.compile` and DistributedDataParallel put in front of them."""
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}

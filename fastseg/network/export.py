@@ -1,0 +1,231 @@
+"""A trained network for other programs: ONNX, a torch.export program, or safetensors; compared before it is kept.
+
+    fastseg export --checkpoint runs/carvana/best.pt --out carvana.onnx
+
+ONNX Runtime then needs neither fastseg nor torch:
+
+    import numpy as np, onnxruntime
+    from PIL import Image
+    session = onnxruntime.InferenceSession("carvana.onnx")
+    photo = Image.open("photo.jpg").convert("RGB").reduce(8)  # 1918x1280 to the 240x160 that the network knows
+    (probabilities,) = session.run(None, {"images": np.asarray(photo)[None]})
+    Image.fromarray(probabilities[0] > 0.5).save("mask.png")
+"""
+
+import importlib
+import io
+import json
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+import fastseg
+from fastseg.errors import CheckpointError, ConfigError, FastsegError
+from fastseg.network.segmenter import Segmenter, load
+from fastseg.runtime.files import written_whole
+from fastseg.runtime.progress import progress_bar
+
+__all__ = ["export"]
+
+FORMATS = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "safetensors"}  # by what a file's name ends in
+TOLERANCE = 1e-4  # of a probability, between the file and the network, both in float32
+BATCH_SIZES = (1, 5)  # that are compared
+LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB
+
+log = logging.getLogger(__name__)
+
+Network = Callable[[Tensor], Tensor]  # images to probabilities, as `Segmenter`
+
+
+def export(
+    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], format: str | None = None
+) -> dict[str, Any]:
+    """Write a checkpoint's network for other programs, read the file back and compare.
+
+    The network's preprocessing is part of the ONNX and torch files: they take images (batch, H, W, 3) uint8 RGB, of the
+    size of the training, and give probabilities (batch, H, W) float32. Any batch size will do. Each file holds the
+    version of fastseg and the configuration (`fastseg_version` and `config`, JSON): in an ONNX file and safetensors as
+    metadata, in a torch file as extra files.
+
+    Args:
+        checkpoint: whatever `fastseg.load` reads.
+        out: the file; it appears whole and compared, or not at all.
+        format: onnx; torch, for `torch.export.load(out).module()`; or safetensors, weights for `fastseg.load`. If
+            None, `out` says it by ending in .onnx, .pt2 or .safetensors.
+
+    Returns:
+        `format`, `bytes`, and `max_difference` of the file's probabilities from the network's on made-up images; None
+        where ONNX Runtime is not installed.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or too large for the format.
+        ConfigError: the format is unknown, a package that it needs is missing, or `out` cannot be written.
+        FastsegError: the file would have other probabilities, or the packages here cannot make it; it is not kept.
+    """
+    out = Path(out)
+    format = _choose_format(out, format)
+    if format == "onnx":
+        _import_optional("onnx", "onnxscript")
+    segmenter = load(checkpoint)
+    size = sum(value.nbytes for value in segmenter.state_dict().values())
+    if format == "onnx" and size > LARGEST_ONNX:
+        raise CheckpointError(
+            f"{checkpoint}: must have less than 2 GiB of weights for an ONNX file; it has {size / 2**30:.1f}. "
+            "Export to .pt2 or .safetensors."
+        )
+    try:
+        with written_whole(out) as draft:
+            difference = _write(segmenter, format, draft, out)
+            num_bytes = draft.stat().st_size
+    except OSError as error:
+        raise ConfigError(f"out: {out} cannot be written ({error.strerror}). Give another file.") from None
+    return {"format": format, "bytes": num_bytes, "max_difference": difference}
+
+
+def _choose_format(out: Path, format: str | None) -> str:
+    if format is None and out.suffix.lower() not in FORMATS:
+        raise ConfigError(
+            f"out: must end in .onnx, .pt2 or .safetensors; got {out}. Give such a name, or a format with it."
+        )
+    format = format or FORMATS[out.suffix.lower()]
+    if format not in FORMATS.values():
+        raise ConfigError(f"format: must be onnx, torch or safetensors; got {format!r}. Give one of these.")
+    return format
+
+
+def _write(segmenter: Segmenter, format: str, draft: Path, out: Path) -> float | None:
+    """Write the file that will be `out`, read it back, and return the largest difference of its probabilities."""
+    ways: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
+        "onnx": (_to_onnx, _read_onnx),
+        "torch": (_to_torch, _read_torch),
+        "safetensors": (_to_safetensors, load),
+    }
+    to_bytes, read = ways[format]
+    try:
+        with _quiet(), progress_bar() as bar:
+            bar.add_task(f"writing {out.name}", total=None, note=format)
+            draft.write_bytes(to_bytes(segmenter))
+            written = read(draft)
+            difference = None if written is None else _largest_difference(segmenter, written)
+    except (FastsegError, OSError):
+        raise
+    except Exception as error:  # what torch, onnx, onnxscript and onnxruntime that do not fit one another raise
+        reason = str(error).strip().partition("\n")[0]
+        raise FastsegError(
+            f"{out}: cannot be made by torch {torch.__version__} and the packages here "
+            f"({type(error).__name__}: {reason}). Update them together, or export to another format."
+        ) from error
+    if difference is None:
+        log.warning("%s: was not compared with the network, because onnxruntime is not installed", out)
+    elif not difference <= TOLERANCE:  # nan is no agreement
+        raise FastsegError(
+            f"{out}: must give the network's probabilities within {TOLERANCE:g}; they differ by {difference:.1e}, "
+            "so it was not kept. Export to another format."
+        )
+    return difference
+
+
+def _about(segmenter: Segmenter) -> dict[str, str]:
+    """What every file says of itself."""
+    return {"fastseg_version": fastseg.__version__, "config": json.dumps(segmenter.config.model_dump())}
+
+
+def _to_program(segmenter: Segmenter) -> torch.export.ExportedProgram:
+    config = segmenter.config
+    images = torch.zeros(2, config.image_height, config.image_width, 3, dtype=torch.uint8)
+    program = torch.export.export(segmenter, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+    for node in program.graph.nodes:  # source lines, with paths of this machine
+        node.meta.pop("stack_trace", None)
+    return program
+
+
+def _to_torch(segmenter: Segmenter) -> bytes:
+    file = io.BytesIO()
+    torch.export.save(_to_program(segmenter), file, extra_files=_about(segmenter))
+    return file.getvalue()
+
+
+def _read_torch(path: Path) -> Network:
+    with open(path, "rb") as file:
+        return torch.export.load(file).module()
+
+
+def _to_onnx(segmenter: Segmenter) -> bytes:
+    onnx = _import_optional("onnx", "onnxscript")
+    program = torch.onnx.export(
+        _to_program(segmenter),
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes={"images": {0: "batch"}},  # gives the size its name; that it varies the program knows
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None
+    model = program.model_proto
+    onnx.helper.set_model_props(model, _about(segmenter))
+    return model.SerializeToString()
+
+
+def _read_onnx(path: Path) -> Network | None:
+    """The file's network in ONNX Runtime, None where that is not installed; the file is checked in either case."""
+    _import_optional("onnx").checker.check_model(os.fspath(path), full_check=True)
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ImportError:
+        return None
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
+
+
+def _to_safetensors(segmenter: Segmenter) -> bytes:
+    return save(segmenter.unet.state_dict(), {"format": "pt", **_about(segmenter)})
+
+
+def _largest_difference(segmenter: Segmenter, written: Network) -> float:
+    """Of probabilities, on soft blobs of colour: noise alone would move the network little."""
+    config, generator = segmenter.config, torch.Generator().manual_seed(0)
+    differences = []
+    for batch_size in BATCH_SIZES:
+        blobs = 255 * torch.rand(batch_size, 3, 4, 6, generator=generator)
+        images = interpolate(blobs, (config.image_height, config.image_width), mode="bicubic").clamp(0, 255)
+        images = images.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
+        differences.append((written(images) - segmenter(images)).abs().max())
+    return torch.stack(differences).max().item()
+
+
+def _import_optional(*names: str) -> Any:
+    """The first of some packages of the extra `export`, all of which must be there."""
+    try:
+        packages = [importlib.import_module(name) for name in names]
+        return packages[0]
+    except ImportError:
+        raise ConfigError(
+            f"format: onnx needs the packages {' and '.join(names)}. Run pip install 'fastseg-dali[export]'."
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on its own passes and other packages; what goes wrong raises."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,75 @@
+"""A trained network with its preprocessing inside: pixels in, probabilities out.
+
+    segmenter = fastseg.load("runs/carvana/best.pt")
+    probabilities = segmenter(images)  # uint8 (B, 160, 240, 3) to float32 (B, 160, 240)
+
+It is what `fastseg.load` returns and what `fastseg.export` writes, so that nobody has to normalise anything.
+"""
+
+import os
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.config import Config
+from fastseg.network.checkpoint import load_model
+from fastseg.network.unet import UNet
+from fastseg.runtime.device import choose_device
+from fastseg.training.augment import GAIN, OFFSET
+
+__all__ = ["Segmenter", "load"]
+
+
+class Segmenter(nn.Module):
+    """A UNet that takes decoded photos as they are and returns probabilities.
+
+    Args:
+        unet: with one logit a pixel.
+        config: that it was trained with; `image_height` and `image_width` are the size it knows.
+    """
+
+    def __init__(self, unet: UNet, config: Config) -> None:
+        super().__init__()
+        self.unet = unet
+        self.config = config
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Probability of foreground, a pixel.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB; H and W divide by 2**depth. The network does best at the size it was
+                trained at, with photos brought there by area average.
+
+        Returns:
+            (B, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: dtype or shape differ.
+        """
+        step = 2**self.config.depth
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images must be uint8 (B, H, W, 3); got {images.dtype} {tuple(images.shape)}.")
+        if images.shape[1] % step or images.shape[2] % step:
+            size = f"{images.shape[1]} x {images.shape[2]}"
+            raise ValueError(f"images must have a height and a width divisible by {step}; got {size}.")
+        inputs = images.permute(0, 3, 1, 2).float() * GAIN + OFFSET  # as `augment.normalise`
+        return self.unet(inputs)[:, 0].float().sigmoid()
+
+
+def load(checkpoint: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Segmenter:
+    """A trained network, ready for use: in evaluation mode, its weights frozen.
+
+    Args:
+        checkpoint: `best.pt` or `last.pt` of a run, or the `.safetensors` that `fastseg export` made of one.
+        device: auto, cpu, cuda or cuda:N.
+
+    Returns:
+        The network with its preprocessing; `config` is the configuration it was trained with.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or no checkpoint of fastseg.
+        ConfigError: this machine lacks the device.
+    """
+    place = choose_device(Config(device=str(device)).device)
+    unet, config = load_model(checkpoint)
+    return Segmenter(unet, config).requires_grad_(False).eval().to(place)

@@ -1,0 +1,253 @@
+"""Exported files as others read them: in processes that know nothing of fastseg, against the network itself."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import fastseg
+from fastseg.cli import main
+from fastseg.network import export as exporting
+from tests.conftest import write_checkpoint
+
+ROOT = Path(__file__).parents[1]
+SHAPE = (32, 48, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """best.pt, and what `fastseg export` and `fastseg.export` make of it."""
+    folder = tmp_path_factory.mktemp("export")
+    write_checkpoint(folder / "best.pt")
+    return folder
+
+
+def run_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def onnx_export(folder):
+    """`fastseg export` to ONNX, in a process that shows every warning."""
+    command = ["export", "--checkpoint", "best.pt", "--out", "net.onnx"]
+    return run_process(folder, "-W", "always", "-m", "fastseg", *command)
+
+
+@pytest.fixture(scope="module")
+def torch_export(folder):
+    return fastseg.export(folder / "best.pt", folder / "net.pt2")
+
+
+def photos(batch: int) -> np.ndarray:
+    return np.random.default_rng(batch).integers(0, 256, (batch, *SHAPE), dtype=np.uint8)
+
+
+def eager(folder: Path, images: np.ndarray) -> np.ndarray:
+    probabilities = fastseg.load(folder / "best.pt")(torch.from_numpy(images)).numpy()
+    assert probabilities.std() > 0.2  # or agreement would mean little
+    return probabilities
+
+
+def test_export_prints_one_line(folder, onnx_export):
+    size = (folder / "net.onnx").stat().st_size / 1e6
+    assert onnx_export.stdout.startswith(f"net.onnx: onnx, {size:.1f} MB, within ")
+    assert onnx_export.stdout.endswith(" of the network\n")
+    assert onnx_export.stderr == ""
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_onnx_runtime_alone_agrees_with_the_network(folder, onnx_export, batch):
+    np.save(folder / "images.npy", photos(batch))
+    code = (
+        "import sys, numpy as np, onnxruntime\n"
+        "session = onnxruntime.InferenceSession('net.onnx', providers=['CPUExecutionProvider'])\n"
+        "(probabilities,) = session.run(None, {'images': np.load('images.npy')})\n"
+        "np.save('probabilities.npy', probabilities)\n"
+        "assert not {'torch', 'fastseg'} & sys.modules.keys()\n"
+    )
+    run_process(folder, "-c", code)
+    probabilities = np.load(folder / "probabilities.npy")
+    assert probabilities.dtype == np.float32
+    np.testing.assert_allclose(probabilities, eager(folder, photos(batch)), atol=1e-4, rtol=0)
+
+
+def test_example_in_the_docstring_writes_a_mask(folder, onnx_export):
+    """Its lines as they stand, but for the file's name and the scale of this smaller network."""
+    lines = [line[4:] for line in exporting.__doc__.splitlines() if line.startswith("    ") and "fastseg" not in line]
+    code = "\n".join(lines).replace("carvana.onnx", "net.onnx")
+    assert len(lines) == 6
+    blobs = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8))
+    blobs.resize((382, 256)).save(folder / "photo.jpg")
+    run_process(folder, "-c", code)
+    with Image.open(folder / "mask.png") as image, Image.open(folder / "photo.jpg") as file:
+        mask, photo = np.array(image), np.array(file.convert("RGB").reduce(8))
+    assert mask.dtype == bool
+    probabilities = fastseg.load(folder / "best.pt")(torch.from_numpy(photo[None]))[0].numpy()
+    certain = np.abs(probabilities - 0.5) > 1e-4
+    assert np.array_equal(mask[certain], (probabilities > 0.5)[certain])
+    assert len(np.unique(mask)) == 2
+
+
+def test_onnx_file_says_what_it_takes_gives_and_comes_from(folder, onnx_export):
+    model = onnx.load(folder / "net.onnx")
+    (taken,), (given,) = model.graph.input, model.graph.output
+    shapes = [
+        [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] for value in (taken, given)
+    ]
+    assert (taken.name, taken.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
+    assert (given.name, given.type.tensor_type.elem_type) == ("probabilities", onnx.TensorProto.FLOAT)
+    assert shapes == [["batch", *SHAPE], ["batch", *SHAPE[:2]]]
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert about["fastseg_version"] == fastseg.__version__
+    assert fastseg.Config(**json.loads(about["config"])) == fastseg.load(folder / "best.pt").config
+    assert [path.name for path in folder.iterdir() if path.name.startswith(("net", ".net"))] == ["net.onnx"]
+
+
+def test_torch_program_needs_only_torch(folder, torch_export):
+    assert torch_export["format"] == "torch"
+    assert torch_export["bytes"] == (folder / "net.pt2").stat().st_size
+    assert torch_export["max_difference"] <= 1e-4
+    for batch in (1, 5):
+        np.save(folder / f"images{batch}.npy", photos(batch))
+    code = (
+        "import sys, json, numpy as np, torch\n"
+        "about = {'config': '', 'fastseg_version': ''}\n"
+        "network = torch.export.load('net.pt2', extra_files=about).module()\n"
+        "for batch in (1, 5):\n"
+        "    images = torch.from_numpy(np.load(f'images{batch}.npy'))\n"
+        "    np.save(f'probabilities{batch}.npy', network(images).numpy())\n"
+        "assert 'fastseg' not in sys.modules\n"
+        "print(json.dumps(about))\n"
+    )
+    about = json.loads(run_process(folder, "-c", code).stdout)
+    for batch in (1, 5):
+        probabilities = np.load(folder / f"probabilities{batch}.npy")
+        np.testing.assert_allclose(probabilities, eager(folder, photos(batch)), atol=1e-4, rtol=0)
+    assert about["fastseg_version"] == fastseg.__version__
+    assert fastseg.Config(**json.loads(about["config"])) == fastseg.load(folder / "best.pt").config
+
+
+def test_safetensors_hold_the_same_weights_and_load_again(folder):
+    made = fastseg.export(folder / "best.pt", folder / "weights.bin", "safetensors")
+    assert made == {"format": "safetensors", "bytes": (folder / "weights.bin").stat().st_size, "max_difference": 0}
+    with safe_open(folder / "weights.bin", framework="np") as file:
+        assert file.metadata()["fastseg_version"] == fastseg.__version__
+        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    expected = torch.load(folder / "best.pt", weights_only=True)["model"]
+    assert held.keys() == expected.keys()
+    assert all(np.array_equal(held[key], expected[key].numpy()) for key in held)
+    again = fastseg.load(folder / "weights.bin")
+    assert again.config == fastseg.load(folder / "best.pt").config
+    assert np.array_equal(again(torch.from_numpy(photos(2))).numpy(), eager(folder, photos(2)))
+
+
+def test_safetensors_are_scored_and_exported_like_checkpoints(folder, pairs_dir, tmp_path, capsys):
+    fastseg.export(folder / "best.pt", tmp_path / "weights.safetensors")
+    images, masks = pairs_dir / "images", pairs_dir / "masks"
+    scores = [
+        fastseg.evaluate(path, images, masks, device="cpu")
+        for path in (folder / "best.pt", tmp_path / "weights.safetensors")
+    ]
+    assert scores[0] == scores[1]
+    command = f"export --checkpoint {tmp_path}/weights.safetensors --out {tmp_path}/again.safetensors"
+    with pytest.raises(SystemExit, match="0"):
+        main(command.split())
+    assert capsys.readouterr().out.endswith("MB, identical to the network\n")
+    assert fastseg.evaluate(tmp_path / "again.safetensors", images, masks, device="cpu") == scores[0]
+
+
+def test_files_hold_no_source_lines_of_this_machine(folder, onnx_export, torch_export):
+    for name in ("net.onnx", "net.pt2"):
+        data = (folder / name).read_bytes()
+        assert b"config" in data  # metadata can be searched
+        for place in (str(ROOT), os.path.dirname(torch.__file__), "unet.py"):
+            assert place.encode() not in data
+
+
+def test_file_that_differs_is_not_kept(folder, tmp_path, monkeypatch):
+    out, before = tmp_path / "net.pt2", b"the file before"
+    out.write_bytes(before)
+    other = fastseg.load(write_checkpoint(tmp_path / "other.pt", seed=1))
+    as_it_is = exporting._to_torch
+    monkeypatch.setattr(exporting, "_to_torch", lambda segmenter: as_it_is(other))
+    with pytest.raises(
+        fastseg.FastsegError, match=r"net\.pt2: must give the network's probabilities within 0\.0001; th"
+    ):
+        fastseg.export(folder / "best.pt", out)
+    assert out.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"net.pt2", "other.pt"}
+
+
+def test_network_of_nan_is_not_kept(tmp_path):
+    state = torch.load(write_checkpoint(tmp_path / "best.pt"), weights_only=True)
+    state["model"]["head.bias"][:] = torch.nan
+    torch.save(state, tmp_path / "best.pt")
+    with pytest.raises(fastseg.FastsegError, match="they differ by nan"):
+        fastseg.export(tmp_path / "best.pt", tmp_path / "net.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit, match="2"):
+        main(["export", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    return err.removeprefix("fastseg: ").removesuffix("\n")
+
+
+def test_refusals(folder, tmp_path, capsys, monkeypatch):
+    checkpoint = ("--checkpoint", folder / "best.pt")
+    assert refusal(capsys, *checkpoint, "--out", "net.pb") == (
+        "out: must end in .onnx, .pt2 or .safetensors; got net.pb. Give such a name, or a format with it."
+    )
+    assert refusal(capsys, *checkpoint, "--out", "net.onnx", "--format", "tflite") == (
+        "format: must be onnx, torch or safetensors; got 'tflite'. Give one of these."
+    )
+    out = tmp_path / "nowhere" / "net.safetensors"
+    assert refusal(capsys, *checkpoint, "--out", out) == (
+        f"out: {out} cannot be written (No such file or directory). Give another file."
+    )
+    assert refusal(capsys, "--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "net.onnx") == (
+        f"{tmp_path}/best.pt: cannot be read (No such file or directory). Name an existing checkpoint."
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "LARGEST_ONNX", 1000)
+        assert refusal(capsys, *checkpoint, "--out", tmp_path / "net.onnx").startswith(
+            f"{folder}/best.pt: must have less than 2 GiB of weights for an ONNX file; it has "
+        )
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+        assert refusal(capsys, *checkpoint, "--out", tmp_path / "net.onnx") == (
+            "format: onnx needs the packages onnx and onnxscript. Run pip install 'fastseg-dali[export]'."
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_onnxruntime_the_file_is_checked_but_not_compared(folder, onnx_export, tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr(exporting, "_to_onnx", lambda segmenter: (folder / "net.onnx").read_bytes())
+    with caplog.at_level(logging.INFO):
+        made = fastseg.export(folder / "best.pt", tmp_path / "net.onnx")
+    assert made["max_difference"] is None
+    assert caplog.messages == [
+        f"{tmp_path}/net.onnx: was not compared with the network, because onnxruntime is not installed"
+    ]
+    monkeypatch.setattr(exporting, "_to_onnx", lambda segmenter: b"no ONNX")
+    with pytest.raises(fastseg.FastsegError, match=r"other\.onnx: cannot be made by torch .* \(ValidationError: "):
+        fastseg.export(folder / "best.pt", tmp_path / "other.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]

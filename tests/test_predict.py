@@ -1,0 +1,506 @@
+"""Masks at each photo's own size, against a path of NumPy and Pillow; and what becomes of broken files and kills."""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+import fastseg
+from fastseg.cli import main
+from fastseg.data.decode import decode_image
+from fastseg.data.host import decode_onto
+from fastseg.masks.encode import encode_gif, encode_overlay, encode_png
+from fastseg.masks.refine import refine
+from fastseg.masks.upsample import cut_logits, upsample_logits
+from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
+from tests.conftest import write_pair
+
+ROOT = Path(__file__).parents[1]
+FIELDS = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
+CPU = {"device": "cpu", "precision": "fp32", "num_workers": 2, "refine": "none"}
+NEAR_ZERO = 1e-4  # logits whose sign is left to rounding
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network of random weights whose logits are above and below 0 in about as many cells."""
+    config = fastseg.Config(**FIELDS)
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    *_, last = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    with torch.no_grad():
+        logits = model(torch.randn(4, 3, 8, 12).repeat_interleave(4, 2).repeat_interleave(4, 3))
+        last.bias.sub_(logits.mean()).div_(logits.std() / 3)
+        last.weight.div_(logits.std() / 3)
+    path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
+    save_checkpoint(path, {"config": config.model_dump(), "model": model.state_dict()})
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven photos of different sizes in two folders, one of them as large as Carvana's."""
+    folder = tmp_path_factory.mktemp("made")
+    sizes = {"a": (96, 64), "b": (101, 67), "e": (1918, 1280), "f": (383, 255), "c": (64, 200), "d": (30, 20)}
+    (folder / "images/sub").mkdir(parents=True)
+    for seed, (name, size) in enumerate(sizes.items()):
+        write_pair(folder, name, *size, seed)
+    for name in "cd":
+        os.rename(folder / f"images/{name}.jpg", folder / f"images/sub/{name}.jpg")
+    with Image.open(folder / "images/b.jpg") as photo:
+        photo.rotate(90, expand=True).save(folder / "images/sub/g.png")
+    return folder / "images"
+
+
+@pytest.fixture
+def photos(made: Path, tmp_path: Path) -> Path:
+    """The photos, for a test to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "photos"))
+
+
+def reference_logits(checkpoint: Path, photo: Path, flip: bool = False) -> NDArray[np.float64]:
+    """Logits at the photo's size: cells by `decode_image`, the network in float32, then NumPy in float64.
+
+    Each pixel's mean over a triangle about its centre, as wide as a cell or, if it is wider, as the pixel.
+    """
+    model, config = load_model(checkpoint)
+    cells = np.empty((config.image_height, config.image_width, 3), np.uint8)
+    size = decode_image(photo.read_bytes(), cells)
+    inputs = torch.from_numpy((cells / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        logits = model(inputs)
+        if flip:
+            logits = (logits + model(inputs.flip(3)).flip(3)) / 2
+    full = logits[0, 0].double().numpy()
+    scale = 8
+    while scale > 1 and any(-(-own // scale) < target for own, target in zip(size, cells.shape, strict=False)):
+        scale //= 2
+    for axis, (own, target) in enumerate(zip(size, cells.shape, strict=False)):
+        extent = -(-own // scale) * scale
+        centres = (np.arange(own) + 0.5) * target / extent - 0.5
+        distance = np.abs(centres[:, None] - np.arange(target)) / max(1, target / extent)
+        weights = np.clip(1 - distance, 0, None)
+        full = np.moveaxis(np.tensordot(weights / weights.sum(1, keepdims=True), full, (1, axis)), 0, axis)
+    return full
+
+
+def read_mask(path: Path) -> NDArray[np.bool_]:
+    with Image.open(path) as image:
+        image.load()
+        assert set(np.unique(np.asarray(image.convert("L")))) <= {0, 255}
+        return np.asarray(image.convert("L")) > 0
+
+
+def assert_is_mask(mask: NDArray[np.bool_], logits: NDArray[np.float64]) -> None:
+    assert mask.shape == logits.shape
+    sure = np.abs(logits) > NEAR_ZERO
+    assert sure.mean() > 0.99
+    np.testing.assert_array_equal(mask[sure], logits[sure] > 0)
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def status_of(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("mask_format", ["png", "gif"])
+def test_masks_are_those_of_an_independent_path(mask_format, checkpoint, photos, tmp_path):
+    result = fastseg.predict(checkpoint, photos, tmp_path / "out", mask_format=mask_format, **CPU)
+    assert (result.images, result.masks, result.skipped, result.broken) == (7, 7, 0, ())
+    shares = []
+    for photo in sorted(photos.rglob("*.*")):
+        name = photo.relative_to(photos).with_suffix("")
+        mask = read_mask(tmp_path / "out" / f"{name}_mask.{mask_format}")
+        assert_is_mask(mask, reference_logits(checkpoint, photo))
+        shares.append(mask.mean())
+    assert min(shares) < 0.9
+    assert max(shares) > 0.1
+    assert len(list((tmp_path / "out").rglob("*.*"))) == 7  # and nothing else
+
+
+def test_tta_flip_is_the_mean_of_the_logits(checkpoint, photos, tmp_path):
+    plain, flipped = tmp_path / "plain", tmp_path / "flipped"
+    fastseg.predict(checkpoint, photos, plain, **CPU)
+    fastseg.predict(checkpoint, photos, flipped, tta="flip", **CPU)
+    for name in ("a", "b", "e"):
+        mask = read_mask(flipped / f"{name}_mask.png")
+        assert_is_mask(mask, reference_logits(checkpoint, photos / f"{name}.jpg", flip=True))
+        assert (mask != read_mask(plain / f"{name}_mask.png")).any()
+
+
+@pytest.mark.parametrize("method", ["guided", "crf"])
+def test_refined_masks_are_those_that_evaluate_scores(method, checkpoint, photos, tmp_path):
+    """Also of a photo that EXIF turns, of CMYK ones, and of very small ones."""
+    spoil(photos)
+    Image.new("RGB", (7, 5), "blue").save(photos / "small.bmp")
+    result = fastseg.predict(checkpoint, photos, tmp_path, **{**CPU, "refine": method, "probabilities": True})
+    assert (result.masks, len(result.broken)) == (12, 4)
+    model, _ = load_model(checkpoint)
+    changed = 0
+    for path in tmp_path.rglob("*_mask.png"):
+        name = path.relative_to(tmp_path).with_name(path.name.removesuffix("_mask.png"))
+        (photo,) = photos.glob(f"{name}.*")
+        cells, guide, mask = decode_onto(photo, (32, 48)), decode_onto(photo, (320, 480)), read_mask(path)
+        with torch.inference_mode():
+            logits = model(torch.from_numpy((cells / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None])
+            refined = refine(logits, torch.from_numpy(guide)[None], mask.shape, method)
+            full = upsample_logits(refined, *mask.shape)[0, 0].double().numpy()
+        assert (mask != (full > 0)).mean() < 2e-4  # the network rounds otherwise in a batch, which refinement enlarges
+        with Image.open(str(path).replace("_mask.png", "_probability.png")) as image:
+            assert (np.abs(np.asarray(image) - 255 / (1 + np.exp(-full))) < 1).mean() > 0.999
+        changed += (mask != (reference_logits(checkpoint, photo) > 0)).mean() > 2e-3
+    assert changed >= 8
+
+
+def test_probabilities_overlays_and_table(checkpoint, photos, tmp_path):
+    out, table = tmp_path / "out", tmp_path / "table.csv"
+    fastseg.predict(checkpoint, photos, out, probabilities=True, overlays=True, csv=table, **CPU)
+    rows = read_table(table)
+    assert [row["image"] for row in rows] == [str(path) for path in sorted(photos.rglob("*.*"))]
+    for row in rows:
+        photo, path = Path(row["image"]), Path(row["mask"])
+        mask, logits = read_mask(path), reference_logits(checkpoint, photo)
+        assert_is_mask(mask, logits)
+        assert (int(row["height"]), int(row["width"]), row["error"]) == (*mask.shape, "")
+        assert float(row["foreground"]) == pytest.approx(mask.mean(), abs=1e-6)
+        with Image.open(str(path).replace("_mask.png", "_probability.png")) as image:
+            assert image.mode == "L"
+            np.testing.assert_allclose(np.asarray(image), 255 / (1 + np.exp(-logits)), atol=0.51)
+            assert ((np.asarray(image) >= 128) == mask).mean() > 0.9999
+        with Image.open(str(path).replace("_mask.png", "_overlay.jpg")) as overlay, Image.open(photo) as image:
+            assert overlay.size == (min(1280, image.width), round(image.height * min(1, 1280 / image.width)))
+
+
+def test_overlay_marks_the_mask_and_nothing_else():
+    photo = np.full((60, 80, 3), 100, np.uint8)
+    coverage = np.zeros((60, 80), np.uint8)
+    coverage[20:40, 30:60] = 255
+    with Image.open(io.BytesIO(encode_overlay(photo.copy(), coverage))) as image:
+        shown = np.asarray(image).astype(int)
+    assert np.abs(shown[:12] - 100).max() < 12
+    assert np.abs(shown[30, 45] - [138, 86, 109]).max() < 12  # a quarter of the way to the colour
+    assert np.abs(shown[20, 34:56] - [255, 46, 136]).max() < 60  # the outline
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(1280, 1918), (160, 240), (161, 241), (163, 5), (20, 30), (1, 1), (700, 2000)]
+)
+def test_cut_logits_is_upsampling_and_thresholding(height, width):
+    coarse = torch.nn.functional.avg_pool2d(torch.randn(1, 1, 170, 250, generator=torch.manual_seed(1)), 11, 1)
+    for logits in (coarse, torch.randn(1, 1, 160, 240), torch.full((1, 1, 160, 240), 0.5), -coarse.abs()):
+        full = upsample_logits(logits.double(), height, width)[0, 0].numpy()
+        mask = cut_logits(logits[0, 0].numpy(), height, width)
+        assert mask.shape == (height, width)
+        sure = np.abs(full) > 1e-6
+        np.testing.assert_array_equal(mask[sure], full[sure] > 0)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.5, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 9), (8, 1), (33, 65), (211, 300)])
+def test_masks_read_back_as_they_were_written(shape, share):
+    """Noise at one half fills the GIF's table of codes many times over."""
+    mask = np.random.default_rng(0).random(shape) < share
+    for encode, mode in ((encode_png, "1"), (encode_gif, "P")):
+        with Image.open(io.BytesIO(encode(mask))) as image:
+            image.load()
+            assert image.mode == mode
+            assert getattr(image, "n_frames", 1) == 1
+            assert not image.info.get("interlace")
+            np.testing.assert_array_equal(np.asarray(image.convert("L")), 255 * mask)
+    grey = np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+    with Image.open(io.BytesIO(encode_png(grey))) as image:
+        assert image.mode == "L"
+        np.testing.assert_array_equal(np.asarray(image), grey)
+
+
+@pytest.mark.gpu
+def test_gpu_writes_the_masks_that_the_cpu_does(checkpoint, photos, tmp_path):
+    on_cpu = {**CPU, "tta": "flip"}
+    on_gpu = {**on_cpu, "device": "cuda"}
+    fastseg.predict(checkpoint, photos, tmp_path / "cpu", **on_cpu)
+    fastseg.predict(checkpoint, photos, tmp_path / "gpu", probabilities=True, **on_gpu)
+    fastseg.predict(checkpoint, photos, tmp_path / "bare", **on_gpu)
+    for path in (tmp_path / "cpu").rglob("*_mask.png"):
+        name = path.relative_to(tmp_path / "cpu")
+        assert (read_mask(path) != read_mask(tmp_path / "gpu" / name)).mean() < 1e-2  # TF32 convolutions
+        np.testing.assert_array_equal(read_mask(tmp_path / "gpu" / name), read_mask(tmp_path / "bare" / name))
+
+
+def test_gif_sides_have_a_limit():
+    with pytest.raises(fastseg.DataError, match="has 65536x1 pixels, and a GIF has at most 65535 a side"):
+        encode_gif(np.zeros((1, 65536), bool))
+
+
+# Files
+
+
+def spoil(photos: Path) -> dict[str, str]:
+    """Put odd files among the photos; returns the reasons of the broken ones by name."""
+    data = (photos / "a.jpg").read_bytes()
+    (photos / "cut.jpg").write_bytes(data[: len(data) // 2])
+    (photos / "empty.jpg").touch()
+    (photos / "text.jpg").write_text("no picture")
+    (photos / "sub/notes.txt").write_text("bring sun cream")
+    (photos / ".DS_Store").touch()
+    Image.new("RGB", (1, 1), "red").save(photos / "one.png")
+    with Image.open(photos / "b.jpg") as photo:
+        photo.load()
+    photo.convert("CMYK").save(photos / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.save(photos / "sub/turned.jpg", exif=exif, quality=95)
+    with Image.open(photos / "e.jpg") as photo:
+        photo.resize((3000, 2000)).save(photos / "large.jpg")
+    return {
+        "cut.jpg": "is a damaged or truncated JPEG",
+        "empty.jpg": "is empty",
+        "text.jpg": "is no image that can be read",
+        "sub/notes.txt": "is no image by its name",
+    }
+
+
+def test_broken_files_are_listed_and_stop_nothing(checkpoint, photos, tmp_path, capsys, caplog):
+    reasons = spoil(photos)
+    out, table = tmp_path / "out", tmp_path / "table.csv"
+    arguments = ["--checkpoint", checkpoint, "--images", photos, "--out", out, "--csv", table, *flags(CPU)]
+    assert status_of("predict", *arguments) == 1
+    said = capsys.readouterr().out
+    assert re.search(rf"^11 masks in {out}/, 4 images are broken: .* images/s, .* s \(.*network", said)
+    rows = {os.path.relpath(row["image"], photos): row for row in read_table(table)}
+    assert list(rows) == sorted(rows)
+    assert {name for name, row in rows.items() if row["error"]} == reasons.keys()
+    for name, row in rows.items():
+        if name in reasons:
+            assert row["error"].startswith(reasons[name])
+            assert f"no mask: {photos / name}: {reasons[name]}" in caplog.text
+            assert not row["mask"]
+        else:
+            assert_is_mask(read_mask(Path(row["mask"])), reference_logits(checkpoint, photos / name))
+    assert len(list(out.rglob("*_mask.png"))) == 11
+    assert read_mask(out / "sub/turned_mask.png").shape == (101, 67)  # of 101x67 stored pixels
+    assert read_mask(out / "one_mask.png").shape == (1, 1)
+    assert read_mask(out / "large_mask.png").shape == (2000, 3000)
+
+
+def test_broken_files_are_in_the_result(checkpoint, photos, tmp_path):
+    reasons = spoil(photos)
+    result = fastseg.predict(checkpoint, [photos / "sub", photos / "cut.jpg", photos / "a.jpg"], tmp_path, **CPU)
+    assert [Path(path).name for path, _ in result.broken] == ["notes.txt", "cut.jpg"]
+    assert all(reason.startswith((reasons["sub/notes.txt"], reasons["cut.jpg"])) for _, reason in result.broken)
+    assert (result.images, result.masks) == (7, 5)
+    assert (tmp_path / "c_mask.png").exists()
+    assert (tmp_path / "a_mask.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"checkpoint": "no.pt"}, "no.pt: cannot be read (No such file or directory). Name an existing checkpoint."),
+        ({"images": "nowhere"}, "nowhere: no such file or folder of images. Name what exists."),
+        (
+            {"images": "bare"},
+            "bare: must hold images (.jpg, .jpeg, .png, .bmp, .webp); found nothing. Give the folder ",
+        ),
+        ({"out": "photos/a.jpg"}, "out: photos/a.jpg cannot be written (Not a directory). Give another folder."),
+        ({"csv": "photos/a.jpg"}, "photos/a.jpg: is one of the images, and cannot be the table too. Give another "),
+        ({"csv": "photos"}, "csv: must be a file; photos is a folder. Give a name in it."),
+        ({"csv": "photos/a.jpg/b.csv"}, "csv: photos/a.jpg cannot be written (Not a directory). Give another folder."),
+        ({"mask_format": "bmp"}, "mask_format: must be one of png, gif; got 'bmp'."),
+        ({"refine": "dense"}, "refine: must be one of none, guided, crf; got 'dense'."),
+        ({"tta": "turn"}, "tta: must be one of none, flip; got 'turn'."),
+        ({"batch_size": "0"}, "batch_size: must be at least 1; got '0'. The default is 16."),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_refusal_comes_before_any_mask(changes, sentence, checkpoint, photos, monkeypatch, capsys):
+    monkeypatch.chdir(photos.parent)
+    Path("bare").mkdir()
+    options = {"checkpoint": checkpoint, "images": "photos", "out": "out", "device": "cpu", **changes}
+    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
+    assert status_of("predict", *words) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines()[-1].startswith(f"fastseg: {sentence}")
+    assert "Traceback" not in said.err
+    assert not list(Path().rglob("*_mask.*g"))
+
+
+def test_two_photos_of_one_name_are_refused(checkpoint, photos, tmp_path):
+    (photos / "sub/c.png").write_bytes((photos / "sub/g.png").read_bytes())
+    with pytest.raises(fastseg.DataError) as error:
+        fastseg.predict(checkpoint, photos, tmp_path / "out", **CPU)
+    assert str(error.value) == (
+        f"{photos}/sub/c.jpg and {photos}/sub/c.png would both be written to {tmp_path}/out/sub/c_mask.*. "
+        "Rename one of them, or predict them into two folders."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_among_the_photos_are_neither_input_nor_written_over(checkpoint, photos, capsys):
+    """Masks beside their photos: the second run takes none for a photo, and writes over none that it did not make."""
+    (photos / "a_mask.png").write_bytes(encode_png(np.ones((64, 96), bool)))
+    with pytest.raises(fastseg.DataError, match=r"a_mask\.png: is one of the images, and has the name of a result of"):
+        fastseg.predict(checkpoint, photos, photos, **CPU)
+    result = fastseg.predict(checkpoint, photos, photos, csv=photos / "table.csv", resume=True, **CPU)
+    assert (result.images, result.masks, result.skipped) == (7, 6, 1)
+    assert read_mask(photos / "a_mask.png").all()
+    before = digests(photos)
+    result = fastseg.predict(checkpoint, photos, photos, csv=photos / "table.csv", resume=True, **CPU)
+    assert (result.images, result.masks, result.skipped, result.broken) == (7, 0, 7, ())
+    assert digests(photos) == before
+
+
+def test_resume_does_what_is_missing(checkpoint, photos, tmp_path):
+    """Also where one of two files is there; the table is that of one run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options: dict[str, Any] = {**CPU, "probabilities": True, "refine": "crf"}
+    fastseg.predict(checkpoint, photos, whole, csv=tmp_path / "whole.csv", **options)
+    fastseg.predict(checkpoint, photos, parts, **options)
+    (parts / "b_probability.png").unlink()
+    (parts / "e_mask.png").unlink()
+    (parts / ".f_mask.png.draft").touch()
+    (parts / ".foreign.png.draft").touch()
+    result = fastseg.predict(checkpoint, photos, parts, csv=tmp_path / "parts.csv", resume=True, **options)
+    assert (result.masks, result.skipped) == (2, 5)
+    assert re.match(rf"2 masks in {parts}/, 5 were there already: ", result.sentence)
+    assert digests(parts).keys() - digests(whole).keys() == {".foreign.png.draft"}
+    assert digests(parts).items() >= digests(whole).items()
+    assert (tmp_path / "parts.csv").read_text() == (tmp_path / "whole.csv").read_text().replace("whole/", "parts/")
+
+
+def test_full_disk_is_one_sentence_and_keeps_what_is_written(checkpoint, photos, tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # less than e_mask.png, the last
+    try:
+        with pytest.raises(fastseg.DataError) as error:
+            fastseg.predict(
+                checkpoint, [photos / f"{name}.jpg" for name in "abe"], tmp_path, **{**CPU, "batch_size": 1}
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(error.value) == (
+        f"{tmp_path}/e_mask.png: cannot be written (File too large); what was written before is intact. "
+        "Make room for it and run again with --resume."
+    )
+    written = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert written == ["a_mask.png", "b_mask.png"]
+
+
+def test_ctrl_c_ends_with_status_130(checkpoint, photos, tmp_path, monkeypatch):
+    calls = []
+
+    def interrupt(*arguments: object) -> torch.Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return torch.ones(1, 1, 32, 48)
+
+    monkeypatch.setattr("fastseg.masks.predict._logits", interrupt)
+    arguments = ["--checkpoint", checkpoint, "--images", photos, "--out", tmp_path / "out", "--batch-size", "1"]
+    assert status_of("predict", *arguments, "--device", "cpu") == 130
+    assert len(list((tmp_path / "out").rglob("*"))) - 1 <= 2  # but for the folder `sub`
+    assert all(read_mask(path).all() for path in (tmp_path / "out").glob("*.png"))
+
+
+# Processes of their own
+
+SLOWLY = """
+import os, sys, time
+replace = os.replace
+os.replace = lambda *names: (time.sleep(0.05), replace(*names))
+from fastseg.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start(*command: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, *map(str, command)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def test_killed_run_leaves_whole_files_and_resume_completes_it(checkpoint, tmp_path):
+    for index in range(60):
+        write_pair(tmp_path, f"car_{index:02d}", 96 + index, 64, seed=index)
+    images, out, whole = tmp_path / "images", tmp_path / "out", tmp_path / "whole"
+    common = ["predict", "--checkpoint", checkpoint, "--images", images, "--probabilities", "--csv"]
+    process = start("-c", SLOWLY, *common, tmp_path / "out.csv", "--out", out, *flags(CPU))
+    wait_for(lambda: len(list(out.glob("car*"))) > 9 and any(out.glob("*.draft")), process)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    killed = sorted(path.name for path in out.iterdir())
+    assert any(name.endswith(".draft") for name in killed)  # or the kill has missed what this is about
+    finished = [name for name in killed if not name.startswith(".")]
+    assert 9 < len(finished) < 120
+    for name in finished:
+        with Image.open(out / name) as image:
+            image.load()
+    assert not (tmp_path / "out.csv").exists()
+
+    assert status_of(*common, tmp_path / "whole.csv", "--out", whole, *flags(CPU)) == 0
+    kept = {name: (out / name).stat().st_mtime_ns for name in finished}
+    assert status_of(*common, tmp_path / "out.csv", "--out", out, *flags(CPU), "--resume") == 0
+    assert len(digests(whole)) == 120
+    assert digests(out) == digests(whole)
+    assert (tmp_path / "out.csv").read_text() == (tmp_path / "whole.csv").read_text().replace("whole/", "out/")
+    untouched = sum((out / name).stat().st_mtime_ns == written for name, written in kept.items())
+    assert untouched >= len(finished) - 2  # photos of which only one of two files was there are done again
+
+
+def test_two_processes_do_what_one_does(checkpoint, photos, tmp_path):
+    reasons = spoil(photos)
+    common = ["predict", "--checkpoint", checkpoint, "--images", photos, *flags(CPU)]
+    assert status_of(*common, "--out", tmp_path / "one", "--csv", tmp_path / "one.csv") == 1
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
+    process = start(*torchrun, *common, "--out", tmp_path / "two", "--csv", tmp_path / "two.csv")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert out.count("11 masks in") == 1
+    for name in reasons:
+        assert err.count(f"no mask: {photos / name}: ") == 1
+    assert len(re.findall(r"exitcode *: *1\b", err)) >= 1
+    assert digests(tmp_path / "two").keys() == digests(tmp_path / "one").keys()
+    for path in (tmp_path / "one").rglob("*.png"):
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert (read_mask(path) != read_mask(other)).mean() < 1e-3  # of other batches
+    one, two = (read_table(tmp_path / f"{name}.csv") for name in ("one", "two"))
+    assert [(row["image"], row["error"]) for row in one] == [(row["image"], row["error"]) for row in two]
