@@ -30,9 +30,9 @@ from fastseg.data.decode import image_size
 from fastseg.data.host import HostDecoder
 from fastseg.data.loader import epoch_order
 from fastseg.network.losses import bce_dice_loss
+from fastseg.network.normalise import normalise, to_targets
 from fastseg.network.unet import UNet
 from fastseg.runtime.device import choose_runtime
-from fastseg.training.augment import normalise
 from fastseg.training.recipe import make_optimizer
 
 HEIGHT, WIDTH, BATCH_SIZE = 160, 240, 16
@@ -131,12 +131,12 @@ class Trainer:
     def __init__(self, channels: int, device: torch.device) -> None:
         config = Config(base_channels=channels, device=str(device))
         self.runtime = choose_runtime(config)
-        self.model = self.runtime.place(UNet(channels, 4))
+        self.model = self.runtime.to_device(UNet(channels, 4))
         self.optimizer = make_optimizer(config, self.model)
         rng = np.random.default_rng(0)
         images = torch.from_numpy(rng.integers(0, 256, (BATCH_SIZE, HEIGHT, WIDTH, 3), np.uint8))
         masks = torch.from_numpy(rng.integers(0, 256, (BATCH_SIZE, HEIGHT, WIDTH), np.uint8))
-        self.inputs, self.targets = normalise(images.to(device), masks.to(device))
+        self.inputs, self.targets = normalise(images.to(device)), to_targets(masks.to(device))
         self.steps = 0
         self.stop = threading.Event()
 

@@ -30,9 +30,9 @@ from fastseg.config import Config
 from fastseg.network.losses import bce_dice_loss
 from fastseg.network.unet import UNet
 from fastseg.runtime.device import Runtime, choose_runtime
-from fastseg.runtime.memory import keep_freed_memory
+from fastseg.runtime.memory import set_retaining_allocator
 from fastseg.training.augment import augment, sample_params
-from fastseg.training.compile import record_graphs
+from fastseg.training.compile import capture_graphs
 from fastseg.training.recipe import make_optimizer
 
 HEIGHT, WIDTH = 160, 240
@@ -73,10 +73,10 @@ def make_step(config: Config, runtime: Runtime, way: str) -> Any:
     """fastseg's step on one resident batch."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = way not in ("given_back", "eager", "graphs")
-    model = runtime.place(UNet(config.base_channels, config.depth)).train()
+    model = runtime.to_device(UNet(config.base_channels, config.depth)).train()
     forward: Any = model
     if way == "graphs":
-        forward = record_graphs(model, runtime, [(config.batch_size, 3, HEIGHT, WIDTH)])
+        forward = capture_graphs(model, runtime, [(config.batch_size, 3, HEIGHT, WIDTH)])
     elif way in MODES:
         forward = torch.compile(model, dynamic=False, mode=MODES[way])
     optimizer = make_optimizer(config, model)
@@ -169,7 +169,7 @@ def measure_way(way: str, config: Config, runtime: Runtime) -> dict[str, Any]:
     torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3, device=device), torch.ones(1, 1, 3, 3, device=device))
     synchronise(device)  # cuDNN has started
     if device.type == "cpu" and way != "given_back":
-        keep_freed_memory()
+        set_retaining_allocator()
     began = time.perf_counter()
     step = make_step(config, runtime, way)
     step()
@@ -179,7 +179,7 @@ def measure_way(way: str, config: Config, runtime: Runtime) -> dict[str, Any]:
     wall = time_steps(step, steps, device)
     kinds = profile_steps(step, steps, device)
     return {
-        "row": f"batch {batch}, {runtime.describe}, {way}: {WAYS[way]}",
+        "row": f"batch {batch}, {runtime.description}, {way}: {WAYS[way]}",
         "way": way,
         "batch": batch,
         "first_step_s": round(first_step, 2),

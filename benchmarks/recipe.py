@@ -38,7 +38,6 @@ FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # row: what it is, fields tha
         "no augmentation at all",
         dict.fromkeys(("flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "hue"), 0.0),
     ),
-    "elastic": ("elastic distortion, 2 % of the size", {"elastic": 0.02}),
     "bce": ("BCE alone", {}),
     "dice": ("Dice alone", {}),
     "clip": ("gradients clipped to norm 1", {}),

@@ -23,21 +23,20 @@ from torch.nn.functional import avg_pool2d
 
 import fastseg
 from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
-from fastseg.data.host import HostDecoder, decode_file, decode_onto
+from fastseg.data.host import HostDecoder, decode_file, load_photo
 from fastseg.data.pairs import group_of
 from fastseg.masks.refine import METHODS, guide_size, refine
-from fastseg.masks.upsample import cut_logits
-from fastseg.network.boundary import BOUNDARY_PIXELS, boundary_iou
+from fastseg.masks.upsample import threshold_logits
 from fastseg.network.checkpoint import load_model
-from fastseg.network.metrics import Scores
+from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
+from fastseg.network.normalise import normalise
 from fastseg.runtime.progress import progress_bar
-from fastseg.training.augment import normalise
 
 PACKAGES = ("kornia", "matplotlib")
 TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}
 CROP_HEIGHT, CROP_WIDTH = 160, 240  # pixels of a photo, in the picture
 CROPS = 3
-COLOURS = {"true": "#00d5ff", "none": "#ffb000", "guided": "#ff2e88", "crf": "#7cff4f"}
+COLOURS = {"true": "#00d5ff", "none": "#ffb000", "crf": "#7cff4f"}
 
 
 class Crop(NamedTuple):
@@ -60,9 +59,8 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
     crops = []
     with torch.inference_mode(), progress_bar() as bar:
         task = bar.add_task(Path(path).parent.name, total=len(pairs))
-        for index, (image, mask, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
-            inputs, _ = normalise(image.to(device), mask.to(device))
-            logits = model(inputs).float().cpu()  # masks are made on the CPU
+        for index, (image, _, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
+            logits = model(normalise(image.to(device))).float().cpu()  # masks are made on the CPU
             path = pairs.image_path(index)
             true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None]
             size, masks = (true.shape[1], true.shape[2]), {"true": true}
@@ -91,9 +89,9 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
 def cut(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
     """(1, H, W) bool, the mask of a photo at its own size, as `fastseg.predict` finds it."""
     if method != "none":
-        photos = torch.from_numpy(decode_onto(path, guide_size(logits.shape[2], logits.shape[3])))[None]
+        photos = torch.from_numpy(load_photo(path, guide_size(logits.shape[2], logits.shape[3])))[None]
         logits = refine(logits, photos, size, method)
-    return torch.from_numpy(cut_logits(logits[0, 0].numpy(), *size))[None]
+    return torch.from_numpy(threshold_logits(logits[0, 0].numpy(), *size))[None]
 
 
 def most_differing(name: str, photo: NDArray[np.uint8], masks: dict[str, Tensor]) -> Crop:

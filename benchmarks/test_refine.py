@@ -31,7 +31,7 @@ def test_rows_and_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     result = json.loads((tmp_path / "refine.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
     rows = {(row["targets"], row["method"]): row for row in result["rows"]}
-    assert list(rows) == [(kind, method) for kind in ("area", "nearest") for method in ("none", "guided", "crf")]
+    assert list(rows) == [(kind, method) for kind in ("area", "nearest") for method in ("none", "crf")]
     for (kind, method), row in rows.items():
         dice = [run["methods"][method]["full_dice"] for run in result["checkpoints"] if run["mask_resize"] == kind]
         assert row["seeds"] == list(range(len(dice)))

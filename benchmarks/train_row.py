@@ -21,7 +21,7 @@ import fastseg
 from fastseg.data.host import HostDecoder
 from fastseg.network.losses import bce_loss
 from fastseg.network.metrics import score_batches
-from fastseg.training.augment import normalise
+from fastseg.network.normalise import normalise, to_targets
 
 WARM_UP_STEPS = 3  # CUDA graphs are recorded in the second
 WRONG_LOSS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # relative; float32 is TF32 on a GPU
@@ -98,7 +98,7 @@ def check_gradients(trainer: Trainer, images: Tensor, masks: Tensor) -> dict[str
         ValueError: they differ by more than the number format explains.
     """
     run = trainer.run
-    inputs, targets = normalise(images, masks)
+    inputs, targets = normalise(images), to_targets(masks)
     exact = copy.deepcopy(run.model).to(memory_format=torch.contiguous_format)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         exact_loss = bce_loss(exact(inputs.contiguous()), targets)

@@ -24,9 +24,9 @@ from fastseg.data.loader import epoch_order
 from fastseg.network.checkpoint import build_model
 from fastseg.network.losses import bce_loss
 from fastseg.runtime.device import choose_runtime
-from fastseg.runtime.memory import keep_freed_memory
+from fastseg.runtime.memory import set_retaining_allocator
 from fastseg.training.loop import _step
-from fastseg.training.state import Run, build_run, compile_network
+from fastseg.training.state import Run, build_run, compile_model
 
 WATERFALL = {
     "tutorial": "torch DataLoader, Pillow, kornia's classes, Adam, float32, NCHW",
@@ -83,7 +83,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
         precision=reduced if "autocast" in has else "fp32",
     )
     if "fastseg" in has and not on_gpu:
-        keep_freed_memory()
+        set_retaining_allocator()
     torch.manual_seed(config.seed)
     model = make_network(name, config)
     run = build_run(config, choose_runtime(config), model, setting.train_pairs, setting.val_pairs)
@@ -91,7 +91,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
     run.model.to(memory_format=layout)
     began = time.perf_counter()
     if name in COMPILED:
-        compile_network(run)
+        compile_model(run)
     compile_s = time.perf_counter() - began
     if name == "compile_graphs":
         run.forward = torch.compile(run.model, mode="reduce-overhead", dynamic=False)

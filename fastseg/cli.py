@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from fastseg import __version__
 from fastseg.commands import COMMANDS, INTERRUPTED
-from fastseg.config import nearest
+from fastseg.config import closest_match
 from fastseg.errors import ConfigError, FastsegError
 
 __all__ = ["main"]
@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"{argument}: is no argument of `{self.prog}`")
         flag, _, _ = argument.partition("=")
         flags = {known[2:].replace("-", "_"): known for known in self._option_string_actions if known.startswith("--")}
-        raise ConfigError(f"{flag}: is no flag of `{self.prog}`. Did you mean {flags[nearest(flag[2:], flags)]}?")
+        raise ConfigError(f"{flag}: is no flag of `{self.prog}`. Did you mean {flags[closest_match(flag[2:], flags)]}?")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from fastseg.config import Config, as_text
+from fastseg.config import Config, format_value
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
@@ -31,7 +31,7 @@ def _add_config_fields(parser: argparse.ArgumentParser, names: Sequence[str]) ->
     """A flag a field; `Config` itself reads and checks the text."""
     for name in names:
         field = Config.model_fields[name]
-        default = f" (default: {as_text(field.default)})" if field.default != "" else ""
+        default = f" (default: {format_value(field.default)})" if field.default != "" else ""
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=f"field_{name}",
@@ -65,14 +65,14 @@ def _train_config(options: argparse.Namespace) -> Config:
 def _train(options: argparse.Namespace) -> int:
     config = _train_config(options)
 
-    from fastseg.runtime.distributed import place_in_group
+    from fastseg.runtime.distributed import get_rank
     from fastseg.training.loop import train  # loads torch: not for `--help` or a wrong value
 
     result = train(config)
     if result.interrupted:
         print(f"Interrupted. Run the same command again to go on from {result.run_dir / 'last.pt'}.", file=sys.stderr)
         return INTERRUPTED
-    if place_in_group()[0] > 0:  # the first process speaks for all
+    if get_rank() > 0:  # the first process speaks for all
         return 0
     print(
         f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
@@ -82,7 +82,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 EVALUATE_FIELDS = ("device", "precision", "batch_size", "num_workers", "decoder", "bad_samples", "check_data")
-NAMED = 3  # images of the lowest Dice that `evaluate` names; its JSON has more
+MAX_NAMED = 3  # images of the lowest Dice that `evaluate` names; its JSON has more
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--refine",
-        metavar="none|guided|crf",
+        metavar="none|crf",
         default="crf",
         help="how masks at full size are corrected by the photo (default: crf)",
     )
@@ -125,7 +125,7 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"{scores['full_boundary_iou']:.4f} (within {scores['boundary_pixels']} pixels of the outline)"
         )
     worst = [f"{name} ({dice:.4f})" for name, dice in scores["worst"].items()]
-    print(f"Lowest Dice: {', '.join(worst[:NAMED])}")
+    print(f"Lowest Dice: {', '.join(worst[:MAX_NAMED])}")
     if options.out is not None:
         print(
             f"scores.csv, summary.json{' and worst.png' if options.full_size == 'true' else ''} are in {options.out}/"
@@ -151,7 +151,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", metavar="FILE", default="", help="also write a table: size, foreground, error")
     parser.add_argument(
         "--refine",
-        metavar="none|guided|crf",
+        metavar="none|crf",
         default="crf",
         help="how masks are corrected by the photo (default: crf)",
     )
@@ -170,7 +170,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
 
 def _predict(options: argparse.Namespace) -> int:
     from fastseg.masks.predict import predict
-    from fastseg.runtime.distributed import gather_over_processes, place_in_group, process_group
+    from fastseg.runtime.distributed import barrier, get_rank, process_group
 
     fields = _config_fields(options)
     with process_group(fields.get("device", "auto")):
@@ -187,9 +187,9 @@ def _predict(options: argparse.Namespace) -> int:
             resume=options.resume,
             **fields,
         )
-        if place_in_group()[0] == 0:  # the first process speaks for all
+        if get_rank() == 0:  # the first process speaks for all
             print(result.sentence)
-        gather_over_processes(None)  # a process that ends with status 1 makes torchrun end the others
+        barrier()  # a process that ends with status 1 makes torchrun end the others
     return 1 if result.broken else 0
 
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from fastseg.errors import ConfigError
 
-__all__ = ["Config", "as_config", "as_text", "nearest"]
+__all__ = ["Config", "as_config", "format_value", "closest_match"]
 
 DEFAULT_VAL_DIRS = ("./data/val_images/", "./data/val_masks/")
 
@@ -38,7 +38,8 @@ RULES = {
     "string": "must be text",
     "value_error": "{error}",
 }
-SHOWN = 80  # characters of a wrong value that its error repeats
+REMOVED = ("elastic", "blur")  # fields that earlier checkpoints and config.json files hold; 0 switched them off
+MAX_SHOWN = 80  # characters of a wrong value that its error repeats
 
 
 def _field(default: Any, description: str, **rules: Any) -> Any:
@@ -108,8 +109,6 @@ class Config(BaseModel):
     contrast: float = _field(0.1, "largest change of contrast, as a share", ge=0, le=1)
     saturation: float = _field(0.1, "largest change of saturation, as a share", ge=0, le=1)
     hue: float = _field(0.02, "largest turn of the hue, as a share of the circle", ge=0, le=0.5)
-    elastic: float = _field(0.0, "typical shift of an elastic distortion, as a share of the size", ge=0, le=0.5)
-    blur: float = _field(0.0, "largest sigma of a Gaussian blur, in pixels", ge=0, le=32)
 
     # Where it goes, and where it starts
     out_dir: str = _field("runs", "folder of all runs", min_length=1)
@@ -224,14 +223,14 @@ def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> Co
     )
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def closest_match(name: str, known: Iterable[str]) -> str:
     """The known name that a misspelt or abbreviated one is most likely to mean; case and dashes do not count."""
     name, known = name.lower().replace("-", "_"), list(known)
     initials = {"".join(word[:1] for word in field.split("_")): field for field in known}
     return initials.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
 
 
-def as_text(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A field's value as one would write it on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
@@ -242,8 +241,10 @@ def _known_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in fields:
         name = key.lower()
+        if name in REMOVED and not value:
+            continue
         if name not in Config.model_fields:
-            raise ConfigError(f"{key}: is no known field. Did you mean {nearest(name, Config.model_fields)}?")
+            raise ConfigError(f"{key}: is no known field. Did you mean {closest_match(name, Config.model_fields)}?")
         if name in known:
             raise ConfigError(f"{name}: is given twice (case does not count). Keep one.")
         known[name] = value
@@ -254,15 +255,15 @@ def _one_sentence(error: ValidationError) -> str:
     sentences = []
     for item in error.errors():
         kind = item["type"]
-        bounds = {name: as_text(bound) for name, bound in item.get("ctx", {}).items()}
+        bounds = {name: format_value(bound) for name, bound in item.get("ctx", {}).items()}
         rule = RULES[kind if kind in RULES else kind.partition("_")[0]].format(**bounds)
         if item["loc"]:
             field = str(item["loc"][0])
-            default = as_text(Config.model_fields[field].default)
+            default = format_value(Config.model_fields[field].default)
             rule = f"{field}: {rule}; got {_shorten(repr(item['input']))}. The default is {default}."
         sentences.append(rule)
     return " ".join(sentences)
 
 
 def _shorten(text: str) -> str:
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -1,7 +1,5 @@
-"""Pictures and facts of a run: learning curves, outlines over validation images, versions."""
+"""Pictures of a run: learning curves, and outlines over images."""
 
-import importlib.metadata
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,20 +10,18 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastseg import __version__
 from fastseg.config import Config
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.network.metrics import Scores
+from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime
-from fastseg.runtime.files import written_whole
-from fastseg.training.augment import normalise
+from fastseg.runtime.files import atomic_write
 
-__all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_worst", "versions"]
+__all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_worst"]
 
 TRUE, PREDICTED = "#00d5ff", "#ff2e88"  # outlines that stand out from each other and from most photographs
 MARGIN = 40  # pixels of a photo that are shown around its outlines
-PACKAGES = ("torch", "nvidia-dali-cuda120", "kornia", "numba", "numpy", "simplejpeg", "pillow")
 
 
 class Outlined(NamedTuple):
@@ -35,17 +31,6 @@ class Outlined(NamedTuple):
     true: NDArray[Any]  # (H, W) bool, or in [0, 1]
     predicted: NDArray[Any]  # likewise
     title: str
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide about speed; "absent" where one is not installed."""
-    found = {"python": platform.python_version(), "fastseg": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
@@ -86,8 +71,7 @@ def draw_overlay(
     decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
     images, masks, _ = next(decoder.decode([shown]))
     with torch.inference_mode(), runtime.autocast():
-        inputs, _ = normalise(images.to(runtime.device), masks.to(runtime.device))
-        probability = model(inputs)[:, 0].float().sigmoid().cpu()
+        probability = model(normalise(images.to(runtime.device)))[:, 0].float().sigmoid().cpu()
     dice = Scores().update(probability > 0.5, masks >= 128)
     titles = [f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}" for i, index in enumerate(shown)]
     draw_outlines(list(map(Outlined, images.numpy(), masks.numpy() / 255, probability.numpy(), titles)), path)
@@ -138,5 +122,5 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
         axes.set_title(title, fontsize=max(8, 1.7 * width))
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
-    with written_whole(path) as draft:
+    with atomic_write(path) as draft:
         figure.savefig(draft, dpi=130, format="png")

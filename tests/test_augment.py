@@ -1,6 +1,6 @@
 """Augmentation against kornia's own classes and functions, given the same parameters."""
 
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import kornia
 import numpy as np
@@ -9,7 +9,8 @@ import torch
 
 import fastseg.training.augment
 from fastseg.config import Config
-from fastseg.training.augment import AugmentParams, augment, normalise, sample_params
+from fastseg.network.normalise import normalise, to_targets
+from fastseg.training.augment import AugmentParams, augment, sample_params
 
 OFF = dict.fromkeys(("flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "hue"), 0)
 
@@ -42,7 +43,7 @@ def as_unit(images: torch.Tensor) -> torch.Tensor:
 
 def test_normalise_is_a_view_of_channels_last_and_exact():
     images, masks = smooth_batch()
-    inputs, targets = normalise(images, masks)
+    inputs, targets = normalise(images), to_targets(masks)
     assert inputs.is_contiguous(memory_format=torch.channels_last)
     expected = (images.numpy().astype(np.float64).transpose(0, 3, 1, 2) / 255 - 0.5) / 0.25
     np.testing.assert_allclose(inputs.numpy(), expected, atol=1e-6)
@@ -52,7 +53,7 @@ def test_normalise_is_a_view_of_channels_last_and_exact():
 def test_all_strengths_zero_changes_nothing():
     images, masks = smooth_batch()
     neutral = sample_params(Config(**OFF), len(images), torch.Generator())
-    for got, expected in zip(augment(images, masks, neutral), normalise(images, masks), strict=True):
+    for got, expected in zip(augment(images, masks, neutral), (normalise(images), to_targets(masks)), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
 
 
@@ -101,7 +102,7 @@ def test_hue_turns_about_grey_and_keeps_luma():
     images, masks = smooth_batch()
     grey = images[..., :1].expand_as(images)
     drawn = params(hue=1)
-    torch.testing.assert_close(augment(grey, masks, drawn)[0], normalise(grey, masks)[0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(augment(grey, masks, drawn)[0], normalise(grey), atol=1e-4, rtol=0)
     luma = torch.tensor([0.299, 0.587, 0.114])
     turned = torch.einsum("bchw,c->bhw", pixels(augment(images, masks, drawn)[0]), luma)
     torch.testing.assert_close(turned, torch.einsum("bchw,c->bhw", as_unit(images), luma), atol=1e-4, rtol=0)
@@ -109,7 +110,7 @@ def test_hue_turns_about_grey_and_keeps_luma():
 
 
 def test_strengths_bound_the_draws_and_a_state_repeats_them():
-    config = Config(rotation=7, scale=0.2, flip=0.25, elastic=0.1, blur=2)
+    config = Config(rotation=7, scale=0.2, flip=0.25)
     generator = torch.Generator().manual_seed(3)
     state = generator.get_state()
     drawn = sample_params(config, 4000, generator)
@@ -126,43 +127,8 @@ def test_the_compiled_pass_equals_torchs_operations(monkeypatch):
     images, masks = smooth_batch()
     drawn = sample_params(Config(image_height=48, image_width=80), len(images), torch.Generator().manual_seed(1))
     compiled = augment(images, masks, drawn)
-    monkeypatch.setattr(fastseg.augment, "augment_on_host", fastseg.augment.augment_on_device)
+    monkeypatch.setattr(fastseg.training.augment, "augment_cpu", fastseg.training.augment.augment_torch)
     for got, expected in zip(compiled, augment(images, masks, drawn), strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
     assert compiled[0].is_contiguous(memory_format=torch.channels_last)
-
-
-def test_equal_shifts_of_all_points_move_image_and_mask_as_a_whole():
-    images, masks = smooth_batch()
-    count, height, width = masks.shape
-    step = torch.tensor([2 / (width - 1) * 3, 2 / (height - 1) * -2])  # three pixels along x, minus two along y
-    moved = replace(params(), elastic=step[:, None, None].expand(count, 2, 3, 3).contiguous())
-    plain = normalise(images, masks)
-    for got, whole in zip(augment(images, masks, moved), plain, strict=True):
-        expected = whole[..., : height - 2, 3:]
-        torch.testing.assert_close(got[..., 2:, : width - 3], expected, atol=1e-3, rtol=0)
-
-
-def test_elastic_shifts_are_as_large_as_asked():
-    config = Config(elastic=0.05)
-    drawn = sample_params(config, 500, torch.Generator().manual_seed(0))
-    assert drawn.elastic.std().item() == pytest.approx(2 * 0.05, rel=0.05)  # the image is 2 wide and high
-    assert torch.equal(drawn.angle, sample_params(Config(), 500, torch.Generator().manual_seed(0)).angle)
-
-
-def test_blur_is_a_gaussian_of_the_images_own_sigma():
-    """Against a float64 sum over the kernel, away from the edge."""
-    images, masks = smooth_batch(2)
-    sigmas = torch.tensor([1.5, 0.0])
-    blurred, targets = augment(images, masks, replace(params(2), blur=sigmas))
-    inputs, plain_targets = normalise(images, masks)
-    assert torch.equal(targets, plain_targets)
-    torch.testing.assert_close(blurred[1], inputs[1], atol=1e-4, rtol=0)
-    offsets = np.arange(-4, 5)
-    weights = np.exp(-(offsets**2) / (2 * 1.5**2))
-    weights /= weights.sum()
-    image = inputs[0].double().numpy()
-    rows = sum(w * np.roll(image, o, axis=1) for w, o in zip(weights, offsets, strict=True))
-    expected = sum(w * np.roll(rows, o, axis=2) for w, o in zip(weights, offsets, strict=True))
-    np.testing.assert_allclose(blurred[0, :, 6:-6, 6:-6].numpy(), expected[:, 6:-6, 6:-6], atol=2e-3)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastseg.network.boundary import boundary_band, boundary_iou
+from fastseg.network.metrics import boundary_band, boundary_iou
 
 
 def eroded_by_hand(mask: np.ndarray, pixels: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 import fastseg
 from fastseg.cli import main
 from fastseg.quality import duplicates as copies
-from fastseg.quality.duplicates import MAX_DISTANCE, find_copies
+from fastseg.quality.duplicates import MAX_DISTANCE, find_near_duplicates
 from tests.conftest import write_pair
 
 WIDTH, HEIGHT = 240, 160
@@ -234,12 +234,12 @@ def test_find_copies_is_brute_force_in_chunks(num_originals, monkeypatch):
         distances = [(int((hashes[i] != known[j]).sum()), j) for j in range(i if originals is None else len(known))]
         if distances and min(distances)[0] <= MAX_DISTANCE:
             expected.append((i, min(distances)[1], min(distances)[0]))
-    assert find_copies(hashes, originals) == expected == [(70, 3, MAX_DISTANCE), (99, 5, 0)]
+    assert find_near_duplicates(hashes, originals) == expected == [(70, 3, MAX_DISTANCE), (99, 5, 0)]
 
 
 def test_find_copies_of_one_and_of_none():
-    assert find_copies(np.zeros((1, 256), bool)) == []
-    assert find_copies(np.zeros((0, 256), bool)) == []
+    assert find_near_duplicates(np.zeros((1, 256), bool)) == []
+    assert find_near_duplicates(np.zeros((0, 256), bool)) == []
 
 
 def test_json_names_every_file(data, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import fastseg
-from fastseg.runtime.distributed import share_of_batch
+from fastseg.runtime.distributed import local_batch_size
 
 FIELDS = {
     "image_height": 32,
@@ -63,6 +63,6 @@ def test_an_error_in_the_processes_ends_the_job(pairs_dir, tmp_path):
 
 
 def test_a_batch_is_shared_equally_or_not_at_all():
-    assert share_of_batch(16, 4) == 4
+    assert local_batch_size(16, 4) == 4
     with pytest.raises(fastseg.ConfigError, match=r"divisible by the 3 processes.*got 16\. Use 15 or 18\."):
-        share_of_batch(16, 3)
+        local_batch_size(16, 3)

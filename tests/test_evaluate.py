@@ -14,14 +14,14 @@ from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
 
 import fastseg
 from fastseg.cli import main
-from fastseg.data.host import HostDecoder, decode_onto
+from fastseg.data.host import HostDecoder, load_photo
 from fastseg.errors import ConfigError, DataError
 from fastseg.masks.refine import METHODS, guide_size, refine
 from fastseg.masks.upsample import upsample_logits
-from fastseg.network.boundary import boundary_iou
 from fastseg.network.checkpoint import load_model
+from fastseg.network.metrics import boundary_iou
+from fastseg.network.normalise import normalise
 from fastseg.plots import Outlined, draw_worst
-from fastseg.training.augment import normalise
 from tests.conftest import write_pair
 
 SIZES = ((96, 64), (150, 110), (97, 63), (96, 64), (44, 30))  # the last one is smaller than what the network sees
@@ -65,11 +65,11 @@ def logits_and_masks(checkpoint: Path, data: Path, method: str) -> list[tuple[to
     model, config = load_model(checkpoint)
     pairs = fastseg.find_pairs(data / "images", data / "masks")
     found = []
-    for i, (images, masks, _) in enumerate(HostDecoder(pairs, 32, 48).decode(np.arange(len(pairs))[:, None])):
+    for i, (images, _, _) in enumerate(HostDecoder(pairs, 32, 48).decode(np.arange(len(pairs))[:, None])):
         mask = read(pairs.mask_path(i), "L") > 0
-        photos = torch.from_numpy(decode_onto(pairs.image_path(i), guide_size(32, 48)))[None]
+        photos = torch.from_numpy(load_photo(pairs.image_path(i), guide_size(32, 48)))[None]
         with torch.no_grad():
-            logits = refine(model(normalise(images, masks)[0]), photos, mask.shape, method)
+            logits = refine(model(normalise(images)), photos, mask.shape, method)
             found.append((upsample_logits(logits, *mask.shape)[:, 0], mask[None]))
     assert config.mask_resize == "area"
     return found
@@ -194,7 +194,7 @@ def test_pair_that_breaks_at_full_size_only(checkpoint, data, monkeypatch):
 
 
 def test_refusals_come_before_any_work(checkpoint, data, tmp_path):
-    with pytest.raises(ConfigError, match=r"^refine: must be one of none, guided, crf; got 'dense'\. Use none\.$"):
+    with pytest.raises(ConfigError, match=r"^refine: must be one of none, crf; got 'dense'\. Use none\.$"):
         evaluate("no.pt", data, refine="dense")
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^out: .*file cannot be made \(File exists\)\. Name another folder\.$"):
@@ -226,7 +226,7 @@ def test_command_speaks_of_both_sizes(checkpoint, data, tmp_path, capsys):
                 str(checkpoint),
                 *folders,
                 "--device=cpu",
-                "--refine=guided",
+                "--refine=crf",
                 f"--out={tmp_path}",
             ]
         )
@@ -235,7 +235,7 @@ def test_command_speaks_of_both_sizes(checkpoint, data, tmp_path, capsys):
     assert ended.value.code == 0
     assert small.startswith(f"5 images: IoU {scores['iou']:.4f}, Dice {scores['dice']:.4f} (means over images); ")
     assert small.endswith(", at the training size")
-    assert full.startswith(f"At the photos' own size (refine guided): IoU {scores['full_iou']:.4f}, Dice ")
+    assert full.startswith(f"At the photos' own size (refine crf): IoU {scores['full_iou']:.4f}, Dice ")
     assert full.endswith(f"boundary IoU {scores['full_boundary_iou']:.4f} (within 8 pixels of the outline)")
     names = list(scores["worst"])
     assert worst == "Lowest Dice: " + ", ".join(f"{name} ({scores['worst'][name]:.4f})" for name in names[:3])

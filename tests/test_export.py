@@ -226,7 +226,7 @@ def test_refusals(folder, tmp_path, capsys, monkeypatch):
         f"{tmp_path}/best.pt: cannot be read (No such file or directory). Name an existing checkpoint."
     )
     with monkeypatch.context() as patch:
-        patch.setattr(exporting, "LARGEST_ONNX", 1000)
+        patch.setattr(exporting, "MAX_ONNX_BYTES", 1000)
         assert refusal(capsys, *checkpoint, "--out", tmp_path / "net.onnx").startswith(
             f"{folder}/best.pt: must have less than 2 GiB of weights for an ONNX file; it has "
         )

@@ -11,7 +11,7 @@ PROGRAM = """
 import resource, sys
 from pathlib import Path
 import torch
-from fastseg.runtime.memory import freed_memory_kept
+from fastseg.runtime.memory import retain_freed_memory
 
 def resident_mib():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
@@ -24,7 +24,7 @@ def steps():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 start = resident_mib()
-with freed_memory_kept(torch.device(sys.argv[1])):
+with retain_freed_memory(torch.device(sys.argv[1])):
     steps()
     faults, held = steps(), resident_mib() - start
 print(faults, held, resident_mib() - start)

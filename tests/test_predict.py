@@ -23,10 +23,10 @@ from PIL import ExifTags, Image
 import fastseg
 from fastseg.cli import main
 from fastseg.data.decode import decode_image
-from fastseg.data.host import decode_onto
+from fastseg.data.host import load_photo
 from fastseg.masks.encode import encode_gif, encode_overlay, encode_png
 from fastseg.masks.refine import refine
-from fastseg.masks.upsample import cut_logits, upsample_logits
+from fastseg.masks.upsample import threshold_logits, upsample_logits
 from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
 from tests.conftest import write_pair
 
@@ -160,22 +160,21 @@ def test_tta_flip_is_the_mean_of_the_logits(checkpoint, photos, tmp_path):
         assert (mask != read_mask(plain / f"{name}_mask.png")).any()
 
 
-@pytest.mark.parametrize("method", ["guided", "crf"])
-def test_refined_masks_are_those_that_evaluate_scores(method, checkpoint, photos, tmp_path):
+def test_refined_masks_are_those_that_evaluate_scores(checkpoint, photos, tmp_path):
     """Also of a photo that EXIF turns, of CMYK ones, and of very small ones."""
     spoil(photos)
     Image.new("RGB", (7, 5), "blue").save(photos / "small.bmp")
-    result = fastseg.predict(checkpoint, photos, tmp_path, **{**CPU, "refine": method, "probabilities": True})
+    result = fastseg.predict(checkpoint, photos, tmp_path, **{**CPU, "refine": "crf", "probabilities": True})
     assert (result.masks, len(result.broken)) == (12, 4)
     model, _ = load_model(checkpoint)
     changed = 0
     for path in tmp_path.rglob("*_mask.png"):
         name = path.relative_to(tmp_path).with_name(path.name.removesuffix("_mask.png"))
         (photo,) = photos.glob(f"{name}.*")
-        cells, guide, mask = decode_onto(photo, (32, 48)), decode_onto(photo, (320, 480)), read_mask(path)
+        cells, guide, mask = load_photo(photo, (32, 48)), load_photo(photo, (320, 480)), read_mask(path)
         with torch.inference_mode():
             logits = model(torch.from_numpy((cells / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None])
-            refined = refine(logits, torch.from_numpy(guide)[None], mask.shape, method)
+            refined = refine(logits, torch.from_numpy(guide)[None], mask.shape, "crf")
             full = upsample_logits(refined, *mask.shape)[0, 0].double().numpy()
         assert (mask != (full > 0)).mean() < 2e-4  # the network rounds otherwise in a batch, which refinement enlarges
         with Image.open(str(path).replace("_mask.png", "_probability.png")) as image:
@@ -221,7 +220,7 @@ def test_cut_logits_is_upsampling_and_thresholding(height, width):
     coarse = torch.nn.functional.avg_pool2d(torch.randn(1, 1, 170, 250, generator=torch.manual_seed(1)), 11, 1)
     for logits in (coarse, torch.randn(1, 1, 160, 240), torch.full((1, 1, 160, 240), 0.5), -coarse.abs()):
         full = upsample_logits(logits.double(), height, width)[0, 0].numpy()
-        mask = cut_logits(logits[0, 0].numpy(), height, width)
+        mask = threshold_logits(logits[0, 0].numpy(), height, width)
         assert mask.shape == (height, width)
         sure = np.abs(full) > 1e-6
         np.testing.assert_array_equal(mask[sure], full[sure] > 0)
@@ -338,7 +337,7 @@ def test_broken_files_are_in_the_result(checkpoint, photos, tmp_path):
         ({"csv": "photos"}, "csv: must be a file; photos is a folder. Give a name in it."),
         ({"csv": "photos/a.jpg/b.csv"}, "csv: photos/a.jpg cannot be written (Not a directory). Give another folder."),
         ({"mask_format": "bmp"}, "mask_format: must be one of png, gif; got 'bmp'."),
-        ({"refine": "dense"}, "refine: must be one of none, guided, crf; got 'dense'."),
+        ({"refine": "dense"}, "refine: must be one of none, crf; got 'dense'."),
         ({"tta": "turn"}, "tta: must be one of none, flip; got 'turn'."),
         ({"batch_size": "0"}, "batch_size: must be at least 1; got '0'. The default is 16."),
     ],

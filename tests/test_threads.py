@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from fastseg.runtime.threads import MOST_THREADS, count_threads
+from fastseg.runtime.threads import MAX_THREADS, count_threads
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,7 @@ from fastseg.runtime.threads import MOST_THREADS, count_threads
         (0, 16, None, 16),
         (0, 16, "4", 4),
         (0, 2, "4", 1),
-        (0, 256, None, MOST_THREADS),
+        (0, 256, None, MAX_THREADS),
         (100, 2, "4", 100),
         (1, 8, None, 1),
     ],

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 
-__all__ = ["BadSamples", "Batch", "hand_over"]
+__all__ = ["BadSamples", "Batch", "wait_on_current_stream"]
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Batch(NamedTuple):
     indices: NDArray[np.int64]  # (B,) which pairs these are
 
 
-def hand_over(batch: Batch, written: torch.cuda.Event) -> Batch:
+def wait_on_current_stream(batch: Batch, written: torch.cuda.Event) -> Batch:
     """A batch that another stream writes, for use on the current one, which waits for `written`; the host does not.
 
     The memory is not used again for other batches before the current stream has done with it.

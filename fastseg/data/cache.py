@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from fastseg.data.batch import Batch
 from fastseg.data.pairs import Pairs
-from fastseg.errors import ConfigError
+from fastseg.errors import ConfigError, OutputError
+from fastseg.runtime.files import user_cache
 
-__all__ = ["Cache", "DiskCache", "open_cache", "user_cache"]
+__all__ = ["Cache", "DiskCache", "open_cache"]
 
 FORMAT = 1  # of the file; raise it when the layout or the decoded pixels change
 HEADER_BYTES = 4096
@@ -230,7 +231,7 @@ def open_cache(
     device: torch.device,
     cache_dir: str = "",
     *,
-    said_at: int = logging.INFO,
+    log_level: int = logging.INFO,
 ) -> Cache | None:
     """The cache for a loader; None for "off".
 
@@ -238,17 +239,18 @@ def open_cache(
         kind: "device", "memory", "disk", "off", or "auto": the fastest of which half the free space holds it.
         decoder: name of the decoder whose pixels these are.
         cache_dir: folder of disk caches; empty: `fastseg` in the user's cache folder.
-        said_at: level of the log at which the choice is said.
+        log_level: level of the log at which the choice is said.
 
     Raises:
-        ConfigError: the folder cannot be written, or the memory is not there.
+        OutputError: the folder cannot be written.
+        ConfigError: there is not enough memory.
     """
     size = len(pairs) * height * width * 4
     if kind == "auto":
         kind, reason = _choose_cache(size, device, _cache_folder(cache_dir))
     else:
         reason = "as asked"
-    log.log(said_at, "cache: %s (%s)", kind, reason)
+    log.log(log_level, "cache: %s (%s)", kind, reason)
     if kind == "off":
         return None
     if kind == "disk":
@@ -260,9 +262,7 @@ def open_cache(
             folder.mkdir(parents=True, exist_ok=True)
             return DiskCache(pairs, height, width, key, folder)
         except OSError as error:
-            raise ConfigError(
-                f"cache_dir: {folder} cannot be written ({error.strerror}). Give another folder, or cache=off."
-            ) from None
+            raise OutputError(folder, error, "Make room, give another cache_dir, or use cache=off") from None
     place = device if kind == "device" else torch.device("cpu")
     shape = (len(pairs), height, width)
     try:
@@ -299,8 +299,3 @@ def _free_memory() -> int:
 
 def _cache_folder(cache_dir: str) -> Path:
     return Path(os.path.expanduser(cache_dir)) if cache_dir else user_cache()
-
-
-def user_cache() -> Path:
-    """The folder for what can be made again, as the XDG base directory specification has it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastseg")

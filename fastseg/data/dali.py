@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastseg.data.batch import BadSamples, Batch, hand_over
+from fastseg.data.batch import BadSamples, Batch, wait_on_current_stream
 from fastseg.data.decode import Size, as_dali_input, decode_mask
 from fastseg.data.host import HostDecoder, check_sizes, decode_file
 from fastseg.data.pairs import Pairs
@@ -221,7 +221,7 @@ class DaliDecoder:
         if self._stream is None:
             return batch
         self._copied = self._stream.record_event()
-        return hand_over(batch, self._copied)
+        return wait_on_current_stream(batch, self._copied)
 
     def _new_batch(self, indices: NDArray[np.int64]) -> Batch:
         shape = (len(indices), self.height, self.width)

@@ -20,7 +20,7 @@ from fastseg.data.decode import Size, decode_image, decode_mask
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 
-__all__ = ["HostDecoder", "check_sizes", "decode_file", "decode_onto", "decode_pair", "read_file", "size_mismatch"]
+__all__ = ["HostDecoder", "check_sizes", "decode_file", "load_photo", "decode_pair", "read_file", "size_mismatch"]
 
 BATCHES_AHEAD = 3
 
@@ -45,7 +45,7 @@ def decode_file(path: str, decode: Callable[[bytes], T]) -> T:
         raise DataError(f"{path}: {error}") from None
 
 
-def decode_onto(path: str, size: Size) -> NDArray[np.uint8]:
+def load_photo(path: str, size: Size) -> NDArray[np.uint8]:
     """A photo on a grid of `size`, (height, width): (H, W, 3) uint8. A DataError names the file."""
     pixels = np.empty((*size, 3), np.uint8)
     decode_file(path, lambda data: decode_image(data, pixels))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastseg.data.batch import BadSamples, Batch, hand_over
+from fastseg.data.batch import BadSamples, Batch, wait_on_current_stream
 from fastseg.data.cache import Cache, open_cache
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
@@ -31,7 +31,7 @@ from fastseg.runtime.threads import count_threads
 
 __all__ = ["Loader", "epoch_order"]
 
-LEAST = {"height": 1, "width": 1, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 0}
+MINIMUMS = {"height": 1, "width": 1, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 0}
 CHOICES = {
     "decoder": ("auto", "host", "dali"),
     "mask_resize": tuple(MASK_MODES),
@@ -112,8 +112,8 @@ class Loader:
         # One stream for all epochs: torch keeps freed memory by stream, and would take more for each new one.
         self._copying = torch.cuda.Stream(self.device) if on_gpu else None
         name, reason = _choose_decoder(decoder, on_gpu)
-        said_at = logging.INFO if shuffle else logging.DEBUG  # validation's choices are those of training, said there
-        log.log(said_at, "decoder: %s (%s)", name, reason)
+        log_level = logging.INFO if shuffle else logging.DEBUG  # validation's choices are those of training, said there
+        log.log(log_level, "decoder: %s (%s)", name, reason)
         if name == "dali":
             from fastseg.data.dali import DaliDecoder  # loads DALI: only for those who use it
 
@@ -136,7 +136,9 @@ class Loader:
                 bad=self.bad,
                 pin_memory=self._pin_memory,
             )
-        self.cache = open_cache(cache, pairs, height, width, mask_resize, name, self.device, cache_dir, said_at=said_at)
+        self.cache = open_cache(
+            cache, pairs, height, width, mask_resize, name, self.device, cache_dir, log_level=log_level
+        )
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -232,19 +234,19 @@ class Loader:
             for batch in batches:
                 if batch.images.device.type == "cuda":
                     while ahead:  # what was asked for first comes first
-                        yield hand_over(*ahead.popleft())
+                        yield wait_on_current_stream(*ahead.popleft())
                     yield batch
                     continue
                 with torch.cuda.stream(copying):
                     ahead.append((_move(batch, self.device), copying.record_event()))
                 if len(ahead) > 1:
-                    yield hand_over(*ahead.popleft())
+                    yield wait_on_current_stream(*ahead.popleft())
         while ahead:
-            yield hand_over(*ahead.popleft())
+            yield wait_on_current_stream(*ahead.popleft())
 
 
 def _check_settings(given: dict[str, Any]) -> None:
-    for field, least in LEAST.items():
+    for field, least in MINIMUMS.items():
         if given[field] < least:
             raise ConfigError(f"{field}: must be at least {least}; got {given[field]}.")
     for field, known in CHOICES.items():

@@ -23,18 +23,17 @@ from fastseg.errors import ConfigError, DataError
 from fastseg.masks import refine as refinement
 from fastseg.masks.full_size import FullPair, decode_full_pairs
 from fastseg.masks.upsample import upsample_logits
-from fastseg.network.boundary import BOUNDARY_PIXELS, boundary_iou
 from fastseg.network.checkpoint import load_model
 from fastseg.network.losses import bce_dice_loss
-from fastseg.network.metrics import Scores
+from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
+from fastseg.network.normalise import normalise, to_targets
 from fastseg.network.unet import UNet
-from fastseg.plots import Outlined, draw_worst, versions
+from fastseg.plots import Outlined, draw_worst
 from fastseg.quality.headers import check_pairs
-from fastseg.runtime.device import Runtime, choose_runtime
-from fastseg.runtime.files import written_whole
-from fastseg.runtime.memory import freed_memory_kept
+from fastseg.runtime.device import Runtime, choose_runtime, versions
+from fastseg.runtime.files import atomic_write
+from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
-from fastseg.training.augment import normalise
 
 __all__ = ["evaluate"]
 
@@ -85,7 +84,7 @@ def evaluate(
         checkpoint: `best.pt` or `last.pt` of a run.
         img_dir, mask_dir: as for `find_pairs`.
         full_size: also score logits upsampled to the photo's size against the whole mask.
-        refine: what corrects the logits by the photo before they are upsampled: "none", "guided" or "crf"
+        refine: what corrects the logits by the photo before they are upsampled: "none" or "crf"
             (`refinement.refine`).
         out: folder for `scores.csv` (one line an image), `summary.json` and `worst.png` (the eight worst images with
             both outlines; with `full_size`).
@@ -124,8 +123,8 @@ def evaluate(
         bad_samples=config.bad_samples,
         pin_memory=config.pin_memory,
     )
-    with freed_memory_kept(runtime.device):
-        tally = _score_pairs(runtime.place(model), loader, runtime, config, full_size, refine, folder is not None)
+    with retain_freed_memory(runtime.device):
+        tally = _score_pairs(runtime.to_device(model), loader, runtime, config, full_size, refine, folder is not None)
     scores = _summarise(tally, full_size, pairs.image_dir)
     if folder is not None:
         about = {
@@ -134,7 +133,7 @@ def evaluate(
             "mask_dir": os.fspath(mask_dir),
             "scored_at": f"{config.image_width}x{config.image_height}" + (" and full size" if full_size else ""),
             "refine": refine,
-            "device": runtime.describe,
+            "device": runtime.description,
             "left_out": [*pairs.left_out, *(pairs.images[index] for index in sorted(loader.bad.found))],
             "versions": versions(),
         }
@@ -153,7 +152,7 @@ def _score_pairs(
         task = bar.add_task("scoring", total=len(pairs))
         decoded = enumerate(full_pairs if full_size else itertools.repeat(None, len(pairs)))
         for images, masks, indices in loader:
-            inputs, targets = normalise(images, masks)
+            inputs, targets = normalise(images), to_targets(masks)
             with runtime.autocast():
                 logits = model(inputs)
             for i, (pair, waiting) in zip(range(len(indices)), decoded, strict=False):
@@ -235,12 +234,12 @@ def _open_folder(out: str | os.PathLike[str]) -> Path:
 def _write_results(folder: Path, tally: _Tally, summary: dict[str, Any]) -> None:
     path = folder / "scores.csv"
     try:
-        with written_whole(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
+        with atomic_write(path) as draft, open(draft, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(_Row.__dataclass_fields__))
             writer.writeheader()
             writer.writerows(asdict(row) for row in tally.rows)
         path = folder / "summary.json"
-        with written_whole(path) as draft:
+        with atomic_write(path) as draft:
             draft.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
         path = folder / "worst.png"
         if tally.worst:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.data.decode import Size, decode_full_mask
-from fastseg.data.host import decode_file, decode_onto
+from fastseg.data.host import decode_file, load_photo
 from fastseg.data.pairs import Pairs
 from fastseg.runtime.threads import count_threads
 
@@ -43,7 +43,7 @@ def decode_full_pairs(
     num_workers = count_threads(num_workers)
 
     def decode(index: int) -> FullPair:
-        photo = None if photo_size is None else decode_onto(pairs.image_path(index), photo_size)
+        photo = None if photo_size is None else load_photo(pairs.image_path(index), photo_size)
         return FullPair(photo, decode_file(pairs.mask_path(index), decode_full_mask))
 
     waiting: deque[Future[FullPair]] = deque()

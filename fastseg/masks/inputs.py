@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fastseg.data.pairs import IMAGE_EXTENSIONS, list_files
 from fastseg.errors import ConfigError, DataError
 from fastseg.masks.encode import DRAFT
-from fastseg.runtime.distributed import gather_over_processes, place_in_group
+from fastseg.runtime.distributed import barrier, get_rank
 
 __all__ = ["MASK", "OVERLAY", "PROBABILITY", "Photo", "find_photos", "open_folders"]
 
@@ -109,14 +109,14 @@ def open_folders(photos: Sequence[Photo], out: str, csv: str = "") -> None:
         if os.path.isdir(csv):
             raise ConfigError(f"csv: must be a file; {csv} is a folder. Give a name in it.")
         _open_folder(os.path.dirname(csv) or ".", "csv")
-    if place_in_group()[0] == 0:
+    if get_rank() == 0:
         for folder in folders:
             for name in os.listdir(folder):
                 result = os.path.join(folder, name[1:].removesuffix(DRAFT))
                 is_draft = name.startswith(".") and name.endswith(DRAFT)
                 if is_draft and any(result.removesuffix(suffix) in stems for suffix in SUFFIXES):
                     os.unlink(os.path.join(folder, name))
-    gather_over_processes(None)  # no process begins a draft before
+    barrier()  # no process begins a draft before
 
 
 def _open_folder(path: str, field: str) -> None:

@@ -11,13 +11,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastseg.data.decode import Size, decode_full_mask
-from fastseg.data.host import decode_file, decode_onto
+from fastseg.data.host import decode_file, load_photo
 from fastseg.data.resample import mask_from_array
 from fastseg.errors import DataError
 from fastseg.masks.encode import encode_gif, encode_overlay, encode_png, write_file
 from fastseg.masks.inputs import MASK, OVERLAY, PROBABILITY, Photo
 from fastseg.masks.refine import guide_size, refine
-from fastseg.masks.upsample import cut_logits, upsample_logits
+from fastseg.masks.upsample import threshold_logits, upsample_logits
 
 __all__ = ["Plan", "Row", "broken_row", "find_results", "write_results", "write_table"]
 
@@ -90,7 +90,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
     """
     try:
         if plan.refine != "none":
-            pixels = torch.from_numpy(decode_onto(photo.path, guide_size(*plan.cells)))
+            pixels = torch.from_numpy(load_photo(photo.path, guide_size(*plan.cells)))
             logits = refine(logits[None], pixels[None], size, plan.refine)[0]
         mask, probability = _at_full_size(logits, size, plan)
         files = {MASK[plan.mask_format]: ENCODE_MASK[plan.mask_format](mask)}
@@ -108,7 +108,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, plan: Plan) -> Row:
 def _at_full_size(logits: Tensor, size: Size, plan: Plan) -> tuple[NDArray[np.bool_], NDArray[np.uint8] | None]:
     """The mask (H, W), and the probability (H, W) 0..255 if it is wanted, of one photo's logits (1, h, w)."""
     if not plan.probabilities:
-        return cut_logits(logits[0].numpy(), *size), None
+        return threshold_logits(logits[0].numpy(), *size), None
     full = upsample_logits(logits[None], *size)
     return (full[0, 0] > 0).numpy(), full[0, 0].sigmoid().mul_(255).round_().to(torch.uint8).numpy()
 
@@ -117,7 +117,7 @@ def _overlay(photo: Photo, mask: NDArray[np.bool_]) -> bytes:
     height, width = mask.shape
     shown_width = min(width, OVERLAY_WIDTH)
     shown_height = max(1, round(height * shown_width / width))
-    shown = decode_onto(photo.path, (shown_height, shown_width))
+    shown = load_photo(photo.path, (shown_height, shown_width))
     return encode_overlay(shown, mask_from_array(mask, shown_height, shown_width))
 
 

@@ -31,12 +31,12 @@ from fastseg.masks.inputs import MASK, Photo, find_photos, open_folders
 from fastseg.masks.outputs import Plan, Row, broken_row, find_results, write_results, write_table
 from fastseg.masks.refine import METHODS
 from fastseg.network.checkpoint import load_model
+from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime, choose_runtime
-from fastseg.runtime.distributed import gather_over_processes, place_in_group, process_group
-from fastseg.runtime.memory import freed_memory_kept
+from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
+from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads
-from fastseg.training.augment import normalise
 
 __all__ = ["PredictResult", "predict"]
 
@@ -114,7 +114,7 @@ def predict(
         overlays: also write `<stem>_overlay.jpg`, the photo at most 1280 pixels wide with its mask on it.
         csv: a table to write, one line an image in the order given: image, mask, width, height, share of foreground,
             and the error of one that is broken.
-        refine: what corrects the logits by the photo before they are upsampled: "none", "guided" (a guided filter) or
+        refine: what corrects the logits by the photo before they are upsampled: "none" or
             "crf" (a conditional random field), as in `evaluate`.
         tta: "flip" takes the mean of the logits of the photo and of its mirror image, for twice the network's time.
         resume: leave photos alone whose results are all there.
@@ -137,7 +137,7 @@ def predict(
     out, csv = str(Path(out)), os.fspath(csv)
     model, trained = load_model(checkpoint)
     with process_group(changes.get("device", "auto")):
-        rank, world_size = place_in_group()
+        rank, world_size = get_rank(), get_world_size()
         defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": 0}
         config = Config(**{**defaults, **changes})
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
@@ -145,20 +145,20 @@ def predict(
         cells = (config.image_height, config.image_width)
         plan = Plan(out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells)
         open_folders(photos, out, csv)
-        log.info("%d images, %s", len(photos), runtime.describe)
+        log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
-        forward = partial(_logits, runtime.place(model), runtime, tta == "flip")
+        forward = partial(_logits, runtime.to_device(model), runtime, tta == "flip")
         started = time.perf_counter()
         clock["start-up"] = started - began
-        with freed_memory_kept(runtime.device):
+        with retain_freed_memory(runtime.device):
             mine = _predict_all(photos[rank::world_size], plan, config, forward, clock, shown=rank == 0)
         rows: list[Any] = [None] * len(photos)
-        for other, theirs in enumerate(gather_over_processes(mine)):
+        for other, theirs in enumerate(all_gather(mine)):
             rows[other::world_size] = theirs
         running = time.perf_counter() - started
         if csv and rank == 0:
             write_table(csv, rows, plan)
-        gather_over_processes(None)  # the table is there when any process says so
+        barrier()  # the table is there when any process says so
     broken = tuple((row.photo.path, row.error) for row in rows if row.error)
     skipped = sum(row.skipped for row in rows)
     masks = len(rows) - len(broken) - skipped
@@ -260,7 +260,7 @@ def _logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: list[NDArray
     """(B, 1, h, w) float32 on the CPU, where threads make masks of them."""
     with torch.inference_mode(), runtime.autocast():
         images = torch.from_numpy(np.stack(pixels)).to(runtime.device)
-        inputs, _ = normalise(images, images[..., 0])  # there are no masks to normalise
+        inputs = normalise(images)
         logits = model(inputs).float()
         if flip:
             logits = (logits + model(inputs.flip(3)).float().flip(3)) / 2

@@ -24,7 +24,7 @@ from fastseg.data.decode import decode_full_mask, image_size
 from fastseg.data.host import check_sizes, decode_file
 from fastseg.data.pairs import find_images, find_masks, mask_stem
 from fastseg.errors import ConfigError, DataError
-from fastseg.runtime.files import written_whole
+from fastseg.runtime.files import atomic_write
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads
 
@@ -32,8 +32,8 @@ __all__ = ["BrokenMasksError", "decode_rle", "encode_rle", "write_submission"]
 
 HEADER = ("img", "rle_mask")
 AHEAD = 4  # masks a thread that are encoded before their line is written
-NAMED = 3  # files named in a sentence about many
-SHOWN = 40  # characters of a wrong text that its error repeats
+MAX_NAMED = 3  # files named in a sentence about many
+MAX_SHOWN = 40  # characters of a wrong text that its error repeats
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def decode_rle(text: str, height: int, width: int) -> NDArray[np.bool_]:
     try:
         numbers = np.array([int(word) for word in text.split()], dtype=np.int64)
     except (ValueError, OverflowError):
-        shown = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+        shown = text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
         raise DataError(f"run lengths must be whole numbers; got {shown!r}.") from None
     if numbers.size % 2:
         raise DataError(f"run lengths must be pairs of a start and a length; got {numbers.size} numbers.")
@@ -149,7 +149,7 @@ def write_submission(
     lines, done, began = 0, 0, time.perf_counter()
     broken: list[str] = []
     try:
-        with written_whole(out) as draft, open(draft, "w", encoding="utf-8", newline="") as file, progress_bar() as bar:
+        with atomic_write(out) as draft, open(draft, "w", encoding="utf-8", newline="") as file, progress_bar() as bar:
             task = bar.add_task("encoding masks", total=total, note=" ")
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(HEADER)
@@ -164,7 +164,7 @@ def write_submission(
             if broken:
                 raise BrokenMasksError(
                     f"{len(broken)} of {done} masks cannot be used, so {out} was not written; first: "
-                    f"{'; '.join(broken[:NAMED])}. Replace them and run again.",
+                    f"{'; '.join(broken[:MAX_NAMED])}. Replace them and run again.",
                     broken,
                 )
     except OSError as error:
@@ -186,7 +186,7 @@ def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> 
     if missing:
         raise DataError(
             f"{len(missing)} of {len(by_image)} images in {os.fspath(image_dir)} have no mask in {mask_dir}; first: "
-            f"{', '.join(missing[:NAMED])}. Add their masks."
+            f"{', '.join(missing[:MAX_NAMED])}. Add their masks."
         )
     if len(masks) > len(by_image):
         log.info("%s: left out %d masks without an image", mask_dir, len(masks) - len(by_image))

@@ -13,7 +13,7 @@ from fastseg.data.decode import Size
 from fastseg.data.gif import compiled
 from fastseg.data.resample import sampling_grid
 
-__all__ = ["cut_logits", "upsample_logits"]
+__all__ = ["threshold_logits", "upsample_logits"]
 
 
 def upsample_logits(logits: Tensor, height: int, width: int, onto: Size | None = None) -> Tensor:
@@ -46,7 +46,7 @@ def upsample_logits(logits: Tensor, height: int, width: int, onto: Size | None =
     return interpolate(logits, scale_factor=scale, mode="bilinear")[..., : onto[0], : onto[1]]
 
 
-def cut_logits(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.bool_]:
+def threshold_logits(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.bool_]:
     """Where the upsampled logits of one photo are above 0: `upsample_logits(...) > 0`, but for ties and rounding.
 
     Between four centres of cells of one sign the sign does not change, so that only pixels along the outline are
@@ -72,7 +72,7 @@ def cut_logits(logits: NDArray[np.float32], height: int, width: int) -> NDArray[
 
 @compiled
 def _cut(logits: Any, cell_x: float, cell_y: float, mask: Any) -> None:
-    """`cut_logits` for cells of at least one pixel, into a mask of zeros."""
+    """`threshold_logits` for cells of at least one pixel, into a mask of zeros."""
     (cells_y, cells_x), (height, width) = logits.shape, mask.shape
     starts = np.empty(cells_x, np.int64)  # first pixel at or right of the centre of each cell
     for c in range(cells_x):

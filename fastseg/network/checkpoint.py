@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError
 from fastseg.network.unet import UNet
-from fastseg.runtime.files import written_whole
+from fastseg.runtime.files import atomic_write
 
 __all__ = ["build_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
 
@@ -21,7 +21,7 @@ FORMAT = 1
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write a checkpoint; a reader finds the old or the new one whole."""
     try:
-        with written_whole(path) as draft, open(draft, "wb") as file:
+        with atomic_write(path) as draft, open(draft, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
     except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of what the file raised
         cause = error if isinstance(error, OSError) else error.__context__

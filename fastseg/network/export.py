@@ -31,7 +31,7 @@ from torch.nn.functional import interpolate
 import fastseg
 from fastseg.errors import CheckpointError, ConfigError, FastsegError
 from fastseg.network.segmenter import Segmenter, load
-from fastseg.runtime.files import written_whole
+from fastseg.runtime.files import atomic_write
 from fastseg.runtime.progress import progress_bar
 
 __all__ = ["export"]
@@ -39,7 +39,7 @@ __all__ = ["export"]
 FORMATS = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "safetensors"}  # by what a file's name ends in
 TOLERANCE = 1e-4  # of a probability, between the file and the network, both in float32
 BATCH_SIZES = (1, 5)  # that are compared
-LARGEST_ONNX = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB
+MAX_ONNX_BYTES = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB
 
 log = logging.getLogger(__name__)
 
@@ -77,13 +77,13 @@ def export(
         _import_optional("onnx", "onnxscript")
     segmenter = load(checkpoint)
     size = sum(value.nbytes for value in segmenter.state_dict().values())
-    if format == "onnx" and size > LARGEST_ONNX:
+    if format == "onnx" and size > MAX_ONNX_BYTES:
         raise CheckpointError(
             f"{checkpoint}: must have less than 2 GiB of weights for an ONNX file; it has {size / 2**30:.1f}. "
             "Export to .pt2 or .safetensors."
         )
     try:
-        with written_whole(out) as draft:
+        with atomic_write(out) as draft:
             difference = _write(segmenter, format, draft, out)
             num_bytes = draft.stat().st_size
     except OSError as error:

@@ -1,17 +1,22 @@
-"""IoU and Dice, accumulated on the device; the host waits only when they are asked for."""
+"""IoU, Dice and boundary IoU; sums stay on the device until they are read."""
 
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastseg.data.batch import Batch
 from fastseg.network.losses import bce_dice_loss
+from fastseg.network.normalise import normalise, to_targets
 from fastseg.runtime.device import Runtime
-from fastseg.runtime.distributed import sum_over_processes
-from fastseg.training.augment import normalise
+from fastseg.runtime.distributed import all_reduce
 
-__all__ = ["Scores", "score_batches"]
+__all__ = ["BOUNDARY_PIXELS", "Scores", "boundary_band", "boundary_iou", "score_batches"]
+
+# Cheng et al. take 2 % of the diagonal, 46 pixels of a Carvana photo: too blunt for masks that agree to 99 %. This is
+# one cell of a network of 240x160.
+BOUNDARY_PIXELS = 8
 
 
 class Scores:
@@ -81,12 +86,50 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
         for images, masks, _ in batches:
             if not len(images):  # this process's slice of a last batch smaller than the group
                 continue
-            inputs, targets = normalise(images, masks)
+            inputs, targets = normalise(images), to_targets(masks)
             with runtime.autocast():
                 logits = model(inputs)
             loss[0] += bce_dice_loss(logits, targets) * len(images)
             loss[1] += len(images)
             scores.update(logits[:, 0] > 0, masks >= 128)
-    sum_over_processes(scores.sums)
-    total, images_seen = sum_over_processes(loss).tolist()
+    all_reduce(scores.sums)
+    total, images_seen = all_reduce(loss).tolist()
     return {"loss": total / max(images_seen, 1), **scores.compute()}
+
+
+def boundary_iou(predicted: Tensor, target: Tensor, pixels: int = BOUNDARY_PIXELS) -> Tensor:
+    """IoU of the bands of two masks within `pixels` of their outlines.
+
+    Args:
+        predicted, target: (B, H, W) bool.
+        pixels: width of the band, at least 1.
+
+    Returns:
+        (B,) float64 on the device; 1 where both bands are empty.
+
+    Source: Cheng et al. 2021, Boundary IoU (arXiv:2103.16562).
+    """
+    predicted, target = boundary_band(predicted, pixels), boundary_band(target, pixels)
+    intersection = (predicted & target).sum((1, 2), dtype=torch.float64)
+    union = (predicted | target).sum((1, 2), dtype=torch.float64)
+    return torch.where(union > 0, intersection / union, 1.0)
+
+
+def boundary_band(masks: Tensor, pixels: int) -> Tensor:
+    """The foreground that lies within `pixels` of the background, rows and columns counted apart (Chebyshev).
+
+    As in the authors' code, what lies beyond the picture is background.
+
+    Args:
+        masks: (B, H, W) bool.
+        pixels: at least 1.
+
+    Returns:
+        (B, H, W) bool. The time taken does not depend on `pixels`.
+    """
+    # How much foreground a window of 2 pixels + 1 holds is a difference of sums over all that is above and left of it.
+    window = 2 * pixels + 1
+    sums = pad(masks.int(), (pixels + 1, pixels, pixels + 1, pixels)).cumsum(2, dtype=torch.int32)
+    sums = sums[..., window:] - sums[..., :-window]
+    sums = sums.cumsum(1, dtype=torch.int32)
+    return masks & (sums[:, window:] - sums[:, :-window] < window * window)

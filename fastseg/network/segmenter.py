@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastseg.config import Config
 from fastseg.network.checkpoint import load_model
+from fastseg.network.normalise import normalise
 from fastseg.network.unet import UNet
 from fastseg.runtime.device import choose_device
-from fastseg.training.augment import GAIN, OFFSET
 
 __all__ = ["Segmenter", "load"]
 
@@ -52,8 +52,7 @@ class Segmenter(nn.Module):
         if images.shape[1] % step or images.shape[2] % step:
             size = f"{images.shape[1]} x {images.shape[2]}"
             raise ValueError(f"images must have a height and a width divisible by {step}; got {size}.")
-        inputs = images.permute(0, 3, 1, 2).float() * GAIN + OFFSET  # as `augment.normalise`
-        return self.unet(inputs)[:, 0].float().sigmoid()
+        return self.unet(normalise(images))[:, 0].float().sigmoid()
 
 
 def load(checkpoint: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Segmenter:

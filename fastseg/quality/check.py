@@ -25,9 +25,9 @@ from fastseg.config import Config
 from fastseg.data.decode import Size
 from fastseg.data.pairs import Matches, group_of, match_masks
 from fastseg.errors import ConfigError, DataError
-from fastseg.quality.duplicates import find_copies, need_imagehash
-from fastseg.quality.survey import Mask, Photo, SetOfFiles, look_at_files
-from fastseg.runtime.files import replace_file
+from fastseg.quality.duplicates import find_near_duplicates, import_imagehash
+from fastseg.quality.survey import Mask, Photo, ScannedSet, scan_files
+from fastseg.runtime.files import atomic_write
 from fastseg.runtime.threads import count_threads
 
 __all__ = ["CheckReport", "Finding", "check", "print_report"]
@@ -35,7 +35,7 @@ __all__ = ["CheckReport", "Finding", "check", "print_report"]
 Severity = Literal["error", "warning", "info"]
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
-SHOWN = 2  # files named in the printed table for each finding
+MAX_SHOWN = 2  # files named in the printed table for each finding
 
 
 class Example(NamedTuple):
@@ -80,7 +80,8 @@ class CheckReport:
         findings = [{**vars(found), "files": [file._asdict() for file in found.files]} for found in self.findings]
         sets = {name: part._asdict() for name, part in self.sets.items()}
         report = {"sets": sets, "findings": findings, "seconds": round(self.seconds, 3)}
-        replace_file(path, lambda draft: draft.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8"))
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def check(*folders: str | os.PathLike[str], num_workers: int = 0, copies: bool = True) -> CheckReport:
@@ -106,9 +107,9 @@ def check(*folders: str | os.PathLike[str], num_workers: int = 0, copies: bool =
     began = time.perf_counter()
     num_workers = count_threads(Config(num_workers=num_workers).num_workers)
     if copies:
-        need_imagehash()
-    parts = [SetOfFiles(name, match_masks(*both)) for name, both in _find_layout(folders).items()]
-    look_at_files(parts, num_workers, copies)
+        import_imagehash()
+    parts = [ScannedSet(name, match_masks(*both)) for name, both in _find_layout(folders).items()]
+    scan_files(parts, num_workers, copies)
     findings = [finding for part in parts for finding in (*_names(part), *_contents(part), *_copies_within(part))]
     if len(parts) == 2:
         findings += _between(*parts)
@@ -127,7 +128,7 @@ def print_report(report: CheckReport) -> None:
     table = Table("", Column("files", justify="right"), Column("found", overflow="fold"), box=box.SIMPLE_HEAD)
     for finding in report.findings:
         lines = [f"{finding.what} ({finding.where})"]
-        for file, note in finding.files[:SHOWN]:
+        for file, note in finding.files[:MAX_SHOWN]:
             line = f"  {os.path.abspath(file)}{f': {note}' if note else ''}"
             lines.append(f"[dim]{escape(line.replace(above, ''))}[/]")
         style = STYLES[finding.severity]
@@ -175,7 +176,7 @@ def _summarise(matches: Matches) -> CheckedSet:
     return CheckedSet(pairs.image_dir, pairs.mask_dir, len(pairs) - len(matches.missing))
 
 
-def _names(part: SetOfFiles) -> Iterator[Finding]:
+def _names(part: ScannedSet) -> Iterator[Finding]:
     """What is wrong before any file is opened."""
     pairs, missing, doubles, twins, without_image = part.matches
     yield Finding("error", "images without a mask", part.name, [Example(pairs.image_path(i), "") for i in missing])
@@ -187,7 +188,7 @@ def _names(part: SetOfFiles) -> Iterator[Finding]:
     yield Finding("warning", "masks without an image", part.name, alone)
 
 
-def _contents(part: SetOfFiles) -> Iterator[Finding]:
+def _contents(part: ScannedSet) -> Iterator[Finding]:
     """What is wrong in the files, and what they hold."""
     broken = {path: why for path, why in (*part.photos.items(), *part.masks.items()) if isinstance(why, str)}
     values = {path: why for path, why in broken.items() if "two values" in why}
@@ -221,7 +222,7 @@ def _contents(part: SetOfFiles) -> Iterator[Finding]:
         yield Finding("info", what, part.name, [Example(ranked[0], "least"), Example(ranked[-1], "most")])
 
 
-def _copies_within(part: SetOfFiles) -> Iterator[Finding]:
+def _copies_within(part: ScannedSet) -> Iterator[Finding]:
     paths, photos = part.good_photos()
     firsts: dict[bytes, str] = {}
     same = [
@@ -233,13 +234,13 @@ def _copies_within(part: SetOfFiles) -> Iterator[Finding]:
     if photos and photos[0].bits is not None:
         alike = [
             Example(paths[i], f"looks like {paths[j]} ({distance} of 256 bits differ)")
-            for i, j, distance in find_copies(_bits(photos))
+            for i, j, distance in find_near_duplicates(_bits(photos))
             if photos[i].digest != photos[j].digest
         ]
         yield Finding("warning", "images that look alike", part.name, alike)
 
 
-def _between(train: SetOfFiles, val: SetOfFiles) -> Iterator[Finding]:
+def _between(train: ScannedSet, val: ScannedSet) -> Iterator[Finding]:
     """What validation shares with training, which flatters its scores."""
     where = f"{train.name}, {val.name}"
     (paths, photos), (val_paths, val_photos) = train.good_photos(), val.good_photos()
@@ -253,7 +254,7 @@ def _between(train: SetOfFiles, val: SetOfFiles) -> Iterator[Finding]:
     if photos and val_photos and photos[0].bits is not None:
         alike = [
             Example(val_paths[i], f"looks like {paths[j]} ({distance} of 256 bits differ)")
-            for i, j, distance in find_copies(_bits(val_photos), _bits(photos))
+            for i, j, distance in find_near_duplicates(_bits(val_photos), _bits(photos))
             if val_photos[i].digest not in known
         ]
         yield Finding("warning", "validation images that look like a training image", where, alike)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastseg.errors import ConfigError
 
-__all__ = ["CELLS", "MAX_DISTANCE", "find_copies", "fingerprint", "need_imagehash"]
+__all__ = ["CELLS", "MAX_DISTANCE", "find_near_duplicates", "fingerprint", "import_imagehash"]
 
 HASH_SIZE = 16  # the hash has its square of bits
 CELLS = 4 * HASH_SIZE  # side of the picture that is hashed
@@ -21,7 +21,7 @@ CHUNK = 1024  # hashes compared with all others at a time
 Bits = NDArray[np.bool_]
 
 
-def need_imagehash() -> None:
+def import_imagehash() -> None:
     """ConfigError where ImageHash is not installed."""
     try:
         import imagehash  # noqa: F401
@@ -45,7 +45,7 @@ def fingerprint(cells: NDArray[np.uint8]) -> Bits:
     return np.asarray(imagehash.phash(Image.fromarray(cells), hash_size=HASH_SIZE).hash).ravel()
 
 
-def find_copies(hashes: Bits, originals: Bits | None = None) -> list[tuple[int, int, int]]:
+def find_near_duplicates(hashes: Bits, originals: Bits | None = None) -> list[tuple[int, int, int]]:
     """For each hash the most alike of the originals, where they differ in no more than MAX_DISTANCE bits.
 
     Args:

@@ -15,14 +15,14 @@ from fastseg.errors import DataError
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads
 
-__all__ = ["Fault", "check_pairs", "check_sets", "find_fault"]
+__all__ = ["Fault", "check_pairs", "check_sets", "check_pair"]
 
 UNREADABLE, OTHER_SIZE, OTHER_VALUES = (
     "unreadable",
     "with a mask of another size",
     "with a mask of more than two values",
 )
-NAMED = 3  # files named in the sentence about all that are wrong, of each kind one first
+MAX_NAMED = 3  # files named in the sentence about all that are wrong, of each kind one first
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Fault(NamedTuple):
     sentence: str  # names the file
 
 
-def find_fault(pairs: Pairs, index: int) -> Fault | None:
+def check_pair(pairs: Pairs, index: int) -> Fault | None:
     """What is wrong with a pair, or None.
 
     Of the image the header is read and its end looked for; the mask is decoded whole (a GIF in 0.1 ms), because only
@@ -73,7 +73,7 @@ def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers
     faults: dict[int, Fault] = {}
     with progress_bar() as bar, ThreadPoolExecutor(count_threads(num_workers)) as pool:
         task = bar.add_task("checking files", total=len(places))
-        for place, fault in enumerate(pool.map(lambda place: find_fault(*place), places)):
+        for place, fault in enumerate(pool.map(lambda place: check_pair(*place), places)):
             if fault is not None:
                 faults[place] = fault
             bar.advance(task)
@@ -97,6 +97,6 @@ def _summarise(faults: list[Fault], checked: int) -> str:
     counts = Counter(fault.kind for fault in faults)
     kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     firsts = [next(fault for fault in faults if fault.kind == kind) for kind in counts]
-    named = [*firsts, *(fault for fault in faults if fault not in firsts)][:NAMED]
+    named = [*firsts, *(fault for fault in faults if fault not in firsts)][:MAX_NAMED]
     first = "; ".join(fault.sentence for fault in named)
     return f"{len(faults)} of {checked} pairs cannot be used ({kinds}); first: {first}"

@@ -17,7 +17,7 @@ from fastseg.errors import DataError
 from fastseg.quality.duplicates import CELLS, fingerprint
 from fastseg.runtime.progress import progress_bar
 
-__all__ = ["Mask", "Photo", "SetOfFiles", "look_at_files"]
+__all__ = ["Mask", "Photo", "ScannedSet", "scan_files"]
 
 BLOCK = 8  # pixels a side of the cells in which foreground is counted: no single pixel is lost in rounding
 
@@ -40,7 +40,7 @@ class Mask(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SetOfFiles:
+class ScannedSet:
     """A set and what its files hold; a string is why a file cannot be used."""
 
     name: str
@@ -54,9 +54,9 @@ class SetOfFiles:
         return [path for path, _ in good], [photo for _, photo in good]
 
 
-def look_at_files(parts: Sequence[SetOfFiles], num_workers: int, copies: bool) -> None:
+def scan_files(parts: Sequence[ScannedSet], num_workers: int, copies: bool) -> None:
     """Decode every file and note what it holds in its part."""
-    places: list[tuple[SetOfFiles, str, str]] = []  # a pair, or a file alone
+    places: list[tuple[ScannedSet, str, str]] = []  # a pair, or a file alone
     for part in parts:
         pairs = part.matches.pairs
         for i, mask in enumerate(pairs.masks):
@@ -64,7 +64,7 @@ def look_at_files(parts: Sequence[SetOfFiles], num_workers: int, copies: bool) -
         for mask in (*part.matches.doubles.values(), *part.matches.without_image):
             places.append((part, "", os.path.join(pairs.mask_dir, mask)))
 
-    def look(place: tuple[SetOfFiles, str, str]) -> None:
+    def look(place: tuple[ScannedSet, str, str]) -> None:
         part, photo, mask = place
         if photo:
             part.photos[photo] = _or_reason(photo, lambda data: _look_at_photo(data, copies))

@@ -1,7 +1,7 @@
 """Several processes, one run: `torchrun --nproc-per-node=N -m fastseg train ...`.
 
-Every process takes its slice of each batch; gradients, batch statistics and scores are those of the whole batch, so
-N processes compute what one would. torch.distributed does the work; without torchrun nothing here does anything.
+Each rank takes its slice of every batch. Gradients, batch statistics and scores are those of the whole batch, so N
+ranks compute what one process computes. torch.distributed does the work; without torchrun nothing here does anything.
 """
 
 import logging
@@ -18,12 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from fastseg.errors import ConfigError
 
 __all__ = [
-    "any_process",
-    "gather_over_processes",
-    "place_in_group",
+    "all_gather",
+    "all_reduce",
+    "any_rank",
+    "barrier",
+    "get_rank",
+    "get_world_size",
+    "local_batch_size",
     "process_group",
-    "share_model",
-    "sum_over_processes",
+    "wrap_ddp",
 ]
 
 T = TypeVar("T")
@@ -31,19 +34,21 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
-    """Join the processes that torchrun started, and leave them at the end; nothing for a process on its own.
+    """Join the process group of torchrun for the length of the block; do nothing in a single process.
+
+    Only rank 0 logs more than warnings.
 
     Args:
-        device: as in `Config`; processes that stay on the CPU talk over gloo, whatever GPUs there are.
+        device: as in `Config`. Ranks on the CPU communicate over gloo, ranks on GPUs over NCCL.
     """
-    if place_in_group()[1] == 1 or dist.is_initialized():
+    if get_world_size() == 1 or dist.is_initialized():
         yield
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    if dist.get_rank() > 0:  # the first process speaks for all
+    if dist.get_rank() > 0:
         logging.getLogger("fastseg").setLevel(logging.WARNING)
     try:
         yield
@@ -51,16 +56,21 @@ def process_group(device: str = "auto") -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def place_in_group() -> tuple[int, int]:
-    """Rank and number of processes, as torchrun gives them; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+def get_rank() -> int:
+    """Rank of this process as torchrun sets it; 0 without torchrun."""
+    return int(os.environ.get("RANK", "0"))
 
 
-def share_of_batch(batch_size: int, world_size: int) -> int:
-    """Pairs that each process takes of a batch.
+def get_world_size() -> int:
+    """Number of processes as torchrun sets it; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def local_batch_size(batch_size: int, world_size: int) -> int:
+    """Pairs of a batch that each rank takes.
 
     Raises:
-        ConfigError: the batch cannot be shared equally.
+        ConfigError: the batch does not divide by the number of ranks.
     """
     if batch_size % world_size:
         below = batch_size // world_size * world_size
@@ -71,15 +81,15 @@ def share_of_batch(batch_size: int, world_size: int) -> int:
     return batch_size // world_size
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes; itself for a process on its own."""
+def all_reduce(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
 
 
-def gather_over_processes(value: T) -> list[T]:
-    """The value of every process, by rank, in each of them; none goes on before all have come here."""
+def all_gather(value: T) -> list[T]:
+    """The value of every rank, in the order of ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -87,15 +97,20 @@ def gather_over_processes(value: T) -> list[T]:
     return values
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any process; all must ask at the same step."""
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    all_gather(None)
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any rank. All ranks must ask at the same step."""
     if not dist.is_initialized():
         return flag
-    return bool(sum_over_processes(torch.tensor(float(flag), device=device)).item())
+    return bool(all_reduce(torch.tensor(float(flag), device=device)).item())
 
 
-def share_model(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model as this process calls it: gradients and batch statistics are those of all processes."""
+def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """The model with gradients and batch statistics shared by all ranks; the model itself in a single process."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
@@ -107,19 +122,19 @@ def share_model(model: nn.Module, device: torch.device) -> Callable[[Tensor], Te
 
 
 class _SumWithGradient(torch.autograd.Function):
-    """Sum over processes; so is the gradient, because each process's input has a part in every process's output."""
+    """Sum over ranks. The gradient is summed too: the input of each rank contributes to the output of every rank."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        return sum_over_processes(tensor.clone())
+        return all_reduce(tensor.clone())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return sum_over_processes(gradients[0].clone())
+        return all_reduce(gradients[0].clone())
 
 
 class _SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over all processes on the CPU, where `nn.SyncBatchNorm` does not run."""
+    """Batch normalisation over all ranks on the CPU, where `nn.SyncBatchNorm` does not run."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:

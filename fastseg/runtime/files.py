@@ -1,47 +1,72 @@
-"""Files that are there whole or not at all: written beside their name, then renamed."""
+"""Files that are complete or absent, and the folder for caches."""
 
+import errno
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
-from fastseg.errors import ConfigError
+from fastseg.errors import OutputError
 
-__all__ = ["replace_file", "written_whole"]
+__all__ = ["atomic_write", "make_folder", "target_of_temporary", "user_cache"]
+
+TEMPORARY_SUFFIX = ".tmp"
 
 
 @contextmanager
-def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Where to write a file that takes its name when the block ends; a reader finds the old one or the new one.
+def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its name when the block ends; a reader finds the old or the new file.
 
-    Whatever the block raises goes on, and the old file stays.
+    An exception leaves the old file in place. `.NAME.PID.tmp` is what a killed process leaves behind.
+
+    Args:
+        sync: wait until the bytes are on the disk before the rename, so that a power failure loses neither file. Not
+            worth its time for thousands of small files that can be made again.
 
     Yields:
-        A path in the same folder, for the block to write.
+        The path of the temporary file, for the block to write.
 
     Raises:
-        OSError: the file cannot be flushed or renamed.
+        OutputError: the block, the flush or the rename failed with an OSError.
     """
     path = Path(path)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     try:
-        yield draft
-        with open(draft, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        yield temporary
+        if sync:
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(path, error) from None
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
-def replace_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file, whole or not at all.
+def target_of_temporary(name: str) -> str | None:
+    """The file name that a temporary file of `atomic_write` would have taken; None for other files."""
+    match = re.fullmatch(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}", name)
+    return match and match[1]
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder, if it is not there, and test that files can be made in it.
 
     Raises:
-        ConfigError: it cannot be written; what was there before is intact.
+        OutputError: they cannot.
     """
     try:
-        with written_whole(path) as draft:
-            write(draft)
+        os.makedirs(path, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}). Give another place, or make room.") from None
+        if error.errno == errno.EEXIST:  # a file is there
+            error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        raise OutputError(path, error) from None
+
+
+def user_cache() -> Path:
+    """The folder for files that can be made again. Source: XDG base directory specification."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastseg")

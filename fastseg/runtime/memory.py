@@ -1,8 +1,8 @@
-"""Freed memory is kept for the next step while a CPU trains or predicts.
+"""Keep freed memory in the process while a CPU trains or predicts.
 
-A step on a CPU allocates its activations and frees them, hundreds of blocks of megabytes. glibc gives blocks of that
-size back to the kernel at once, and the next step gets them anew: zeroed, page by page, tens of thousands of page
-faults a step. Kept, they are there. benchmarks/README.md says what that is worth. Source: mallopt(3).
+A step on a CPU allocates and frees its activations: hundreds of blocks of megabytes. By default glibc returns blocks of
+that size to the kernel, and the next step maps and zeroes them again, with tens of thousands of page faults.
+benchmarks/README.md has the measurement. Source: mallopt(3).
 """
 
 import ctypes
@@ -11,35 +11,35 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["freed_memory_kept", "give_back_memory", "keep_freed_memory"]
+__all__ = ["restore_default_allocator", "retain_freed_memory", "set_retaining_allocator"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
-KEEP = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
-# Where glibc's own thresholds arrive in a process that frees large blocks; once set, they no longer move by themselves.
-GIVE_BACK = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 2**16}
+RETAIN = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
+# glibc raises its thresholds to these values in a process that frees large blocks, until mallopt fixes them.
+DEFAULT = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 2**16}
 
 
 @contextmanager
-def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """Keep freed memory in this process, if it computes on the CPU; at the end all of it goes back."""
+def retain_freed_memory(device: torch.device) -> Iterator[None]:
+    """Retain freed memory within the block if `device` is the CPU; return it to the kernel at the end."""
     if device.type != "cpu":
         yield
         return
-    keep_freed_memory()
+    set_retaining_allocator()
     try:
         yield
     finally:
-        give_back_memory()
+        restore_default_allocator()
 
 
-def keep_freed_memory() -> None:
-    """From now on; does nothing where the C library is not glibc."""
-    _set(KEEP)
+def set_retaining_allocator() -> None:
+    """Retain freed memory from now on. Without glibc nothing happens."""
+    _set(RETAIN)
 
 
-def give_back_memory() -> None:
-    """Undo `keep_freed_memory`, and give what is free now back to the kernel."""
-    if _set(GIVE_BACK):
+def restore_default_allocator() -> None:
+    """Undo `set_retaining_allocator` and return free memory to the kernel."""
+    if _set(DEFAULT):
         ctypes.CDLL(None).malloc_trim(0)
 
 

@@ -3,36 +3,37 @@
 kornia's classes run each operation on its own and in turn; here its functions make the matrices, flip, rotation,
 scale and shift are composed into one of them and sampled once, and brightness, contrast, saturation and hue into
 another together with the normalisation. The pictures are those of kornia's `RandomHorizontalFlip`, `RandomAffine`
-and `ColorJitter` in that order, but that nothing is clipped between the colour steps and that hue turns about the grey
-axis (a linear operation) rather than in HSV. An elastic distortion and a blur, by default none, come after.
+and `ColorJitter` in that order, with two differences: nothing is clipped between the colour steps, and hue turns about
+the grey axis (a linear operation) rather than in HSV.
+
+On the CPU one compiled pass goes from uint8 pixels to the network's input, each image in its own thread; torch needs a
+dozen passes over float32 copies for the same. benchmarks/augment.py measures both.
 """
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
-from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import get_affine_matrix2d
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from fastseg.config import Config
-from fastseg.training.augment_host import augment_on_host
+from fastseg.network.normalise import GAIN, OFFSET
 
-__all__ = ["AugmentParams", "augment", "augment_on_device", "normalise", "sample_params", "shrink"]
+__all__ = ["AugmentParams", "augment", "augment_cpu", "augment_torch", "sample_params", "shrink"]
 
-# The network sees (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2].
-GAIN, OFFSET = 4 / 255, -2.0
-ELASTIC_POINTS = 3  # along each side, which an elastic distortion shifts
-LEAST_SIGMA = 1e-2  # of a blur, in pixels: changes nothing, and nothing is divided by zero
 LUMA_WEIGHTS = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as kornia's rgb_to_grayscale
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """One set of parameters an image; float32 tensors on the CPU."""
+    """One set of parameters per image; float32 tensors on the CPU."""
 
     flip: Tensor  # (B,) 0 or 1
     angle: Tensor  # (B,) degrees, counter-clockwise
@@ -42,28 +43,22 @@ class AugmentParams:
     contrast: Tensor  # (B,) factor about the image's mean grey
     saturation: Tensor  # (B,) factor about each pixel's grey
     hue: Tensor  # (B,) share of a full turn
-    blur: Tensor | None = None  # (B,) sigma in pixels
-    elastic: Tensor | None = None  # (B, 2, 3, 3) shifts of points in x and y, where the image is 2 wide and high
 
     def __post_init__(self) -> None:
-        for name, values in self._given():
-            if len(values) != len(self.flip):
-                raise ValueError(f"{name} must have one row an image, {len(self.flip)}")
-
-    def _given(self) -> list[tuple[str, Tensor]]:
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        return [(name, value) for name, value in values if value is not None]
+        for field in fields(self):
+            if len(getattr(self, field.name)) != len(self.flip):
+                raise ValueError(f"{field.name} must have one row per image, {len(self.flip)}")
 
     def take(self, rows: slice) -> "AugmentParams":
         """The parameters of some of the images."""
-        return AugmentParams(**{name: values[rows] for name, values in self._given()})
+        return AugmentParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def sample_params(config: Config, batch_size: int, generator: torch.Generator) -> AugmentParams:
     """Draw parameters uniformly within the strengths of `config`.
 
     Args:
-        generator: on the CPU; a strength of 0 draws as many numbers as any other, but for blur and elastic.
+        generator: on the CPU; a strength of 0 draws as many numbers as any other.
     """
     u = 2 * torch.rand(batch_size, 9, generator=generator) - 1  # in [-1, 1)
     size = torch.tensor([config.image_width, config.image_height])
@@ -76,40 +71,26 @@ def sample_params(config: Config, batch_size: int, generator: torch.Generator) -
         contrast=1 + config.contrast * u[:, 6],
         saturation=1 + config.saturation * u[:, 7],
         hue=config.hue * u[:, 8],
-        blur=config.blur * torch.rand(batch_size, generator=generator) if config.blur else None,
-        elastic=2 * config.elastic * torch.randn(batch_size, 2, ELASTIC_POINTS, ELASTIC_POINTS, generator=generator)
-        if config.elastic
-        else None,
     )
 
 
-def normalise(images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-    """What the network sees, without augmentation.
+def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+    """Augment and normalise a batch on its device.
 
     Args:
         images: (B, H, W, 3) uint8.
         masks: (B, H, W) uint8, coverage 0..255.
 
     Returns:
-        Images (B, 3, H, W) float32 in [-2, 2], channels last without a copy, and targets (B, 1, H, W) in [0, 1].
+        (B, 3, H, W) float32 in [-2, 2], channels last, and targets (B, 1, H, W) float32 in [0, 1].
     """
-    return images.permute(0, 3, 1, 2).float().mul_(GAIN).add_(OFFSET), masks.unsqueeze(1).float().div_(255)
-
-
-def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
-    """Augment and normalise a batch on its device; arguments and results as for `normalise`."""
     height, width = masks.shape[1:]
     geometry, colour = geometry_matrix(params, height, width), GAIN * colour_matrix(params)
     source = np.linalg.inv(geometry.double().numpy())[:, :2].astype(np.float32)  # from the result to the source
     # Contrast turns about the mean grey of the picture at that point, which only the device knows.
     share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
-    apply = augment_on_host if images.device.type == "cpu" else augment_on_device
-    inputs, targets = apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
-    if params.elastic is not None:
-        inputs, targets = distort(inputs, targets, params.elastic)
-    if params.blur is not None:
-        inputs = blur(inputs, params.blur)
-    return inputs, targets
+    apply = augment_cpu if images.device.type == "cpu" else augment_torch
+    return apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
 
 
 def shrink(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -121,31 +102,7 @@ def shrink(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Te
     return small, interpolate(targets, size, mode="bilinear", antialias=True)
 
 
-def distort(inputs: Tensor, targets: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """Shift the pixels of images (B, C, H, W) and targets (B, 1, H, W) alike, smoothly between a few given shifts.
-
-    Args:
-        shifts: (B, 2, rows, columns), along x and y, of points spread evenly over the image, which is 2 wide and high.
-
-    Source: Ronneberger et al. 2015 (arXiv:1505.04597), section 3.1: a grid of 3 x 3 points, bicubic between them.
-    """
-    height, width = inputs.shape[2:]
-    moved = interpolate(_to(shifts.numpy(), inputs), (height, width), mode="bicubic", align_corners=True)
-    along_x = torch.linspace(-1, 1, width, device=inputs.device) + moved[:, 0]
-    along_y = torch.linspace(-1, 1, height, device=inputs.device)[:, None] + moved[:, 1]
-    grid = torch.stack([along_x, along_y], dim=-1)
-    inputs, targets = (grid_sample(t, grid, padding_mode="border", align_corners=True) for t in (inputs, targets))
-    return inputs.contiguous(memory_format=torch.channels_last), targets
-
-
-def blur(inputs: Tensor, sigma: Tensor) -> Tensor:
-    """Blur images (B, C, H, W), each with its `sigma` (B,) in pixels."""
-    size = 2 * math.ceil(2.5 * float(sigma.max())) + 1  # sigma is on the CPU
-    sigmas = _to(sigma.clamp(min=LEAST_SIGMA)[:, None].expand(-1, 2).contiguous().numpy(), inputs)
-    return gaussian_blur2d(inputs, size, sigmas, border_type="replicate").contiguous(memory_format=torch.channels_last)
-
-
-def augment_on_device(
+def augment_cpu(
     images: Tensor,
     masks: Tensor,
     source: NDArray[np.float32],
@@ -154,7 +111,92 @@ def augment_on_device(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor]:
-    """`augment_on_host`, which documents the arguments, in torch's operations for any device."""
+    """Warp, colour and normalise a batch.
+
+    Args:
+        images: (B, H, W, 3) uint8.
+        masks: (B, H, W) uint8.
+        source: (B, 2, 3) from pixels (x, y, 1) of the result to pixels of the source; beyond its edge the edge repeats.
+        colour: (B, 3, 3) from uint8 values to what the network sees.
+        share: (B, 3) of the warped image's mean red, green and blue that is added to every channel.
+        low, high: what the network sees lies between; `low` is added to every channel.
+
+    Returns:
+        (B, 3, H, W) float32, channels last, and (B, 1, H, W) float32 in [0, 1].
+    """
+    batch, height, width = masks.shape
+    inputs, targets = torch.empty((batch, height, width, 3)), torch.empty((batch, height, width))
+    arrays = (images.numpy(), masks.numpy(), source, colour, share, inputs.numpy(), targets.numpy())
+
+    def augment_one(index: int) -> None:
+        _augment_image(*[array[index] for array in arrays], low, high)  # type: ignore[call-arg]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(augment_one, range(batch)))
+    return inputs.permute(0, 3, 1, 2), targets.unsqueeze(1)
+
+
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def _augment_image(
+    image: Any,
+    mask: Any,
+    source: Any,
+    colour: Any,
+    share: Any,
+    out: Any,
+    out_mask: Any,
+    low: Any,
+    high: Any,
+) -> None:
+    height, width = mask.shape
+    red_sum, green_sum, blue_sum = np.float32(0), np.float32(0), np.float32(0)
+    last_x, last_y = np.float32(width - 1), np.float32(height - 1)
+    a, b, c = source[0, 0], source[0, 1], source[0, 2]
+    d, e, f = source[1, 0], source[1, 1], source[1, 2]
+    for y in range(height):
+        row_x, row_y = b * np.float32(y) + c, e * np.float32(y) + f
+        red_row, green_row, blue_row = np.float32(0), np.float32(0), np.float32(0)
+        for x in range(width):
+            at_x = min(max(a * np.float32(x) + row_x, np.float32(0)), last_x)
+            at_y = min(max(d * np.float32(x) + row_y, np.float32(0)), last_y)
+            x0, y0 = int(at_x), int(at_y)
+            x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
+            right, below = at_x - np.float32(x0), at_y - np.float32(y0)
+            w11 = right * below
+            w10, w01 = below - w11, right - w11
+            w00 = np.float32(1) - right - w10
+            red = w00 * image[y0, x0, 0] + w01 * image[y0, x1, 0] + w10 * image[y1, x0, 0] + w11 * image[y1, x1, 0]
+            green = w00 * image[y0, x0, 1] + w01 * image[y0, x1, 1] + w10 * image[y1, x0, 1] + w11 * image[y1, x1, 1]
+            blue = w00 * image[y0, x0, 2] + w01 * image[y0, x1, 2] + w10 * image[y1, x0, 2] + w11 * image[y1, x1, 2]
+            cover = w00 * mask[y0, x0] + w01 * mask[y0, x1] + w10 * mask[y1, x0] + w11 * mask[y1, x1]
+            out[y, x, 0], out[y, x, 1], out[y, x, 2] = red, green, blue
+            out_mask[y, x] = cover * np.float32(1 / 255)
+            red_row, green_row, blue_row = red_row + red, green_row + green, blue_row + blue
+        red_sum, green_sum, blue_sum = red_sum + red_row, green_sum + green_row, blue_sum + blue_row
+    pixels = np.float32(height * width)
+    offset = np.float32(low) + (share[0] * red_sum + share[1] * green_sum + share[2] * blue_sum) / pixels
+    low, high = np.float32(low), np.float32(high)
+    rr, rg, rb = colour[0, 0], colour[0, 1], colour[0, 2]
+    gr, gg, gb = colour[1, 0], colour[1, 1], colour[1, 2]
+    br, bg, bb = colour[2, 0], colour[2, 1], colour[2, 2]
+    for y in range(height):
+        for x in range(width):
+            red, green, blue = out[y, x, 0], out[y, x, 1], out[y, x, 2]
+            out[y, x, 0] = min(max(rr * red + rg * green + rb * blue + offset, low), high)
+            out[y, x, 1] = min(max(gr * red + gg * green + gb * blue + offset, low), high)
+            out[y, x, 2] = min(max(br * red + bg * green + bb * blue + offset, low), high)
+
+
+def augment_torch(
+    images: Tensor,
+    masks: Tensor,
+    source: NDArray[np.float32],
+    colour: NDArray[np.float32],
+    share: NDArray[np.float32],
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    """`augment_cpu`, which documents the arguments, in torch's operations for any device."""
     batch, height, width = masks.shape
     pixels = torch.empty((batch, 4, height, width), device=images.device)  # the mask travels as a fourth channel
     pixels[:, :3] = images.permute(0, 3, 1, 2)

@@ -22,25 +22,26 @@ from fastseg.config import Config, as_config
 from fastseg.errors import FastsegError
 from fastseg.network.checkpoint import save_checkpoint
 from fastseg.network.metrics import score_batches
-from fastseg.runtime.device import check_compile, choose_runtime, cudnn_left_as_it_was
-from fastseg.runtime.distributed import any_process, process_group, sum_over_processes
-from fastseg.runtime.memory import freed_memory_kept
+from fastseg.runtime.device import choose_runtime
+from fastseg.runtime.distributed import all_reduce, any_rank, process_group
+from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.augment import augment, sample_params, shrink
-from fastseg.training.recipe import learning_rate, small_steps, training_loss, training_size, update_average
+from fastseg.training.compile import check_compile, restore_cudnn_benchmark
+from fastseg.training.recipe import learning_rate, num_small_steps, training_loss, training_size, update_ema
 from fastseg.training.state import (
     Run,
     build_run,
-    compile_network,
+    compile_model,
+    create_run_dir,
     find_data,
-    first_weights,
-    fit_to_data,
-    open_run_dir,
+    load_or_init_model,
+    resolve_config,
     resume,
     save_last,
 )
 from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_run_overlay, finish
-from fastseg.training.tensorboard import find_writer, open_board, write_epoch
+from fastseg.training.tensorboard import import_writer, open_writer, write_epoch
 
 __all__ = ["train"]
 
@@ -71,29 +72,29 @@ def train(
     """
     started = time.perf_counter()
     config = as_config(config)
-    with process_group(config.device), cudnn_left_as_it_was():
+    with process_group(config.device), restore_cudnn_benchmark():
         runtime = choose_runtime(config)
         check_compile(config, runtime)
-        find_writer(config)  # what is missing is said before anything else is done
-        model, state = first_weights(config)
+        import_writer(config)  # what is missing is said before anything else is done
+        model, state = load_or_init_model(config)
         train_pairs, val_pairs = find_data(config)
-        config = fit_to_data(config, len(train_pairs))
-        log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.describe)
+        config = resolve_config(config, len(train_pairs))
+        log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         run.started = started
         resume(run, state)
-        compile_network(run)
-        open_run_dir(run)
-        board = open_board(config, run.epoch) if runtime.rank == 0 else None
+        compile_model(run)
+        create_run_dir(run)
+        board = open_writer(config, run.epoch) if runtime.rank == 0 else None
         run.clock["start-up"] = time.perf_counter() - started
-        with _stop_on_signal(run), freed_memory_kept(runtime.device):
+        with _stop_on_signal(run), retain_freed_memory(runtime.device):
             while not run.stop and not _is_finished(run):
                 _train_epoch(run)
                 if not run.stop:
                     _validate(run)
                     if board:
-                        write_epoch(board, run.history[-1], draw_run_overlay(run, run.scored_model))
-                    if after_epoch and any_process(after_epoch(dict(run.history[-1])), runtime.device):
+                        write_epoch(board, run.history[-1], draw_run_overlay(run, run.eval_model))
+                    if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("ended after epoch %d, as asked", run.epoch)
                         break
         if board:
@@ -110,14 +111,14 @@ def _is_finished(run: Run) -> bool:
     if run.epoch >= config.num_epochs:
         return True
     # While steps see small images, the score at full size rises and falls: patience begins after them.
-    small_epochs = math.ceil(small_steps(config, run.total_steps) / len(run.train_loader))
+    small_epochs = math.ceil(num_small_steps(config, run.total_steps) / len(run.train_loader))
     since_best = run.epoch - max(run.best["epoch"], small_epochs)
     if config.early_stopping and run.history and since_best >= config.early_stopping:
         log.info("early stopping: %d epochs without a better Dice", since_best)
         return True
     if config.time_limit_s and run.history:
         elapsed, epoch = time.perf_counter() - run.started, run.history[-1]["epoch_seconds"]
-        if any_process(elapsed + epoch > config.time_limit_s, run.runtime.device):
+        if any_rank(elapsed + epoch > config.time_limit_s, run.runtime.device):
             log.info("time limit: %.0f s have gone, an epoch takes %.0f s", elapsed, epoch)
             return True
     return False
@@ -144,10 +145,10 @@ def _train_epoch(run: Run) -> None:
                     task, completed=run.step, note=f"loss {loss:.3f}{dice}  {rate:.0f} pairs/s  waits {wait:.0f} %"
                 )
             if run.runtime.world_size == 1 or run.step % AGREE_STEPS == 0:
-                run.stop = any_process(run.signalled, run.runtime.device)
+                run.stop = any_rank(run.signalled, run.runtime.device)
             if run.stop:
                 break
-    mean_loss = sum_over_processes(run.loss_sum.clone()).item() / max(run.step * run.runtime.world_size, 1)
+    mean_loss = all_reduce(run.loss_sum.clone()).item() / max(run.step * run.runtime.world_size, 1)
     if not math.isfinite(mean_loss):
         raise FastsegError(
             f"the loss became {mean_loss} in epoch {run.epoch + 1}. Lower learning_rate ({config.learning_rate:g}) or "
@@ -201,8 +202,8 @@ def _step(run: Run, images: Tensor, masks: Tensor) -> None:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    if run.average:
-        update_average(run.average, run.model, run.config.ema_decay, run.steps_done)
+    if run.ema_model:
+        update_ema(run.ema_model, run.model, run.config.ema_decay, run.steps_done)
     run.loss_sum += loss.detach()
     run.step += 1
 
@@ -210,7 +211,7 @@ def _step(run: Run, images: Tensor, masks: Tensor) -> None:
 def _validate(run: Run) -> None:
     """Score the epoch, write its line and its checkpoints, move on to the next."""
     began = time.perf_counter()
-    model = run.scored_model.eval()
+    model = run.eval_model.eval()
     scores = score_batches(model, run.val_loader, run.runtime)
     entry = run.history[-1]
     entry.update({f"val_{name}": value for name, value in scores.items()})

@@ -15,12 +15,12 @@ from fastseg.network.losses import bce_dice_loss, bce_loss
 
 __all__ = [
     "learning_rate",
-    "make_average",
+    "make_ema_model",
     "make_optimizer",
-    "small_steps",
+    "num_small_steps",
     "training_loss",
     "training_size",
-    "update_average",
+    "update_ema",
 ]
 
 PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
@@ -42,12 +42,12 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def make_average(config: Config, model: nn.Module) -> nn.Module | None:
+def make_ema_model(config: Config, model: nn.Module) -> nn.Module | None:
     """A network for the moving average of the weights and of batch norm's statistics, where one is asked for."""
     return copy.deepcopy(model) if config.ema_decay else None
 
 
-def update_average(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
     """Take the weights after `step` (from 0) into the average: the plain mean at first, then an exponential one.
 
     torch's `AveragedModel` does the same, but makes the host wait for a GPU twice a step.
@@ -72,7 +72,7 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2
 
 
-def small_steps(config: Config, total_steps: int) -> int:
+def num_small_steps(config: Config, total_steps: int) -> int:
     """How many steps, the first of the run, see small images."""
     return 0 if config.recipe == "tutorial" else math.ceil(config.progressive_resizing * total_steps)
 
@@ -86,7 +86,7 @@ def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int
     Source: Howard et al. 2018, DAWNBench entry of fast.ai (progressive resizing).
     """
     height, width = config.image_height, config.image_width
-    if step >= small_steps(config, total_steps):
+    if step >= num_small_steps(config, total_steps):
         return height, width
     cell = 2**config.depth
     half = [max(math.ceil(size / (2 * cell)), 2) * cell for size in (height, width)]

@@ -19,24 +19,24 @@ from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import ConfigError
 from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
 from fastseg.quality.headers import check_sets
-from fastseg.runtime.device import Runtime, choose_compile
-from fastseg.runtime.distributed import share_model
-from fastseg.training.compile import record_graphs
-from fastseg.training.recipe import make_average, make_optimizer, training_size
+from fastseg.runtime.device import Runtime
+from fastseg.runtime.distributed import wrap_ddp
+from fastseg.training.compile import capture_graphs, choose_compile
+from fastseg.training.recipe import make_ema_model, make_optimizer, training_size
 
 __all__ = [
     "Run",
     "build_run",
-    "compile_network",
+    "compile_model",
     "find_data",
-    "first_weights",
-    "fit_to_data",
-    "open_run_dir",
+    "load_or_init_model",
+    "resolve_config",
+    "create_run_dir",
     "resume",
     "save_last",
 ]
 
-NOTHING_YET = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
+NO_SCORES = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Run:
     runtime: Runtime
     model: nn.Module
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
-    average: nn.Module | None  # with the mean of the weights so far; scored and kept in place of the model
+    ema_model: nn.Module | None  # with the moving average of the weights; scored and saved in place of the model
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # of the augmentation
@@ -77,14 +77,14 @@ class Run:
         return self.epoch * len(self.train_loader) + self.step
 
     @property
-    def scored_model(self) -> nn.Module:
+    def eval_model(self) -> nn.Module:
         """The network that is validated and kept: the averaged one where there is one."""
-        return self.model if self.average is None else self.average
+        return self.model if self.ema_model is None else self.ema_model
 
     @property
     def best(self) -> dict[str, Any]:
         """The entry of the epoch with the highest Dice."""
-        return max(self.history, key=lambda entry: entry["val_dice"], default=NOTHING_YET)
+        return max(self.history, key=lambda entry: entry["val_dice"], default=NO_SCORES)
 
 
 def find_data(config: Config) -> tuple[Pairs, Pairs]:
@@ -114,7 +114,7 @@ def _holds_files(folder: str) -> bool:
     return os.path.isdir(folder) and any(os.scandir(folder))
 
 
-def fit_to_data(config: Config, pairs: int) -> Config:
+def resolve_config(config: Config, pairs: int) -> Config:
     """Make batch size and number of epochs definite; both are said when they change."""
     if config.batch_size > pairs:
         log.info("batch_size: %d, because there are no more training pairs than that", pairs)
@@ -127,7 +127,7 @@ def fit_to_data(config: Config, pairs: int) -> Config:
     return config
 
 
-def first_weights(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
+def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
     """The network a run begins with, and the state it goes on from where there is one and it is wanted; says which.
 
     Raises:
@@ -155,15 +155,15 @@ def first_weights(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
 
 def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: Pairs, val_pairs: Pairs) -> Run:
     """A run at its beginning."""
-    model = runtime.place(model)
-    forward = share_model(model, runtime.device)
+    model = runtime.to_device(model)
+    forward = wrap_ddp(model, runtime.device)
     train_loader = make_loader(config, runtime, train_pairs, training=True)
     return Run(
         config=config,
         runtime=runtime,
         model=model,
         forward=forward,
-        average=make_average(config, model),
+        ema_model=make_ema_model(config, model),
         optimizer=make_optimizer(config, model),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
         generator=torch.Generator().manual_seed(config.seed),
@@ -173,7 +173,7 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
     )
 
 
-def compile_network(run: Run) -> None:
+def compile_model(run: Run) -> None:
     """Compile the forward and backward pass if the steps that remain win back the time it takes, or record them."""
     config, total = run.config, run.total_steps
     if run.steps_done >= total:
@@ -185,7 +185,7 @@ def compile_network(run: Run) -> None:
         run.forward = torch.compile(run.forward, dynamic=False)
     elif choice == "graphs":
         sizes = {training_size(config, step, total) for step in (run.steps_done, total - 1)}
-        run.forward = record_graphs(run.model, run.runtime, [(config.batch_size, 3, *size) for size in sizes])
+        run.forward = capture_graphs(run.model, run.runtime, [(config.batch_size, 3, *size) for size in sizes])
 
 
 def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: bool) -> Loader:
@@ -218,7 +218,7 @@ def save_last(run: Run) -> None:
     state = {
         "config": run.config.model_dump(),
         "model": run.model.state_dict(),
-        "average": run.average.state_dict() if run.average else None,
+        "ema_model": run.ema_model.state_dict() if run.ema_model else None,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "generator": run.generator.get_state(),
@@ -242,8 +242,8 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
     path = run.config.run_dir / "last.pt"
     try:
         run.train_loader.load_state_dict(state["loader"])
-        if run.average:
-            run.average.load_state_dict(state["average"])
+        if run.ema_model:
+            run.ema_model.load_state_dict(state["ema_model"])
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])
@@ -261,7 +261,7 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         log.info("going on from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
 
 
-def open_run_dir(run: Run) -> None:
+def create_run_dir(run: Run) -> None:
     """Make the run's folder and write what is known at its beginning.
 
     Raises:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from fastseg.network.checkpoint import load_checkpoint, load_weights
-from fastseg.plots import draw_curves, draw_overlay, versions
+from fastseg.plots import draw_curves, draw_overlay
+from fastseg.runtime.device import versions
 from fastseg.training.state import Run
 
 __all__ = ["FIRST_STEPS", "TrainResult", "draw_run_overlay", "finish"]
@@ -74,7 +75,7 @@ def finish(run: Run, left_out: list[str]) -> TrainResult:
         "epochs": run.epoch,
         "scored": f"{run.config.image_width}x{run.config.image_height}, mask cells at least half covered",
         "seconds_by_part": {part: round(seconds, 3) for part, seconds in run.clock.items()},
-        "device": run.runtime.describe,
+        "device": run.runtime.description,
         "processes": run.runtime.world_size,
         "train_pairs": len(run.train_loader.pairs),
         "val_pairs": len(run.val_loader.pairs),

@@ -11,20 +11,20 @@ from PIL import Image
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 
-__all__ = ["find_writer", "open_board", "write_epoch"]
+__all__ = ["import_writer", "open_writer", "write_epoch"]
 
 
-def open_board(config: Config, epoch: int) -> Any:
+def open_writer(config: Config, epoch: int) -> Any:
     """A `SummaryWriter` into the run's folder, which forgets what was written after `epoch`; None if not asked for.
 
     Raises:
         ConfigError: TensorBoard is not installed.
     """
-    writer = find_writer(config)
+    writer = import_writer(config)
     return writer and writer(config.run_dir, purge_step=epoch + 1)
 
 
-def find_writer(config: Config) -> Any:
+def import_writer(config: Config) -> Any:
     """The class of TensorBoard's writer; None if not asked for.
 
     Raises:

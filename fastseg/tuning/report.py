@@ -2,8 +2,6 @@
 
 import csv
 from collections.abc import Iterable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastseg.config import Config, as_text
-from fastseg.runtime.files import replace_file
+from fastseg.config import Config, format_value
+from fastseg.runtime.files import atomic_write
 from fastseg.tuning.search_space import Range, Values
 from fastseg.tuning.study import MAX_DEATHS, Study, given_back
 
@@ -76,13 +74,11 @@ def write_trials(study: Study, space: dict[str, Values]) -> None:
     """`trials.csv`: the rows of `trial_rows`."""
     rows = trial_rows(study, space)
 
-    def write(path: Path) -> None:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            table = csv.DictWriter(file, rows[0].keys())
-            table.writeheader()
-            table.writerows(rows)
-
-    replace_file(study.folder / "trials.csv", write)
+    path = study.folder / "trials.csv"
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0].keys())
+        table.writeheader()
+        table.writerows(rows)
 
 
 def write_best(study: Study, config: Config) -> Config | None:
@@ -95,13 +91,14 @@ def write_best(study: Study, config: Config) -> Config | None:
     if best is None:
         return None
     config = config.replace(**best.params, out_dir=study.folder, name="best")
-    replace_file(study.folder / "best.json", config.to_json)
+    with atomic_write(study.folder / "best.json") as temporary:
+        config.to_json(temporary)
     return config
 
 
 def short_text(value: Any) -> str:
     """A value as it is read with ease; whoever needs all its digits finds them in the files."""
-    return f"{value:.3g}" if isinstance(value, float) else as_text(value)
+    return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
 def print_study(rows: list[dict[str, Any]], fields: Iterable[str]) -> None:
@@ -121,7 +118,8 @@ def draw_study(study: Study, space: dict[str, Values]) -> None:
     """`history.png`: Dice by trial; `parallel.png`: Dice by values. One complete trial at least."""
     trials = study.ended()
     for name, figure in (("history.png", _draw_history(trials)), ("parallel.png", _draw_parallel(trials, space))):
-        replace_file(study.folder / name, partial(figure.savefig, dpi=120, format="png"))
+        with atomic_write(study.folder / name) as temporary:
+            figure.savefig(temporary, dpi=120, format="png")
 
 
 def _draw_history(trials: "list[FrozenTrial]") -> Figure:
@@ -168,7 +166,7 @@ def _draw_parallel(trials: "list[FrozenTrial]", space: dict[str, Values]) -> Fig
         axes.axvline(x, color="black", linewidth=0.8)
         ticks = _ticks(values)
         for tick, y in zip(ticks, _heights(ticks, values), strict=True):
-            _label(axes, x, float(y), as_text(tick))
+            _label(axes, x, float(y), format_value(tick))
     axes.axvline(len(space), color="black", linewidth=0.8)
     for y in (0.0, 0.25, 0.5, 0.75, 1.0):
         below = "≤ " if y == 0 and scores.min() < low else ""

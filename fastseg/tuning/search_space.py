@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from fastseg.config import Config, as_text, nearest
+from fastseg.config import Config, closest_match, format_value
 from fastseg.errors import ConfigError
 
 __all__ = ["Range", "Values", "read_flags", "read_search", "values_as_text"]
@@ -50,7 +50,9 @@ def read_search(config: Config, search: Mapping[str, str]) -> dict[str, Values]:
     for key, text in search.items():
         field = key.lower().replace("-", "_")
         if field not in Config.model_fields:
-            raise ConfigError(f"search: {key} is no known field. Did you mean {nearest(field, Config.model_fields)}?")
+            raise ConfigError(
+                f"search: {key} is no known field. Did you mean {closest_match(field, Config.model_fields)}?"
+            )
         if field in SHARED:
             raise ConfigError(
                 f"search: {field} must be the same in every trial, or their scores cannot be compared. Set it once."
@@ -80,8 +82,8 @@ def read_flags(flags: Iterable[str]) -> dict[str, str]:
 def values_as_text(values: Values) -> str:
     """Values as they are written in a search."""
     if isinstance(values, Range):
-        return f"{as_text(values.low)}:{as_text(values.high)}{':log' if values.log else ''}"
-    return ",".join(map(as_text, values))
+        return f"{format_value(values.low)}:{format_value(values.high)}{':log' if values.log else ''}"
+    return ",".join(map(format_value, values))
 
 
 def _read_range(config: Config, field: str, text: str) -> Range:

@@ -23,7 +23,7 @@ import torch
 from fastseg.config import Config, as_config
 from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
 from fastseg.runtime.device import choose_runtime
-from fastseg.runtime.distributed import place_in_group
+from fastseg.runtime.distributed import get_world_size
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.loop import train
 from fastseg.tuning.report import best_trial, draw_study, short_text, trial_rows, write_best, write_trials
@@ -88,7 +88,7 @@ def tune(
         raise ConfigError("num_epochs: must be given, because trials are compared epoch by epoch. Set it, such as 10.")
     if trials < 1:
         raise ConfigError(f"trials: must be at least 1; got {trials}.")
-    if place_in_group()[1] > 1:
+    if get_world_size() > 1:
         raise ConfigError("tune: must not be started by torchrun; start it several times with the same folder instead.")
     space = read_search(config, search)
     for field, values in space.items():
