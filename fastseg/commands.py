@@ -188,7 +188,7 @@ def _predict(options: argparse.Namespace) -> int:
             **fields,
         )
         if get_rank() == 0:  # the first process speaks for all
-            print(result.sentence)
+            print(result.message)
         barrier()  # a process that ends with status 1 makes torchrun end the others
     return 1 if result.broken else 0
 
@@ -242,7 +242,7 @@ def _submission(options: argparse.Namespace) -> int:
     try:
         lines = write_submission(options.masks, options.out, images=options.images, num_workers=config.num_workers)
     except BrokenMasksError as error:
-        print(*error.sentences, f"fastseg: {error}", sep="\n", file=sys.stderr)
+        print(*error.messages, f"fastseg: {error}", sep="\n", file=sys.stderr)
         return 1
     print(f"{options.out}: {lines} lines")
     return 0

@@ -122,5 +122,5 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
         axes.set_title(title, fontsize=max(8, 1.7 * width))
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
-    with atomic_write(path) as draft:
-        figure.savefig(draft, dpi=130, format="png")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")

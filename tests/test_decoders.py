@@ -21,11 +21,12 @@ from test_decode import draw_disc, draw_photo, encode, expected_cells, expected_
 from fastseg.data import dali, host
 from fastseg.data.batch import BadSamples, Batch
 from fastseg.data.dali import DaliDecoder
+from fastseg.data.gif import encode_gif
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs, find_pairs
 from fastseg.errors import DataError
 from fastseg.synthetic.car import make_car
-from fastseg.synthetic.generate import encode_image, encode_mask
+from fastseg.synthetic.generate import encode_image
 from fastseg.synthetic.studio import make_studio, render_pair
 
 DECODERS = [HostDecoder, pytest.param(DaliDecoder, marks=pytest.mark.dali)]
@@ -176,9 +177,9 @@ def test_dali_agrees_with_pillow_on_carvana_like_pictures(tmp_path: Path) -> Non
     for view, turn in enumerate((0.5, 1.6, 3.3)):
         image, mask = render_pair(car, studio, turn, rng)
         (tmp_path / "images" / f"car_{view}.jpg").write_bytes(encode_image(image))
-        (tmp_path / "masks" / f"car_{view}_mask.gif").write_bytes(encode_mask(mask))
+        (tmp_path / "masks" / f"car_{view}_mask.gif").write_bytes(encode_gif(mask))
         shown.append(Image.open(io.BytesIO(encode_image(image))))
-        masks.append(Image.open(io.BytesIO(encode_mask(mask))).convert("L"))
+        masks.append(Image.open(io.BytesIO(encode_gif(mask))).convert("L"))
     pairs = find_pairs(tmp_path / "images", tmp_path / "masks")
     images, coverage, _ = decode_all(DaliDecoder(pairs, 160, 240), split(range(3), 2))
     box = (0, 0, 1918, 1280)

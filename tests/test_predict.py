@@ -23,8 +23,9 @@ from PIL import ExifTags, Image
 import fastseg
 from fastseg.cli import main
 from fastseg.data.decode import decode_image
+from fastseg.data.gif import encode_gif
 from fastseg.data.host import load_photo
-from fastseg.masks.encode import encode_gif, encode_overlay, encode_png
+from fastseg.masks.encode import encode_overlay, encode_png
 from fastseg.masks.refine import refine
 from fastseg.masks.upsample import threshold_logits, upsample_logits
 from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
@@ -426,7 +427,7 @@ def test_ctrl_c_ends_with_status_130(checkpoint, photos, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return torch.ones(1, 1, 32, 48)
 
-    monkeypatch.setattr("fastseg.masks.predict._logits", interrupt)
+    monkeypatch.setattr("fastseg.masks.predict._predict_logits", interrupt)
     arguments = ["--checkpoint", checkpoint, "--images", photos, "--out", tmp_path / "out", "--batch-size", "1"]
     assert status_of("predict", *arguments, "--device", "cpu") == 130
     assert len(list((tmp_path / "out").rglob("*"))) - 1 <= 2  # but for the folder `sub`

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastseg.data.gif import encode_gif
 from fastseg.errors import ConfigError, DataError
 from fastseg.synthetic import generate as carvana_like
 from fastseg.synthetic import studio as carvana_studio
 from fastseg.synthetic.car import PAINTS, STYLES, make_car
-from fastseg.synthetic.generate import encode_mask, generate
+from fastseg.synthetic.generate import generate
 from fastseg.synthetic.studio import make_studio, render_pair
 
 FOLDERS = ("train_images", "train_masks", "val_images", "val_masks")
@@ -128,7 +129,7 @@ def test_gif_is_as_carvanas(full_size: Path) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (7, 13), (160, 239)])
 def test_gif_holds_the_mask(tmp_path: Path, make: Callable[[Any], np.ndarray], shape: tuple[int, int]) -> None:
     mask = make(shape).astype(np.uint8)
-    (tmp_path / "mask.gif").write_bytes(encode_mask(mask))
+    (tmp_path / "mask.gif").write_bytes(encode_gif(mask))
     with Image.open(tmp_path / "mask.gif") as picture:
         np.testing.assert_array_equal(np.array(picture), mask)
 

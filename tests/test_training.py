@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.runtime.device import Runtime, choose_runtime, decide_compile
+from fastseg.runtime.device import Runtime, choose_runtime
 from fastseg.training.augment import shrink
-from fastseg.training.compile import capture_graphs
+from fastseg.training.compile import capture_graphs, decide_compile
 from fastseg.training.recipe import learning_rate, training_size
 from tests.conftest import write_pair
 

@@ -9,6 +9,7 @@ code can call them; `decode_gif` is the one for Python. Source: GIF89a specifica
 open (a frame smaller than the canvas, stray bytes between blocks) comes out as in Pillow.
 """
 
+from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +17,21 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
+from PIL import Image
 
 from fastseg.errors import DataError
 
-__all__ = ["OK", "GifHeader", "as_uint8", "decode_binary", "decode_gif", "decode_indices", "gif_error", "parse_gif"]
+__all__ = [
+    "OK",
+    "GifHeader",
+    "as_uint8",
+    "decode_binary",
+    "decode_gif",
+    "decode_indices",
+    "encode_gif",
+    "gif_error",
+    "parse_gif",
+]
 
 OK, NOT_GIF, CUT_HEADER, NO_IMAGE, ZERO_SIZE, TOO_LARGE, CUT_FILE, BAD_CODE_SIZE, BAD_CODE, CUT_PIXELS = range(10)
 NOT_BINARY, WRONG_BUFFER = 10, 11
@@ -379,3 +391,21 @@ def decode_gif(data: bytes) -> tuple[Bytes, Bytes]:
     if header.palette_size:
         palette = file[header.palette_start : header.palette_start + 3 * header.palette_size]
     return canvas.reshape(header.height, header.width), palette.reshape(-1, 3)
+
+
+def encode_gif(mask: NDArray[Any]) -> bytes:
+    """A mask (H, W), bool or uint8 of 0 and 1, as a GIF like Carvana's, by Pillow: GIF89a, one frame, black and white.
+
+    Raises:
+        DataError: a side is above 65535 pixels, the limit of the format.
+    """
+    height, width = mask.shape
+    if max(height, width) > 0xFFFF:
+        raise DataError(f"has {width}x{height} pixels, and a GIF has at most 65535 per side. Use PNG masks")
+    picture, buffer = Image.fromarray(mask.view(np.uint8)), BytesIO()
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(buffer, "GIF", interlace=0, optimize=False)  # optimize would renumber a mask of one colour
+    data = buffer.getvalue()
+    # Pillow writes GIF87a and pads the palette to four colours. The blocks that follow are the same in GIF89a.
+    flags, pixels = data[10], data[13 + 3 * 2 ** ((data[10] & 7) + 1) :]
+    return b"GIF89a" + data[6:10] + bytes([flags & 0xF8]) + data[11:13] + bytes(3) + b"\xff" * 3 + pixels

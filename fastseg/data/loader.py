@@ -21,15 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastseg.config import Config
 from fastseg.data.batch import BadSamples, Batch, wait_on_current_stream
 from fastseg.data.cache import Cache, open_cache
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import MASK_MODES
 from fastseg.errors import ConfigError
+from fastseg.runtime.device import Runtime
 from fastseg.runtime.threads import count_threads
 
-__all__ = ["Loader", "epoch_order"]
+__all__ = ["Loader", "epoch_order", "make_loader"]
 
 MINIMUMS = {"height": 1, "width": 1, "batch_size": 1, "seed": 0, "rank": 0, "world_size": 1, "num_workers": 0}
 CHOICES = {
@@ -243,6 +245,23 @@ class Loader:
                     yield wait_on_current_stream(*ahead.popleft())
         while ahead:
             yield wait_on_current_stream(*ahead.popleft())
+
+
+def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: bool) -> Loader:
+    """A loader as configured: shuffled whole batches for training; otherwise every pair, in order."""
+    same_name = ("batch_size", "seed", "decoder", "num_workers", "mask_resize", "cache", "cache_dir", "bad_samples")
+    return Loader(
+        pairs,
+        height=config.image_height,
+        width=config.image_width,
+        shuffle=training,
+        drop_last=training,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        pin_memory=config.pin_memory,
+        **{name: getattr(config, name) for name in same_name},
+    )
 
 
 def _check_settings(given: dict[str, Any]) -> None:

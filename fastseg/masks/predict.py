@@ -1,16 +1,16 @@
 """Masks of photos, each at its photo's own size: `fastseg predict --checkpoint best.pt --images DIR --out DIR`.
 
-    photo file -> decoded onto the grid -> batch -> network -> logits, corrected by the photo -> cut at 0 -> mask file
+    photo file -> decoded onto the grid -> batch -> network -> logits -> refined by the photo -> threshold -> mask file
 
-Threads decode and write; between them the network runs in this one. Each stage takes from the one before as many photos
-as it needs and a few ahead, so that memory does not grow with the number of photos.
+Threads decode and write; the network runs in the calling thread between them. Each stage stays a few photos ahead of
+the next one, so that memory does not grow with the number of photos.
 """
 
 import logging
 import os
 import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -27,8 +27,8 @@ from fastseg.config import Config
 from fastseg.data.decode import Size, decode_image
 from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError, DataError
-from fastseg.masks.inputs import MASK, Photo, find_photos, open_folders
-from fastseg.masks.outputs import Plan, Row, broken_row, find_results, write_results, write_table
+from fastseg.masks.inputs import MASK, Photo, find_photos, make_folders
+from fastseg.masks.outputs import OutputOptions, Row, failed_row, find_results, write_results, write_table
 from fastseg.masks.refine import METHODS
 from fastseg.network.checkpoint import load_model
 from fastseg.network.normalise import normalise
@@ -36,39 +36,39 @@ from fastseg.runtime.device import Runtime, choose_runtime
 from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
-from fastseg.runtime.threads import count_threads
+from fastseg.runtime.threads import count_threads, map_ahead
 
 __all__ = ["PredictResult", "predict"]
 
 TTA = ("none", "flip")
-BATCHES_AHEAD = 2  # of photos decoded before the network takes them, and of logits before their files are written
-LOG_EVERY_S = 30.0  # where no bar is shown
+CHANGES = ("device", "precision", "batch_size", "num_workers")  # fields of Config that a prediction uses
+BATCHES_AHEAD = 2  # of photos decoded ahead of the network, and of logits ahead of their files
+LOG_EVERY_S = 30.0  # without a progress bar
 
 T = TypeVar("T")
-U = TypeVar("U")
-Clock = defaultdict[str, float]  # seconds by what they went into
+Clock = defaultdict[str, float]  # seconds by part of the work
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PredictResult:
-    """How a prediction went; of a group of processes, all of it but the seconds is about all of them."""
+    """Counts and times of a prediction. With several ranks, all but `seconds_by_part` is about all of them."""
 
     images: int  # found, the broken ones included
     masks: int  # written by this run
-    skipped: int  # whose results were there already
+    skipped: int  # whose results existed
     broken: tuple[tuple[str, str], ...]  # path and reason of each image without a mask, in the order given
-    images_per_s: float  # masks written a second, start-up left out
+    images_per_s: float  # masks written per second, without start-up
     seconds: float
-    seconds_by_part: dict[str, float]  # of this process: start-up, network, waiting for photos, waiting for files
+    seconds_by_part: dict[str, float]  # of this rank: start-up, network, waiting for photos, waiting for files
     out: str
 
     @property
-    def sentence(self) -> str:
-        """How many, how fast, and where the time went."""
+    def message(self) -> str:
+        """Number of masks, rate, and parts of the time."""
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds_by_part.items())
-        skipped = f", {self.skipped} were there already" if self.skipped else ""
+        skipped = f", {self.skipped} existed" if self.skipped else ""
         broken = f", {len(self.broken)} images are broken" if self.broken else ""
         return (
             f"{self.masks} masks in {self.out}/{skipped}{broken}: {self.images_per_s:.3g} images/s, "
@@ -101,29 +101,29 @@ def predict(
 ) -> PredictResult:
     """Write the mask of each photo, at its own size and as it is displayed.
 
-    The mask of `sub/a.jpg` is `out/sub/a_mask.png`. Every file is written whole or not at all. Photos that cannot be
-    read do not stop the others: they are in the result's `broken`, and in the CSV with their reason. Under torchrun
-    each process takes its share of the photos.
+    The mask of `sub/a.jpg` is `out/sub/a_mask.png`. Every file is complete or absent. Photos that cannot be read
+    do not stop the others: they are in the result's `broken`, and in the CSV with their reason. Under torchrun each
+    rank takes its share of the photos.
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run.
         images: a folder of JPEG, PNG, BMP or WebP photos, whose subfolders count, or a file, or several of these.
-        out: folder for the results; made where there is none.
-        mask_format: "png", one bit a pixel, or "gif", two colours as Carvana's masks.
+        out: folder for the results; made if it does not exist.
+        mask_format: "png", one bit per pixel, or "gif", two colours like Carvana's masks.
         probabilities: also write `<stem>_probability.png`, grey 0..255 for a probability of 0..1.
         overlays: also write `<stem>_overlay.jpg`, the photo at most 1280 pixels wide with its mask on it.
-        csv: a table to write, one line an image in the order given: image, mask, width, height, share of foreground,
-            and the error of one that is broken.
-        refine: what corrects the logits by the photo before they are upsampled: "none" or
-            "crf" (a conditional random field), as in `evaluate`.
-        tta: "flip" takes the mean of the logits of the photo and of its mirror image, for twice the network's time.
-        resume: leave photos alone whose results are all there.
-        changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos at a
-            time, of each process) and `num_workers` (threads; 0, the default: one a core).
+        csv: a table to write, one line per image in the order given: image, mask, width, height, share of foreground,
+            and the error of a broken one.
+        refine: how the photo refines the logits before they are upsampled: "crf" (a conditional random field) or
+            "none".
+        tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
+        resume: skip photos whose results all exist.
+        changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
+            batch and rank) and `num_workers` (threads; 0, the default: one per core).
 
     Raises:
-        CheckpointError, ConfigError, DataError: one sentence with the remedy, before anything is written; or, later, a
-            file cannot be written: what was written before stays.
+        CheckpointError, ConfigError, DataError: before anything is written.
+        OutputError: a file cannot be written; earlier ones stay.
     """
     began = time.perf_counter()
     for field, value, known in (
@@ -135,6 +135,10 @@ def predict(
             raise ConfigError(f"{field}: must be one of {', '.join(known)}; got {value!r}.")
     paths = [images] if isinstance(images, str | os.PathLike) else images
     out, csv = str(Path(out)), os.fspath(csv)
+    unused = changes.keys() - CHANGES
+    if unused:
+        field = min(unused)
+        raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
     model, trained = load_model(checkpoint)
     with process_group(changes.get("device", "auto")):
         rank, world_size = get_rank(), get_world_size()
@@ -143,22 +147,22 @@ def predict(
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
         cells = (config.image_height, config.image_width)
-        plan = Plan(out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells)
-        open_folders(photos, out, csv)
+        options = OutputOptions(out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells)
+        make_folders(photos, out, csv)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
-        forward = partial(_logits, runtime.to_device(model), runtime, tta == "flip")
+        forward = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
         started = time.perf_counter()
         clock["start-up"] = started - began
         with retain_freed_memory(runtime.device):
-            mine = _predict_all(photos[rank::world_size], plan, config, forward, clock, shown=rank == 0)
+            mine = _predict_photos(photos[rank::world_size], options, config, forward, clock, shown=rank == 0)
         rows: list[Any] = [None] * len(photos)
         for other, theirs in enumerate(all_gather(mine)):
             rows[other::world_size] = theirs
         running = time.perf_counter() - started
         if csv and rank == 0:
-            write_table(csv, rows, plan)
-        barrier()  # the table is there when any process says so
+            write_table(csv, rows, options)
+        barrier()  # no rank returns before the table exists
     broken = tuple((row.photo.path, row.error) for row in rows if row.error)
     skipped = sum(row.skipped for row in rows)
     masks = len(rows) - len(broken) - skipped
@@ -169,70 +173,59 @@ def predict(
     return PredictResult(len(rows), masks, skipped, broken, masks / running, seconds, dict(clock), out)
 
 
-def _predict_all(
+def _predict_photos(
     photos: list[Photo],
-    plan: Plan,
+    options: OutputOptions,
     config: Config,
     forward: Callable[[list[NDArray[np.uint8]]], Tensor],
     clock: Clock,
     *,
     shown: bool,
 ) -> list[Row]:
-    """A row a photo, in their order."""
+    """One row per photo, in their order."""
     rows: list[Row] = []
     ahead = BATCHES_AHEAD * config.batch_size
     pool = ThreadPoolExecutor(count_threads(config.num_workers), thread_name_prefix="fastseg-predict")
     try:
         with progress_bar(shown=shown) as bar:
             task = bar.add_task("predicting", total=len(photos), note=" ")
-            started = said = time.perf_counter()
-            read = _in_order(pool, partial(_read, plan=plan), photos, ahead, clock, "waiting for photos")
-            through = _through_network(read, config.batch_size, forward, clock)
-            for row in _in_order(pool, partial(_write, plan=plan), through, ahead, clock, "waiting for files"):
+            started = logged = time.perf_counter()
+            read = map_ahead(pool, partial(_read, options=options), photos, ahead)
+            outputs = _through_network(_results(read, clock, "waiting for photos"), config.batch_size, forward, clock)
+            written = map_ahead(pool, partial(_write, options=options), outputs, ahead)
+            for row in _results(written, clock, "waiting for files"):
                 rows.append(row)
                 now = time.perf_counter()
                 rate = len(rows) / (now - started)
                 bar.update(task, advance=1, note=f"{rate:.3g} images/s")
-                if bar.disable and now - said > LOG_EVERY_S:
+                if bar.disable and now - logged > LOG_EVERY_S:
                     log.info("%d of %d images, %.3g images/s", len(rows), len(photos), rate)
-                    said = now
-    finally:  # an error or Ctrl-C: what is queued is dropped, and what runs is waited for
+                    logged = now
+    finally:  # after an error or Ctrl-C, drop what is queued and wait for what runs
         pool.shutdown(wait=True, cancel_futures=True)
     return rows
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, function: Callable[[T], U], items: Iterable[T], ahead: int, clock: Clock, part: str
-) -> Iterator[U]:
-    """`map` by threads, up to `ahead` items ahead of the caller; the time spent waiting for them goes to `part`."""
-
-    def result() -> U:
+def _results(futures: Iterator[Future[T]], clock: Clock, part: str) -> Iterator[T]:
+    """The results of futures; the time spent waiting for them is added to `part`."""
+    for future in futures:
         began = time.perf_counter()
-        try:
-            return pending.popleft().result()
-        finally:
-            clock[part] += time.perf_counter() - began
-
-    pending: deque[Future[U]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        while pending and (len(pending) > ahead or pending[0].done()):
-            yield result()
-    while pending:
-        yield result()
+        result = future.result()
+        clock[part] += time.perf_counter() - began
+        yield result
 
 
-def _read(photo: Photo, plan: Plan) -> Row | _Decoded:
-    """Decode a photo onto the grid, unless it is broken or its results are there already."""
-    if photo.fault:
-        return Row(photo, error=photo.fault)
-    if plan.resume and (row := find_results(photo, plan)):
+def _read(photo: Photo, options: OutputOptions) -> Row | _Decoded:
+    """Decode a photo onto the grid, unless it is broken or its results exist."""
+    if photo.error:
+        return Row(photo, error=photo.error)
+    if options.resume and (row := find_results(photo, options)):
         return row
-    pixels = np.empty((*plan.cells, 3), np.uint8)
+    pixels = np.empty((*options.cells, 3), np.uint8)
     try:
         return _Decoded(photo, decode_file(photo.path, lambda data: decode_image(data, pixels)), pixels)
     except DataError as error:
-        return broken_row(photo, error)
+        return failed_row(photo, error)
 
 
 def _through_network(
@@ -241,13 +234,13 @@ def _through_network(
     forward: Callable[[list[NDArray[np.uint8]]], Tensor],
     clock: Clock,
 ) -> Iterator[Row | tuple[Photo, Size, Tensor]]:
-    """Photos with their logits (1, h, w), and the rows of those that need none, in order."""
+    """Photos with their logits (1, h, w), and the rows of photos that need none, in order."""
     while batch := list(islice(read, batch_size)):
         decoded = {i: item for i, item in enumerate(batch) if isinstance(item, _Decoded)}
         logits: dict[int, Tensor] = {}
         if decoded:
             began = time.perf_counter()
-            # A photo keeps its place whatever the others are: a run that was resumed sums up in the same order.
+            # A photo keeps its place in the batch, whatever the others are: a resumed run sums in the same order.
             blank = np.zeros_like(next(iter(decoded.values())).pixels)
             pixels = [decoded[i].pixels if i in decoded else blank for i in range(len(batch))]
             logits = dict(enumerate(forward(pixels)))
@@ -256,16 +249,15 @@ def _through_network(
             yield (item.photo, item.size, logits[i]) if isinstance(item, _Decoded) else item
 
 
-def _logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: list[NDArray[np.uint8]]) -> Tensor:
-    """(B, 1, h, w) float32 on the CPU, where threads make masks of them."""
+def _predict_logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: list[NDArray[np.uint8]]) -> Tensor:
+    """(B, 1, h, w) float32 on the CPU, where threads turn them into masks."""
     with torch.inference_mode(), runtime.autocast():
-        images = torch.from_numpy(np.stack(pixels)).to(runtime.device)
-        inputs = normalise(images)
+        inputs = normalise(torch.from_numpy(np.stack(pixels)).to(runtime.device))
         logits = model(inputs).float()
         if flip:
             logits = (logits + model(inputs.flip(3)).float().flip(3)) / 2
     return logits.cpu()
 
 
-def _write(item: Row | tuple[Photo, Size, Tensor], plan: Plan) -> Row:
-    return item if isinstance(item, Row) else write_results(*item, plan)
+def _write(item: Row | tuple[Photo, Size, Tensor], options: OutputOptions) -> Row:
+    return item if isinstance(item, Row) else write_results(*item, options)

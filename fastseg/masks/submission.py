@@ -10,11 +10,10 @@ import csv
 import logging
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -26,13 +25,13 @@ from fastseg.data.pairs import find_images, find_masks, mask_stem
 from fastseg.errors import ConfigError, DataError
 from fastseg.runtime.files import atomic_write
 from fastseg.runtime.progress import progress_bar
-from fastseg.runtime.threads import count_threads
+from fastseg.runtime.threads import count_threads, map_ahead
 
 __all__ = ["BrokenMasksError", "decode_rle", "encode_rle", "write_submission"]
 
 HEADER = ("img", "rle_mask")
 AHEAD = 4  # masks a thread that are encoded before their line is written
-MAX_NAMED = 3  # files named in a sentence about many
+MAX_NAMED = 3  # files named in a message about many
 MAX_SHOWN = 40  # characters of a wrong text that its error repeats
 
 log = logging.getLogger(__name__)
@@ -41,11 +40,11 @@ Mask = NDArray[np.bool_] | NDArray[np.uint8]
 
 
 class BrokenMasksError(DataError):
-    """Masks cannot be used; `sentences` has one for each. There is no CSV: one that lacks lines would be refused."""
+    """Masks cannot be used; `messages` has one for each. No CSV is written: Kaggle refuses one that lacks lines."""
 
-    def __init__(self, summary: str, sentences: list[str]) -> None:
+    def __init__(self, summary: str, messages: list[str]) -> None:
         super().__init__(summary)
-        self.sentences = sentences
+        self.messages = messages
 
 
 class Job(NamedTuple):
@@ -137,7 +136,8 @@ def write_submission(
     Raises:
         DataError: a folder is missing or empty, an image has no mask, or more than one.
         BrokenMasksError: mask files are damaged or of another size than their image. All others have been looked at.
-        ConfigError: `out` cannot be written, or `images` is given without a folder of masks.
+        OutputError: `out` cannot be written.
+        ConfigError: `images` is given without a folder of masks.
     """
     if isinstance(masks, str | os.PathLike):
         named = _masks_by_image(os.fspath(masks), images)
@@ -148,28 +148,36 @@ def write_submission(
         jobs, total = (Job(name, partial(encode_rle, mask)) for name, mask in masks), None
     lines, done, began = 0, 0, time.perf_counter()
     broken: list[str] = []
-    try:
-        with atomic_write(out) as draft, open(draft, "w", encoding="utf-8", newline="") as file, progress_bar() as bar:
-            task = bar.add_task("encoding masks", total=total, note=" ")
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(HEADER)
-            for name, encoded in _in_order(jobs, count_threads(num_workers)):
+    with (
+        atomic_write(out) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+        progress_bar() as bar,
+        ThreadPoolExecutor(count_threads(num_workers), thread_name_prefix="fastseg-encode") as pool,
+    ):
+        task = bar.add_task("encoding masks", total=total, note=" ")
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(HEADER)
+        ahead = AHEAD * count_threads(num_workers)
+        with closing(map_ahead(pool, _encode_row, jobs, ahead)) as rows:
+            for row in rows:
                 try:
-                    writer.writerow((name, encoded.result()))
+                    writer.writerow(row.result())
                     lines += 1
                 except DataError as error:
                     broken.append(str(error))
                 done += 1
                 bar.update(task, completed=done, note=f"{done / (time.perf_counter() - began):.0f} masks/s")
-            if broken:
-                raise BrokenMasksError(
-                    f"{len(broken)} of {done} masks cannot be used, so {out} was not written; first: "
-                    f"{'; '.join(broken[:MAX_NAMED])}. Replace them and run again.",
-                    broken,
-                )
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written ({error.strerror}). Give another file.") from error
+        if broken:
+            raise BrokenMasksError(
+                f"{len(broken)} of {done} masks cannot be used, so {out} was not written; first: "
+                f"{'; '.join(broken[:MAX_NAMED])}. Replace them and run again.",
+                broken,
+            )
     return lines
+
+
+def _encode_row(job: Job) -> tuple[str, str]:
+    return job.image, job.encode()
 
 
 def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> dict[str, str]:
@@ -204,18 +212,3 @@ def _encode_file(mask_path: str, image_path: str | None) -> str:
     if image_path is not None:
         check_sizes(mask_path, (mask.shape[0], mask.shape[1]), decode_file(image_path, image_size))
     return encode_rle(mask)
-
-
-def _in_order(jobs: Iterable[Job], num_workers: int) -> Iterator[tuple[str, Future[str]]]:
-    """Start the jobs in threads, a few ahead of the caller, and give back their names and texts in order."""
-    todo, ahead = iter(jobs), deque[tuple[str, Future[str]]]()
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="fastseg-encode")
-    try:
-        while True:
-            for job in islice(todo, AHEAD * num_workers - len(ahead)):
-                ahead.append((job.image, pool.submit(job.encode)))
-            if not ahead:
-                return
-            yield ahead.popleft()
-    finally:  # the caller may leave early
-        pool.shutdown(wait=True, cancel_futures=True)

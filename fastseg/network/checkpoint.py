@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from fastseg.config import Config
-from fastseg.errors import CheckpointError, ConfigError
+from fastseg.errors import CheckpointError, ConfigError, OutputError
 from fastseg.network.unet import UNet
 from fastseg.runtime.files import atomic_write
 
@@ -19,17 +19,18 @@ FORMAT = 1
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write a checkpoint; a reader finds the old or the new one whole."""
+    """Write a checkpoint atomically.
+
+    Raises:
+        OutputError: it cannot be written; the old file is intact.
+    """
     try:
-        with atomic_write(path) as draft, open(draft, "wb") as file:
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **state}, file)
-    except (OSError, RuntimeError) as error:  # torch's writer makes a RuntimeError of what the file raised
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+    except RuntimeError as error:
+        if not isinstance(error.__context__, OSError):  # torch's writer wraps the file's OSError
             raise
-        raise CheckpointError(
-            f"{path}: cannot be written ({cause.strerror}); what was there before is intact. Make room and run again."
-        ) from None
+        raise OutputError(path, error.__context__) from None
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

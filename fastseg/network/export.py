@@ -68,7 +68,8 @@ def export(
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or too large for the format.
-        ConfigError: the format is unknown, a package that it needs is missing, or `out` cannot be written.
+        ConfigError: the format is unknown, or a package that it needs is missing.
+        OutputError: `out` cannot be written.
         FastsegError: the file would have other probabilities, or the packages here cannot make it; it is not kept.
     """
     out = Path(out)
@@ -82,12 +83,9 @@ def export(
             f"{checkpoint}: must have less than 2 GiB of weights for an ONNX file; it has {size / 2**30:.1f}. "
             "Export to .pt2 or .safetensors."
         )
-    try:
-        with atomic_write(out) as draft:
-            difference = _write(segmenter, format, draft, out)
-            num_bytes = draft.stat().st_size
-    except OSError as error:
-        raise ConfigError(f"out: {out} cannot be written ({error.strerror}). Give another file.") from None
+    with atomic_write(out) as temporary:
+        difference = _write(segmenter, format, temporary, out)
+        num_bytes = temporary.stat().st_size
     return {"format": format, "bytes": num_bytes, "max_difference": difference}
 
 
@@ -102,7 +100,7 @@ def _choose_format(out: Path, format: str | None) -> str:
     return format
 
 
-def _write(segmenter: Segmenter, format: str, draft: Path, out: Path) -> float | None:
+def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path) -> float | None:
     """Write the file that will be `out`, read it back, and return the largest difference of its probabilities."""
     ways: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
         "onnx": (_to_onnx, _read_onnx),
@@ -113,8 +111,8 @@ def _write(segmenter: Segmenter, format: str, draft: Path, out: Path) -> float |
     try:
         with _quiet(), progress_bar() as bar:
             bar.add_task(f"writing {out.name}", total=None, note=format)
-            draft.write_bytes(to_bytes(segmenter))
-            written = read(draft)
+            temporary.write_bytes(to_bytes(segmenter))
+            written = read(temporary)
             difference = None if written is None else _largest_difference(segmenter, written)
     except (FastsegError, OSError):
         raise

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fastseg.errors import OutputError
 
-__all__ = ["atomic_write", "make_folder", "target_of_temporary", "user_cache"]
+__all__ = ["atomic_write", "check_writable", "make_folder", "target_of_temporary", "user_cache"]
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -51,19 +51,29 @@ def target_of_temporary(name: str) -> str | None:
     return match and match[1]
 
 
-def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder, if it is not there, and test that files can be made in it.
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Test, without making anything, whether a folder can be made and written.
 
     Raises:
-        OutputError: they cannot.
+        OutputError: it cannot.
     """
+    existing = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise OutputError(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise OutputError(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder that can be written, if it is not there.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    check_writable(path)
     try:
         os.makedirs(path, exist_ok=True)
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        if error.errno == errno.EEXIST:  # a file is there
-            error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         raise OutputError(path, error) from None
 
 

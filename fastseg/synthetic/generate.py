@@ -9,8 +9,6 @@ parameters, names and views, and cars that no threshold finds. They say nothing 
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
-from io import BytesIO
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,14 +16,15 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy import ndarray
-from PIL import Image
 
+from fastseg.data.gif import encode_gif
 from fastseg.errors import ConfigError, DataError
+from fastseg.runtime.files import atomic_write, make_folder, target_of_temporary
 from fastseg.runtime.progress import progress_bar
 from fastseg.synthetic.car import PAINTS, STYLES, make_car
 from fastseg.synthetic.studio import make_studio, render_pair
 
-__all__ = ["encode_image", "encode_mask", "generate"]
+__all__ = ["encode_image", "generate"]
 
 JPEG_QUALITY = 55  # its luma table starts 14 10 9 14 22 36 46 55, as Carvana's does
 
@@ -37,37 +36,10 @@ def encode_image(image: ndarray) -> bytes:
     )
 
 
-def encode_mask(mask: ndarray) -> bytes:
-    """(H, W) uint8 of 0 and 1 to a GIF as Carvana's: GIF89a, one frame, not interlaced, black and white."""
-    picture, buffer = Image.fromarray(mask), BytesIO()
-    picture.putpalette([0, 0, 0, 255, 255, 255])
-    picture.save(buffer, "GIF", interlace=0, optimize=False)  # optimize would renumber a mask of one colour
-    data = buffer.getvalue()
-    # Pillow writes GIF87a and pads the palette to four colours. The blocks that follow are the same in GIF89a.
-    flags, pixels = data[10], data[13 + 3 * 2 ** ((data[10] & 7) + 1) :]
-    return b"GIF89a" + data[6:10] + bytes([flags & 0xF8]) + data[11:13] + bytes(3) + b"\xff" * 3 + pixels
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """All of the file or nothing of it: an interrupted run leaves no half picture."""
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_bytes(data)
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise DataError(f"{path}: cannot be written ({error.strerror}). Make room or choose another out.") from error
-
-
 def prepare_folder(folder: Path, names: set[str]) -> None:
-    """Makes the folder; files in it that this run would not write are someone's data, and stay."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {path.name.removesuffix(".part") for path in folder.iterdir()} - names
-    except OSError as error:
-        message = f"{folder}: must be a folder that can be written; got {error.strerror}. Choose another out."
-        raise DataError(message) from error
+    """Make the folder. Files in it that this run would not write belong to someone else, and stay."""
+    make_folder(folder)
+    found = {target_of_temporary(path.name) or path.name for path in folder.iterdir()} - names
     if found:
         raise DataError(
             f"{folder}: must be empty or hold an earlier run with the same cars, views and seed; found {len(found)} "
@@ -101,7 +73,8 @@ def generate(
 
     Raises:
         ConfigError: a number is out of range.
-        DataError: the folders cannot be written or hold other files.
+        DataError: the folders hold other files.
+        OutputError: the folders cannot be written.
     """
     rules = (
         ("cars", cars, 2, 10_000, "one car trains, another validates"),
@@ -142,8 +115,10 @@ def generate(
             turn = math.pi + 2 * math.pi * (view - 1) / views + view_rng.uniform(-0.03, 0.03)
             image, mask = render_pair(car, studio, turn, view_rng)
             stem = f"{stems[i]}_{view:02d}"
-            write_file(folders[f"{split}_masks"] / f"{stem}_mask.gif", encode_mask(mask))  # so no image lacks its mask
-            write_file(folders[f"{split}_images"] / f"{stem}.jpg", encode_image(image))
+            with atomic_write(folders[f"{split}_masks"] / f"{stem}_mask.gif", sync=False) as temporary:
+                temporary.write_bytes(encode_gif(mask))  # before the image, so that no image lacks its mask
+            with atomic_write(folders[f"{split}_images"] / f"{stem}.jpg", sync=False) as temporary:
+                temporary.write_bytes(encode_image(image))
             bar.advance(task)
 
     workers = workers or len(os.sched_getaffinity(0))

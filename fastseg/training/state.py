@@ -1,6 +1,5 @@
 """The state of a training run: its data, what is built from a configuration, saved to `last.pt` and taken up again."""
 
-import errno
 import json
 import logging
 import math
@@ -14,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.config import DEFAULT_VAL_DIRS, Config
-from fastseg.data.loader import Loader
+from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import ConfigError
 from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
+from fastseg.runtime.files import atomic_write, check_writable, make_folder
 from fastseg.training.compile import capture_graphs, choose_compile
 from fastseg.training.recipe import make_ema_model, make_optimizer, training_size
 
@@ -132,12 +132,9 @@ def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None
 
     Raises:
         CheckpointError: a checkpoint is damaged, belongs to another network, or is named and missing.
-        ConfigError: the run's folder cannot be written.
+        OutputError: the run's folder cannot be written.
     """
-    folder = next(path for path in (config.run_dir, *config.run_dir.absolute().parents) if path.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = os.strerror(errno.EACCES if folder.is_dir() else errno.ENOTDIR)
-        raise ConfigError(f"out_dir: {config.run_dir} cannot be written ({reason}). Give another folder.")
+    check_writable(config.run_dir)
     with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
         torch.manual_seed(config.seed)
         model = build_model(config)
@@ -157,7 +154,7 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
     """A run at its beginning."""
     model = runtime.to_device(model)
     forward = wrap_ddp(model, runtime.device)
-    train_loader = make_loader(config, runtime, train_pairs, training=True)
+    train_loader = make_loader(train_pairs, config, runtime, training=True)
     return Run(
         config=config,
         runtime=runtime,
@@ -168,7 +165,7 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
         generator=torch.Generator().manual_seed(config.seed),
         train_loader=train_loader,
-        val_loader=make_loader(config, runtime, val_pairs, training=False),
+        val_loader=make_loader(val_pairs, config, runtime, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
     )
 
@@ -186,29 +183,6 @@ def compile_model(run: Run) -> None:
     elif choice == "graphs":
         sizes = {training_size(config, step, total) for step in (run.steps_done, total - 1)}
         run.forward = capture_graphs(run.model, run.runtime, [(config.batch_size, 3, *size) for size in sizes])
-
-
-def make_loader(config: Config, runtime: Runtime, pairs: Pairs, *, training: bool) -> Loader:
-    """A loader as configured: shuffled whole batches for training, every pair in order for validation."""
-    return Loader(
-        pairs,
-        height=config.image_height,
-        width=config.image_width,
-        batch_size=config.batch_size,
-        shuffle=training,
-        drop_last=training,
-        seed=config.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-        decoder=config.decoder,
-        num_workers=config.num_workers,
-        mask_resize=config.mask_resize,
-        cache=config.cache,
-        cache_dir=config.cache_dir,
-        bad_samples=config.bad_samples,
-        pin_memory=config.pin_memory,
-    )
 
 
 def save_last(run: Run) -> None:
@@ -265,15 +239,14 @@ def create_run_dir(run: Run) -> None:
     """Make the run's folder and write what is known at its beginning.
 
     Raises:
-        ConfigError: it cannot be written.
+        OutputError: it cannot be written.
     """
     if run.runtime.rank:
         return
     folder = run.config.run_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.config.to_json(folder / "config.json")
-        # Epochs whose checkpoint was lost to a kill are trained again; their lines would stand there twice.
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in run.history))
-    except OSError as error:
-        raise ConfigError(f"out_dir: {folder} cannot be written ({error.strerror}). Give another folder.") from None
+    make_folder(folder)
+    with atomic_write(folder / "config.json") as temporary:
+        run.config.to_json(temporary)
+    # Epochs after the checkpoint that a killed run wrote are trained again: their lines must go.
+    with atomic_write(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in run.history))
