@@ -18,7 +18,9 @@ myst_enable_extensions = ["substitution"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"
-autodoc_typehints = "none"  # docstrings give types together with shapes and units
+autodoc_typehints = "description"  # types stand with the text that gives shapes and units, not in the signature
+autodoc_typehints_description_target = "documented_params"
+python_use_unqualified_type_names = True
 napoleon_use_ivar = True
 
 # With -n every reference must lead somewhere. Those into other packages lead outside these pages.
@@ -26,6 +28,9 @@ nitpick_ignore_regex = [("py:.*", r"(?!fastseg\.).*")]
 
 html_theme = "furo"
 html_title = f"fastseg {release}"
+html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 
 # The first field of each group of settings, in the order of fastseg/config.py.
 SETTINGS = {
