@@ -1,4 +1,4 @@
-"""tune: what may be searched, what a study leaves, that it loses nothing to kill -9 and shares its trials."""
+"""tune: parsing a search, the files of a study, resuming after kill -9 and Ctrl-C, several processes on one study."""
 
 import csv
 import json
@@ -14,14 +14,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from PIL import Image
 
 import fastseg
 from fastseg.cli import main
+from fastseg.commands import _search_fields
+from fastseg.tuning import report, worker
 from fastseg.tuning import study as study_module
-from fastseg.tuning import tune as tuning
 from fastseg.tuning.report import trial_rows
-from fastseg.tuning.search_space import Range, read_flags, read_search
+from fastseg.tuning.search_space import format_distribution, parse_search
 from fastseg.tuning.study import MAX_DEATHS, open_study
 from tests.test_training import config as small_config
 
@@ -48,10 +50,10 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[fastseg.Config]:
                 break
         return fastseg.TrainResult(config.run_dir, history[-1]["val_dice"], 0.5, len(history), 1, 0.1, False, history)
 
-    monkeypatch.setattr(tuning, "train", train)
+    monkeypatch.setattr(worker, "train", train)
     # Nothing to collect, and pictures that test_whole_study looks at: both take their time.
-    monkeypatch.setattr(tuning, "gc", SimpleNamespace(collect=lambda: 0))
-    monkeypatch.setattr(tuning, "draw_study", lambda study, space: None)
+    monkeypatch.setattr(worker, "gc", SimpleNamespace(collect=lambda: 0))
+    monkeypatch.setattr(report, "draw_study", lambda study: None)
     return done
 
 
@@ -161,7 +163,7 @@ def test_whole_study(pairs_dir, tmp_path):
 
 
 def test_pruning_ends_a_run_early(pairs_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(study_module, "FIRST_WHOLE", 1)
+    monkeypatch.setattr(study_module, "NUM_UNPRUNED", 1)
     config = small_config(pairs_dir, tmp_path, num_epochs=8, seed=2)
     result = fastseg.tune(config, {"learning_rate": "3e-4,1e-12"}, trials=2, out_dir=tmp_path / "study")
     assert [row["learning_rate"] for row in result.trials] == [3e-4, 1e-12]  # as the seed has it
@@ -218,7 +220,7 @@ def test_a_study_of_failures_says_the_first(tmp_path, monkeypatch):
     def fail(config, *, after_epoch):
         raise fastseg.FastsegError("the loss became nan in epoch 1.")
 
-    monkeypatch.setattr(tuning, "train", fail)
+    monkeypatch.setattr(worker, "train", fail)
     with pytest.raises(
         fastseg.FastsegError, match="not one of 3 trials ended with a score; first: the loss became nan"
     ):
@@ -228,7 +230,7 @@ def test_a_study_of_failures_says_the_first(tmp_path, monkeypatch):
 
 def test_unusable_data_end_a_study_at_once_and_cost_no_trial(tmp_path, trained, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(tuning, "train", fastseg.train)
+        patch.setattr(worker, "train", fastseg.train)
         with pytest.raises(fastseg.DataError, match="no such folder of images"):
             tune(tmp_path, 2, train_img_dir=str(tmp_path / "images"))
     result = tune(tmp_path, 2, train_img_dir=str(tmp_path / "images"))
@@ -237,14 +239,14 @@ def test_unusable_data_end_a_study_at_once_and_cost_no_trial(tmp_path, trained, 
 
 
 def test_ctrl_c_ends_with_status_130_and_the_same_command_goes_on(tmp_path, trained, monkeypatch, capsys):
-    train, arguments = tuning.train, ["tune", "--out", str(tmp_path), "--trials", "3", "--num-epochs", "2"]
+    train, arguments = worker.train, ["tune", "--out", str(tmp_path), "--trials", "3", "--num-epochs", "2"]
     arguments += ["--device", "cpu", "--search", "learning_rate=1e-5:1e-3:log"]
 
     def interrupted(config, *, after_epoch):
         result = train(config, after_epoch=after_epoch)
         return fastseg.TrainResult(**{**vars(result), "interrupted": len(trained) == 2})
 
-    monkeypatch.setattr(tuning, "train", interrupted)
+    monkeypatch.setattr(worker, "train", interrupted)
     for status, said in ((130, ""), (0, f"fastseg train --config {tmp_path / 'best.json'}")):
         with pytest.raises(SystemExit) as ended:
             main(arguments)
@@ -295,7 +297,7 @@ SHARED_STUDY = """
 import sys, time
 from pathlib import Path
 import fastseg
-from fastseg.tuning import tune as tuning
+from fastseg.tuning import worker
 
 out, me = Path(sys.argv[1]), sys.argv[2]
 
@@ -306,7 +308,7 @@ def train(config, *, after_epoch):
         print(config.name, config.flip, file=file)
     return fastseg.TrainResult(config.run_dir, config.flip, 0.5, 1, 1, 0.1, False, [{"epoch": 1}])
 
-tuning.train = train
+worker.train = train
 (out / f"{me}.log").touch()
 while not all((out / f"{name}.log").exists() for name in "ab"):
     time.sleep(0.01)
