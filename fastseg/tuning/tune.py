@@ -5,6 +5,7 @@
 Optuna chooses the values and ends poor trials early; `out_dir/study.db` (SQLite) stores every trial.
 """
 
+import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -63,13 +64,12 @@ def tune(
     Source: values by TPE (Bergstra et al. 2011, Algorithms for Hyper-Parameter Optimization); a trial ends early if its
     best Dice is below the median of earlier trials at that epoch (Golovin et al. 2017, Google Vizier).
     """
-    try:  # Optuna is optional: without it, this module must still be importable
-        from fastseg.tuning.report import best_trial, draw_study, trial_rows, write_best, write_trials
-        from fastseg.tuning.search_space import choices_or_bounds, parse_search
-        from fastseg.tuning.study import open_study, storage_errors
-        from fastseg.tuning.worker import run_trials
-    except ImportError:
-        raise ConfigError("tune: needs Optuna. Install it with pip install 'fastseg-dali[tune]'.") from None
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError("tune: needs Optuna. Install it with pip install 'fastseg-dali[tune]'.")
+    from fastseg.tuning.report import best_trial, draw_study, trial_rows, write_best, write_trials
+    from fastseg.tuning.search_space import choices_or_bounds, parse_search
+    from fastseg.tuning.study import open_study, storage_errors
+    from fastseg.tuning.worker import run_trials
 
     config, folder = as_config(config), Path(out_dir)
     if "num_epochs" not in config.model_fields_set:
