@@ -317,6 +317,23 @@ def test_a_process_that_dies_while_it_requeues_a_trial_requeues_it_once(tmp_path
         assert [row["state"] for row in trial_rows(study)] == ["tried again", "running"]
 
 
+def test_a_trial_that_ends_while_another_process_checks_it_is_not_requeued(tmp_path, monkeypatch):
+    study = new_study(tmp_path)
+    first, first_lock = study.ask(2)
+    lock_trial = study_module.Study._lock_trial
+
+    def end_first(self, number):
+        if not first_lock.closed:
+            study.optuna_study.tell(first, 0.5)
+            first_lock.close()
+        return lock_trial(self, number)
+
+    monkeypatch.setattr(study_module.Study, "_lock_trial", end_first)
+    _, second_lock = study.ask(2)
+    with second_lock:
+        assert [row["state"] for row in trial_rows(study)] == ["complete", "running"]
+
+
 KILLED_IN_ITS_SECOND_TRIAL = """
 import os, signal, sys
 from fastseg.cli import main

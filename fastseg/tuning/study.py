@@ -89,7 +89,8 @@ class Study:
         for trial in self.trials():
             if trial.state == TrialState.RUNNING:
                 with suppress(BlockingIOError), self._lock_trial(trial.number):
-                    self.requeue(trial.number, died=True)
+                    if self.trials()[trial.number].state == TrialState.RUNNING:  # has not ended just now
+                        self.requeue(trial.number, died=True)
 
     def _lock_trial(self, number: int) -> IO[bytes]:
         return _lock(self.folder / "trials" / f"{number:04d}", wait=False)
