@@ -283,10 +283,11 @@ def _tune(options: argparse.Namespace) -> int:
 
 
 def _search_fields(flags: Sequence[str]) -> dict[str, str]:
-    """Field to text, from flags FIELD=VALUES."""
+    """Field to text, from flags FIELD=VALUES; the field may be written as a flag."""
     search: dict[str, str] = {}
     for flag in flags:
-        field, equals, text = flag.partition("=")
+        name, equals, text = flag.partition("=")
+        field = name.lower().replace("-", "_")
         if not equals:
             raise ConfigError(f"search: must be FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C; got {flag}.")
         if field in search:

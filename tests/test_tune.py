@@ -248,7 +248,7 @@ def test_unusable_data_end_the_call_and_use_up_no_trial(tmp_path, trained, monke
 
 def test_ctrl_c_ends_with_status_130_and_the_same_command_resumes(tmp_path, trained, monkeypatch, capsys):
     train, arguments = worker.train, ["tune", "--out", str(tmp_path), "--trials", "3", "--num-epochs", "2"]
-    arguments += ["--device", "cpu", "--search", "learning_rate=1e-5:1e-3:log"]
+    arguments += ["--device", "cpu", "--search", "Learning-Rate=1e-5:1e-3:log"]
 
     def interrupted(config, *, after_epoch):
         result = train(config, after_epoch=after_epoch)

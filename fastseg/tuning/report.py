@@ -1,7 +1,7 @@
 """The results of a study as files: best.json, trials.csv, history.png and parallel.png."""
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastseg.config import Config, as_text
 from fastseg.runtime.files import replace_file
@@ -96,12 +96,10 @@ def short_text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else as_text(value)
 
 
-def print_study(rows: list[dict[str, Any]], fields: Iterable[str]) -> None:
+def print_study(rows: list[dict[str, Any]], fields: Collection[str]) -> None:
     """Print a table of the best trials."""
-    fields = list(fields)
-    table = Table(title="best trials", box=box.SIMPLE_HEAD)
-    for name in ("trial", "Dice", *fields, "epochs"):
-        table.add_column(name, justify="right")
+    columns = [Column(name, justify="right") for name in ("trial", "Dice", *fields, "epochs")]
+    table = Table(*columns, title="best trials", box=box.SIMPLE_HEAD)
     complete = [row for row in rows if row["state"] == STATES["COMPLETE"]]
     for row in sorted(complete, key=lambda row: -row["val_dice"])[:NUM_PRINTED]:
         values = [short_text(row[field]) for field in fields]

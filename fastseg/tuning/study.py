@@ -1,9 +1,8 @@
-"""An Optuna study in a SQLite file, shared by any number of processes and resumable after any of them is killed.
+"""An Optuna study in a SQLite file, which any number of processes share and which survives the death of any of them.
 
-Optuna's heartbeat and `MaxTrialsCallback` are not used. After kill -9, a heartbeat becomes stale only at the end of a
-grace period, and it also becomes stale while a living process is paused. Processes that share `MaxTrialsCallback` start
-more trials than asked for. Here, each process holds a file lock on its trial, which the system releases when the
-process dies, and one lock on the folder makes counting and starting a trial one step.
+Each process holds a file lock on its trial; the system releases the lock when the process dies. Optuna's heartbeat
+would notice a death only after a grace period, and would mistake a paused process for a dead one. A lock on the folder
+makes counting the trials and starting one a single step; processes that share a `MaxTrialsCallback` start too many.
 """
 
 import fcntl
@@ -89,7 +88,7 @@ class Study:
         for trial in self.trials():
             if trial.state == TrialState.RUNNING:
                 with suppress(BlockingIOError), self._lock_trial(trial.number):
-                    if self.trials()[trial.number].state == TrialState.RUNNING:  # has not ended just now
+                    if self.trials()[trial.number].state == TrialState.RUNNING:  # it may have ended meanwhile
                         self.requeue(trial.number, died=True)
 
     def _lock_trial(self, number: int) -> IO[bytes]:
