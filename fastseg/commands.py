@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from fastseg.config import Config, format_value
+from fastseg.errors import ConfigError
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
@@ -254,30 +255,45 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUES",
         action="append",
         required=True,
-        help="a field to vary, between LOW:HIGH, LOW:HIGH:log or one of A,B,C; may be given several times",
+        help="field to search, over LOW:HIGH, LOW:HIGH:log or A,B,C; repeat for more fields",
     )
-    parser.add_argument("--trials", metavar="N", type=int, required=True, help="in all, earlier ones included")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; the same folder goes on")
-    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: that of the folder)")
+    parser.add_argument(
+        "--trials", metavar="N", type=int, required=True, help="total number of trials, those of earlier runs included"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; an existing study resumes")
+    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: name of the folder)")
     _add_train(parser)
 
 
 def _tune(options: argparse.Namespace) -> int:
-    config = _train_config(options)
+    config, search = _train_config(options), _search_fields(options.search)
 
-    from fastseg.tuning.report import print_study
-    from fastseg.tuning.search_space import read_flags
     from fastseg.tuning.tune import tune
 
-    search = read_flags(options.search)
     result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
     if result.best is not None:
+        from fastseg.tuning.report import print_study  # needs Optuna, which `tune` has checked for
+
         print_study(result.trials, search)
-        print(f"Dice {result.val_dice:.4f} at best; `fastseg train --config {result.out_dir / 'best.json'}` trains it")
+        print(f"Best Dice {result.val_dice:.4f}. Train with `fastseg train --config {result.out_dir / 'best.json'}`.")
     if result.interrupted:
-        print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _search_fields(flags: Sequence[str]) -> dict[str, str]:
+    """Field to text, from flags FIELD=VALUES; the field may be written as a flag."""
+    search: dict[str, str] = {}
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        field = name.lower().replace("-", "_")
+        if not equals:
+            raise ConfigError(f"search: must be FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C; got {flag}.")
+        if field in search:
+            raise ConfigError(f"search: {field} is given twice. Keep one.")
+        search[field] = text
+    return search
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
