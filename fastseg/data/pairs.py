@@ -97,10 +97,10 @@ class Matches(NamedTuple):
     """Every image below a folder with its mask, and what does not match."""
 
     pairs: Pairs  # all images; the mask of one that has none is ""
-    missing: list[int]  # images without a mask
-    doubles: dict[int, str]  # images with more than one mask: the second
-    twins: list[int]  # images that share their stem, and so their mask, with another
-    without_image: list[str]  # masks
+    without_mask: list[int]  # images
+    second_masks: dict[int, str]  # images with more than one mask: the second
+    same_stem: list[int]  # images that share their stem, and so their mask, with another
+    masks_without_image: list[str]
 
 
 def match_masks(image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str]) -> Matches:
@@ -126,10 +126,10 @@ def match_masks(image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[s
     counts = Counter(stems)
     return Matches(
         Pairs(image_dir, mask_dir, images, [masks.get(stem, "") for stem in stems]),
-        missing=[i for i, stem in enumerate(stems) if stem not in masks],
-        doubles={i: doubled[stem] for i, stem in enumerate(stems) if stem in doubled},
-        twins=[i for i, stem in enumerate(stems) if counts[stem] > 1],
-        without_image=[name for stem, name in masks.items() if stem not in counts],
+        without_mask=[i for i, stem in enumerate(stems) if stem not in masks],
+        second_masks={i: doubled[stem] for i, stem in enumerate(stems) if stem in doubled},
+        same_stem=[i for i, stem in enumerate(stems) if counts[stem] > 1],
+        masks_without_image=[name for stem, name in masks.items() if stem not in counts],
     )
 
 
