@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fastseg.config import Config
     from fastseg.data.loader import Loader
     from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-    from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError
+    from fastseg.errors import CheckpointError, ConfigError, DataError, FastsegError, OutputError
     from fastseg.masks.evaluate import evaluate
     from fastseg.masks.predict import PredictResult, predict
     from fastseg.masks.submission import decode_rle, encode_rle, write_submission
@@ -51,6 +51,7 @@ _HOME = {
     "tune": "tuning.tune",
     "TuneResult": "tuning.tune",
     "FastsegError": "errors",
+    "OutputError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "CheckpointError": "errors",
@@ -64,6 +65,7 @@ __all__ = [
     "DataError",
     "FastsegError",
     "Loader",
+    "OutputError",
     "Pairs",
     "PredictResult",
     "Segmenter",

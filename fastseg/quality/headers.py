@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from fastseg.data.decode import check_readable, decode_mask
-from fastseg.data.host import decode_file, size_mismatch
+from fastseg.data.host import check_sizes, decode_file
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 from fastseg.runtime.progress import progress_bar
@@ -49,10 +49,11 @@ def check_pair(pairs: Pairs, index: int) -> Fault | None:
     mask_path, cell = pairs.mask_path(index), np.empty((1, 1), np.uint8)
     try:
         size = decode_file(pairs.image_path(index), check_readable)
-        mask_size = decode_file(mask_path, lambda data: decode_mask(data, cell, "nearest"))
+        mask_size = decode_file(mask_path, decode_mask, cell, "nearest")
+        check_sizes(mask_path, mask_size, size)
     except DataError as error:
         return Fault(error.kind, str(error))
-    return None if mask_size == size else Fault("size", size_mismatch(mask_path, mask_size, size))
+    return None
 
 
 def check_pairs(pairs: Pairs, *, bad_samples: str = "raise", num_workers: int = 0) -> Pairs:

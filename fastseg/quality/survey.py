@@ -77,7 +77,7 @@ def _try_file(path: str, scan: Callable[[bytes], T]) -> T | Fault:
     try:
         return scan(read_file(path))
     except DataError as error:
-        return Fault(error.kind, str(error).removeprefix(f"{path}: "))
+        return Fault(error.kind, str(error))
 
 
 def _scan_image(data: bytes, duplicates: bool) -> Photo:
