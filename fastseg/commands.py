@@ -195,9 +195,9 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="data", help="folder for the four folders (default: data)")
+    parser.add_argument("--out", metavar="DIR", default="data", help="folder to write to (default: data)")
     parser.add_argument(
-        "--cars", metavar="N", type=int, default=6, help="a quarter of them for validation (default: 6)"
+        "--cars", metavar="N", type=int, default=6, help="number of cars; a quarter are for validation (default: 6)"
     )
     parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
@@ -303,16 +303,16 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="a folder with train_images, train_masks, val_images, val_masks (or images, masks); or those themselves",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all findings there, every file named")
-    parser.add_argument("--strict", action="store_true", help="warnings make the exit status 1 as errors do")
-    parser.add_argument("--no-copies", action="store_true", help="do not look for images that look alike")
+    parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
+    parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
     _add_config_fields(parser, ("num_workers",))
 
 
 def _check(options: argparse.Namespace) -> int:
     from fastseg.quality.check import check, print_report
 
-    report = check(*options.folders, copies=not options.no_copies, **_config_fields(options))
+    report = check(*options.folders, duplicates=not options.no_duplicates, **_config_fields(options))
     print_report(report)
     if options.json:
         report.to_json(options.json)
@@ -358,8 +358,8 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "find what is wrong with a data set; exit status 1 if something is",
-        "DIR... [--json FILE] [--strict] [--no-copies] [--num-workers N]",
+        "find the faults of a data set; exit status 1 if there are errors",
+        "DIR... [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
         _add_check,
         _check,
     ),
