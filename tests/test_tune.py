@@ -31,13 +31,13 @@ SEARCH = {"learning_rate": "1e-5:1e-3:log", "rotation": "0:20"}
 
 
 def score(config: fastseg.Config) -> float:
-    """What the stand-in for training reaches: best at a learning rate of 1e-4."""
+    """The Dice that the fake training reaches: highest at a learning rate of 1e-4."""
     return 0.9 - 0.1 * abs(math.log10(config.learning_rate) + 4)
 
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[fastseg.Config]:
-    """Training at no cost: Dice depends on the learning rate alone. The configurations that were trained."""
+    """Replace training by a fake whose Dice depends on the learning rate alone; lists the trained configurations."""
     done: list[fastseg.Config] = []
 
     def train(config, *, after_epoch):
@@ -50,7 +50,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[fastseg.Config]:
         return fastseg.TrainResult(config.run_dir, history[-1]["val_dice"], 0.5, len(history), 1, 0.1, False, history)
 
     monkeypatch.setattr(worker, "train", train)
-    # Nothing to collect, and pictures that test_whole_study looks at: both take their time.
+    # Both are slow; test_whole_study covers them.
     monkeypatch.setattr(worker, "gc", SimpleNamespace(collect=lambda: 0))
     monkeypatch.setattr(report, "draw_study", lambda study: None)
     return done
@@ -176,7 +176,7 @@ def test_pruning_ends_a_run_early(pairs_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "NUM_UNPRUNED", 1)
     config = small_config(pairs_dir, tmp_path, num_epochs=8, seed=2)
     result = fastseg.tune(config, {"learning_rate": "3e-4,1e-12"}, trials=2, out_dir=tmp_path / "study")
-    assert [row["learning_rate"] for row in result.trials] == [3e-4, 1e-12]  # as the seed has it
+    assert [row["learning_rate"] for row in result.trials] == [3e-4, 1e-12]  # drawn from the seed
     assert states(result) == ["complete", "ended early"]
     lines = (tmp_path / "study/trials/0001/metrics.jsonl").read_text().splitlines()
     assert len(lines) == result.trials[1]["epochs"] < 8
@@ -187,12 +187,12 @@ def test_a_study_resumes_with_a_higher_number(tmp_path, trained):
     assert len(trained) == 3
     assert tune(tmp_path / "a", 3) == first
     assert len(trained) == 3
-    on = tune(tmp_path / "a", 6)
+    resumed = tune(tmp_path / "a", 6)
     assert len(trained) == 6
-    whole = tune(tmp_path / "b", 6)
-    assert [row["learning_rate"] for row in on.trials] == [row["learning_rate"] for row in whole.trials]
-    assert len({row["learning_rate"] for row in on.trials}) == 6
-    assert on.val_dice == score(on.best) == max(map(score, trained))
+    uninterrupted = tune(tmp_path / "b", 6)
+    assert [row["learning_rate"] for row in resumed.trials] == [row["learning_rate"] for row in uninterrupted.trials]
+    assert len({row["learning_rate"] for row in resumed.trials}) == 6
+    assert resumed.val_dice == score(resumed.best) == max(map(score, trained))
 
 
 def test_a_study_resumes_only_with_its_own_settings(tmp_path, trained):
