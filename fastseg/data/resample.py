@@ -8,8 +8,7 @@ scaled JPEG covers, where pixels beyond the image repeat its edge.
 The compiled functions release the GIL, so that threads run them in parallel.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,8 +29,7 @@ __all__ = [
 MASK_MODES = ("area", "nearest")
 
 
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """Target cell (r, c) covers columns [c, c + 1) * extent_x / target_width of the source, and rows accordingly."""
 
     denominator: int  # 1, 2, 4 or 8: the JPEG is decoded at 1/denominator
