@@ -145,9 +145,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the masks: DIR/<stem>_mask.png")
     parser.add_argument("--mask-format", metavar="png|gif", default="png", help="format of the masks (default: png)")
     parser.add_argument("--probabilities", action="store_true", help="also write <stem>_probability.png, grey 0..255")
-    parser.add_argument(
-        "--overlays", action="store_true", help="also write <stem>_overlay.jpg, the mask over the photo"
-    )
+    parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, mask over photo")
     parser.add_argument("--csv", metavar="FILE", default="", help="also write a table of size, foreground and errors")
     parser.add_argument(
         "--refine",
