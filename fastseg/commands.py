@@ -1,7 +1,6 @@
-"""The sub-commands of `fastseg`, one a public function: its arguments, the call, and what is printed.
+"""The subcommands of `fastseg`, one per public function: arguments, call and output.
 
-Flags for fields of `Config` are made from the fields. What is heavy is imported when a command runs: `--help` and a
-wrong flag need no torch.
+Fields of `Config` become flags. A command imports torch only when it runs, so that `--help` and wrong flags are fast.
 """
 
 import argparse
@@ -15,21 +14,21 @@ from fastseg.errors import ConfigError
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
-INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+INTERRUPTED = 130  # exit status after Ctrl-C, as a shell reports it
 
 
 class Command(NamedTuple):
-    """A sub-command: `fastseg NAME`."""
+    """A subcommand: `fastseg NAME`."""
 
     name: str
-    what: str  # it does, in the help
-    usage: str
+    description: str
+    usage: str  # the arguments
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]  # returns the exit status
 
 
 def _add_config_fields(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """A flag a field; `Config` itself reads and checks the text."""
+    """Add a flag for each field; `Config` parses and validates the text."""
     for name in names:
         field = Config.model_fields[name]
         default = f" (default: {format_value(field.default)})" if field.default != "" else ""
@@ -43,7 +42,7 @@ def _add_config_fields(parser: argparse.ArgumentParser, names: Sequence[str]) ->
 
 
 def _metavar(annotation: Any) -> str:
-    """What a field takes, for the help: its choices, or the kind of value."""
+    """A field's choices or type, for the help."""
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
     return {bool: "true|false", int: "N", float: "X", str: "TEXT"}[annotation]
@@ -54,7 +53,7 @@ def _config_fields(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="JSON file of fields, as hyperparams.json; flags win over it")
+    parser.add_argument("--config", metavar="FILE", help="JSON file of fields; flags override it")
     _add_config_fields(parser, tuple(Config.model_fields))
 
 
@@ -67,42 +66,41 @@ def _train(options: argparse.Namespace) -> int:
     config = _train_config(options)
 
     from fastseg.runtime.distributed import get_rank
-    from fastseg.training.loop import train  # loads torch: not for `--help` or a wrong value
+    from fastseg.training.loop import train
 
     result = train(config)
     if result.interrupted:
-        print(f"Interrupted. Run the same command again to go on from {result.run_dir / 'last.pt'}.", file=sys.stderr)
+        print(f"Interrupted. Run the same command again to resume from {result.run_dir / 'last.pt'}.", file=sys.stderr)
         return INTERRUPTED
-    if get_rank() > 0:  # the first process speaks for all
-        return 0
-    print(
-        f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
-        f"{result.best_epoch}) after {result.seconds:.0f} s; everything is in {result.run_dir}/"
-    )
+    if get_rank() == 0:
+        print(
+            f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
+            f"{result.best_epoch}) after {result.seconds:.0f} s; the run is in {result.run_dir}/"
+        )
     return 0
 
 
 EVALUATE_FIELDS = ("device", "precision", "batch_size", "num_workers", "decoder", "bad_samples", "check_data")
-MAX_NAMED = 3  # images of the lowest Dice that `evaluate` names; its JSON has more
+MAX_NAMED = 3  # images of lowest Dice that `evaluate` prints; its JSON has more
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--img-dir", metavar="DIR", required=True, help="folder of images")
     parser.add_argument("--mask-dir", metavar="DIR", required=True, help="folder of masks")
-    parser.add_argument("--out", metavar="DIR", help="write scores.csv, summary.json and worst.png there")
+    parser.add_argument("--out", metavar="DIR", help="write scores.csv, summary.json and worst.png to DIR")
     parser.add_argument(
         "--full-size",
         metavar="true|false",
         default="true",
         choices=("true", "false"),
-        help="score at the photos' own size too (default: true)",
+        help="also score at the photos' own size (default: true)",
     )
     parser.add_argument(
         "--refine",
         metavar="none|crf",
         default="crf",
-        help="how masks at full size are corrected by the photo (default: crf)",
+        help="how to refine masks at full size with the photo (default: crf)",
     )
     _add_config_fields(parser, EVALUATE_FIELDS)
 
@@ -146,26 +144,26 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--images", metavar="PATH", nargs="+", required=True, help="folders of photos, or photos")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the masks: DIR/<stem>_mask.png")
-    parser.add_argument("--mask-format", metavar="png|gif", default="png", help="of the masks (default: png)")
+    parser.add_argument("--mask-format", metavar="png|gif", default="png", help="format of the masks (default: png)")
     parser.add_argument("--probabilities", action="store_true", help="also write <stem>_probability.png, grey 0..255")
-    parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, the mask on the photo")
-    parser.add_argument("--csv", metavar="FILE", default="", help="also write a table: size, foreground, error")
+    parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, mask over photo")
+    parser.add_argument("--csv", metavar="FILE", default="", help="also write a table of size, foreground and errors")
     parser.add_argument(
         "--refine",
         metavar="none|crf",
         default="crf",
-        help="how masks are corrected by the photo (default: crf)",
+        help="how to refine masks with the photo (default: crf)",
     )
     parser.add_argument(
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )
-    parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
-    for name, what in (
-        ("batch_size", "photos at a time, in each process (default: as in training)"),
-        ("num_workers", "decoding and writing threads; 0: one a core (default: 0)"),
+    parser.add_argument("--resume", action="store_true", help="skip photos whose results all exist")
+    for name, help in (
+        ("batch_size", "photos per batch in each process (default: as in training)"),
+        ("num_workers", "decoding and writing threads; 0: one per core (default: 0)"),
     ):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=what)
+        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=help)
     _add_config_fields(parser, ("device", "precision"))
 
 
@@ -188,9 +186,9 @@ def _predict(options: argparse.Namespace) -> int:
             resume=options.resume,
             **fields,
         )
-        if get_rank() == 0:  # the first process speaks for all
+        if get_rank() == 0:
             print(result.message)
-        barrier()  # a process that ends with status 1 makes torchrun end the others
+        barrier()  # torchrun ends all ranks when one exits with status 1
     return 1 if result.broken else 0
 
 
@@ -206,32 +204,32 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
 def _synth(options: argparse.Namespace) -> int:
     from fastseg.synthetic.generate import generate
 
-    made = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
-    print(f"{made['train_pairs']} training and {made['val_pairs']} validation pairs in {options.out}/")
+    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
+    print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
     return 0
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--out", metavar="FILE", required=True, help="file to write: .onnx, .pt2 or .safetensors")
-    parser.add_argument("--format", metavar="onnx|torch|safetensors", help="if the file's name does not say it")
+    parser.add_argument("--format", metavar="onnx|torch|safetensors", help="format (default: by the file's extension)")
 
 
 def _export(options: argparse.Namespace) -> int:
     from fastseg.network.export import export
 
-    made = export(options.checkpoint, options.out, options.format)
-    difference = made["max_difference"]
+    exported = export(options.checkpoint, options.out, options.format)
+    difference = exported["max_difference"]
     within = f"within {difference:.1e} of the network" if difference else "identical to the network"
     compared = "not compared with the network" if difference is None else within
-    print(f"{options.out}: {made['format']}, {made['bytes'] / 1e6:.1f} MB, {compared}")
+    print(f"{options.out}: {exported['format']}, {exported['bytes'] / 1e6:.1f} MB, {compared}")
     return 0
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--masks", metavar="DIR", required=True, help="folder of masks, named as their images")
+    parser.add_argument("--masks", metavar="DIR", required=True, help="folder of masks, named like their images")
     parser.add_argument("--out", metavar="FILE", required=True, help="CSV file to write")
-    parser.add_argument("--images", metavar="DIR", help="folder of the images that must each have a mask of their size")
+    parser.add_argument("--images", metavar="DIR", help="folder of images; each must have a mask of its size")
     _add_config_fields(parser, ("num_workers",))
 
 
@@ -323,28 +321,28 @@ COMMANDS = (
     Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", _add_train, _train),
     Command(
         "evaluate",
-        "IoU and Dice of a checkpoint on a folder",
+        "score a checkpoint on a folder of pairs",
         "--checkpoint FILE --img-dir DIR --mask-dir DIR [--out DIR] [--refine METHOD] [--FIELD VALUE ...]",
         _add_evaluate,
         _evaluate,
     ),
     Command(
         "predict",
-        "masks of photos, at their own size",
+        "write masks of photos at their own size",
         "--checkpoint FILE --images PATH [PATH ...] --out DIR [--probabilities] [--overlays] [--csv FILE] [...]",
         _add_predict,
         _predict,
     ),
     Command(
         "export",
-        "write a network for other programs",
+        "export a network to ONNX, torch.export or safetensors",
         "--checkpoint FILE --out FILE [--format onnx|torch|safetensors]",
         _add_export,
         _export,
     ),
     Command(
         "submission",
-        "write masks as a Kaggle CSV",
+        "write masks as Kaggle's run-length CSV",
         "--masks DIR --out FILE [--images DIR] [--num-workers N]",
         _add_submission,
         _submission,

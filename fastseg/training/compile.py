@@ -70,7 +70,7 @@ def choose_compile(config: Config, runtime: Runtime, steps: int) -> str:
 
 
 def decide_compile(config: Config, device: torch.device, steps: int, *, warm: bool) -> tuple[str, str]:
-    """The decision and its reason; `warm`: compiled code of this network is cached."""
+    """The decision and its reason. `warm` means that compiled code of this network is cached."""
     if config.compile != "auto":
         return config.compile, "as asked"
     if device.type == "cpu":
