@@ -1,5 +1,6 @@
 # make demo   install, make Carvana-like pairs, train, evaluate, draw: everything from nothing
 # make test   install, run the tests            make lint   ruff, mypy, import-linter
+# make docs   install, build the pages of docs/ as HTML in build/docs; a warning is an error
 # make gpu-check OUT=DIR   tests and benchmarks that need a GPU, eight minutes, results as JSON in DIR
 # make install   only the virtual environment   make clean  remove what these made (data/ and runs/ stay)
 PYTHON ?= python3
@@ -7,7 +8,7 @@ BIN := .venv/bin
 OUT ?= gpu-check
 STAMP := .venv/installed
 
-.PHONY: demo test lint gpu-check install clean
+.PHONY: demo test lint docs gpu-check install clean
 
 install: $(STAMP)
 
@@ -31,6 +32,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from fastseg.config import Config, format_value
+from fastseg.errors import ConfigError
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
@@ -192,9 +193,9 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="data", help="folder for the four folders (default: data)")
+    parser.add_argument("--out", metavar="DIR", default="data", help="folder to write to (default: data)")
     parser.add_argument(
-        "--cars", metavar="N", type=int, default=6, help="a quarter of them for validation (default: 6)"
+        "--cars", metavar="N", type=int, default=6, help="number of cars; a quarter are for validation (default: 6)"
     )
     parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
@@ -252,30 +253,45 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUES",
         action="append",
         required=True,
-        help="a field to vary, between LOW:HIGH, LOW:HIGH:log or one of A,B,C; may be given several times",
+        help="field to search, over LOW:HIGH, LOW:HIGH:log or A,B,C; repeat for more fields",
     )
-    parser.add_argument("--trials", metavar="N", type=int, required=True, help="in all, earlier ones included")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; the same folder goes on")
-    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: that of the folder)")
+    parser.add_argument(
+        "--trials", metavar="N", type=int, required=True, help="total number of trials, those of earlier runs included"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; an existing study resumes")
+    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: name of the folder)")
     _add_train(parser)
 
 
 def _tune(options: argparse.Namespace) -> int:
-    config = _train_config(options)
+    config, search = _train_config(options), _search_fields(options.search)
 
-    from fastseg.tuning.report import print_study
-    from fastseg.tuning.search_space import read_flags
     from fastseg.tuning.tune import tune
 
-    search = read_flags(options.search)
     result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
     if result.best is not None:
+        from fastseg.tuning.report import print_study  # needs Optuna, which `tune` has checked for
+
         print_study(result.trials, search)
-        print(f"Dice {result.val_dice:.4f} at best; `fastseg train --config {result.out_dir / 'best.json'}` trains it")
+        print(f"Best Dice {result.val_dice:.4f}. Train with `fastseg train --config {result.out_dir / 'best.json'}`.")
     if result.interrupted:
-        print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _search_fields(flags: Sequence[str]) -> dict[str, str]:
+    """Field to text, from flags FIELD=VALUES; the field may be written as a flag."""
+    search: dict[str, str] = {}
+    for flag in flags:
+        name, equals, text = flag.partition("=")
+        field = name.lower().replace("-", "_")
+        if not equals:
+            raise ConfigError(f"search: must be FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C; got {flag}.")
+        if field in search:
+            raise ConfigError(f"search: {field} is given twice. Keep one.")
+        search[field] = text
+    return search
 
 
 def _add_check(parser: argparse.ArgumentParser) -> None:
@@ -285,16 +301,16 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="a folder with train_images, train_masks, val_images, val_masks (or images, masks); or those themselves",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all findings there, every file named")
-    parser.add_argument("--strict", action="store_true", help="warnings make the exit status 1 as errors do")
-    parser.add_argument("--no-copies", action="store_true", help="do not look for images that look alike")
+    parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
+    parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
     _add_config_fields(parser, ("num_workers",))
 
 
 def _check(options: argparse.Namespace) -> int:
     from fastseg.quality.check import check, print_report
 
-    report = check(*options.folders, copies=not options.no_copies, **_config_fields(options))
+    report = check(*options.folders, duplicates=not options.no_duplicates, **_config_fields(options))
     print_report(report)
     if options.json:
         report.to_json(options.json)
@@ -340,8 +356,8 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "find what is wrong with a data set; exit status 1 if something is",
-        "DIR... [--json FILE] [--strict] [--no-copies] [--num-workers N]",
+        "find the faults of a data set; exit status 1 if there are errors",
+        "DIR... [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
         _add_check,
         _check,
     ),

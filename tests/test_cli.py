@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.synthetic import generate as carvana_like
+from fastseg.synthetic import generate as generate_module
 from tests.conftest import ROOT, Cli, Outcome, damage, fields, files, flags, run_process, write_pair
 
 REQUIRED = ("--checkpoint=a", "--img-dir=b", "--mask-dir=c")  # of `fastseg evaluate`
@@ -239,8 +239,8 @@ def test_without_validation_folders_whole_cars_are_held_out(cli, data, monkeypat
 
 def test_synth_makes_the_four_folders(cli, tmp_path, monkeypatch):
     out = tmp_path / "data"
-    small = functools.partial(carvana_like.generate, width=192, height=128)
-    monkeypatch.setattr(carvana_like, "generate", small)
+    small = functools.partial(generate_module.generate, width=192, height=128)
+    monkeypatch.setattr(generate_module, "generate", small)
     status, printed, _ = cli("synth", "--out", out, "--cars", 2, "--views", 1)
     assert (status, printed) == (0, f"1 training and 1 validation pairs in {out}/\n")
     for split in ("train", "val"):

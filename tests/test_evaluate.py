@@ -15,7 +15,7 @@ from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
 import fastseg
 from fastseg.cli import main
 from fastseg.data.host import HostDecoder, load_photo
-from fastseg.errors import ConfigError, DataError
+from fastseg.errors import ConfigError, DataError, OutputError
 from fastseg.masks.refine import METHODS, guide_size, refine
 from fastseg.masks.upsample import upsample_logits
 from fastseg.network.checkpoint import load_model
@@ -171,7 +171,7 @@ def test_broken_pair_is_left_out_of_all_scores(check_data, checkpoint, broken, t
 
 @pytest.mark.parametrize("check_data", [True, False])
 def test_broken_pair_stops_by_default(check_data, checkpoint, broken):
-    with pytest.raises(DataError, match=r"car2_01\.jpg.* is .*truncated.* pass bad_samples=\"skip\""):
+    with pytest.raises(DataError, match=r"car2_01\.jpg: .*bad_samples"):
         evaluate(checkpoint, broken, check_data=check_data)
 
 
@@ -189,19 +189,19 @@ def test_pair_that_breaks_at_full_size_only(checkpoint, data, monkeypatch):
     monkeypatch.setattr("fastseg.masks.evaluate.decode_full_mask", decode)
     scores = evaluate(checkpoint, data, bad_samples="skip")
     assert (scores["images"], "car1_01.jpg" in scores["worst"]) == (len(SIZES) - 1, False)
-    with pytest.raises(DataError, match=r"car1_01_mask\.png: is damaged or truncated\. Replace the file, or pass"):
+    with pytest.raises(DataError, match=r"car1_01_mask\.png: .*bad_samples"):
         evaluate(checkpoint, data)
 
 
 def test_refusals_come_before_any_work(checkpoint, data, tmp_path):
-    with pytest.raises(ConfigError, match=r"^refine: must be one of none, crf; got 'dense'\. Use none\.$"):
+    with pytest.raises(ConfigError, match=r"^refine: .*none, crf"):
         evaluate("no.pt", data, refine="dense")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"^out: .*file cannot be made \(File exists\)\. Name another folder\.$"):
+    with pytest.raises(OutputError, match=r"file: .*another place"):
         evaluate(checkpoint, data, out=tmp_path / "file")
 
 
-def test_full_disk_leaves_the_old_results_and_tells_the_scores(checkpoint, data, tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_results_and_logs_the_scores(checkpoint, data, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("fastseg.masks.evaluate.draw_worst", lambda outlined, path: None)
     evaluate(checkpoint, data, out=tmp_path, refine="none")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -210,9 +210,9 @@ def test_full_disk_leaves_the_old_results_and_tells_the_scores(checkpoint, data,
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("fastseg.runtime.files.os.replace", replace)
-    sentence = r"scores\.csv: cannot be written \(No space left on device\)\. Make room .*\"full_dice\": 0\.\d+"
-    with pytest.raises(DataError, match=sentence):
+    with pytest.raises(OutputError, match=r"scores\.csv: .*Make room"):
         evaluate(checkpoint, data, out=tmp_path, refine="none")
+    assert '"full_dice": 0.' in caplog.text
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -4,7 +4,6 @@ import csv
 import itertools
 import logging
 import os
-import re
 import shutil
 import tracemalloc
 import weakref
@@ -87,31 +86,31 @@ def test_masks_of_carvanas_size():
     assert fastseg.encode_rle(np.zeros_like(car)) == ""
 
 
+@pytest.mark.parametrize("text", ["1", "1 2 3", "1 b", "1 2.5", "1 " + "9" * 50])
+def test_run_lengths_are_pairs_of_whole_numbers(text):
+    with pytest.raises(fastseg.DataError, match=r"^run lengths must be (pairs|whole numbers)") as error:
+        fastseg.decode_rle(text, 3, 4)
+    assert len(str(error.value)) < 120  # a long text is cut off
+
+
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "run"),
     [
-        ("1", "run lengths must be pairs of a start and a length; got 1 numbers."),
-        ("1 2 3", "run lengths must be pairs of a start and a length; got 3 numbers."),
-        ("1 b", "run lengths must be whole numbers; got '1 b'."),
-        ("1 2.5", "run lengths must be whole numbers; got '1 2.5'."),
-        ("1 " + "9" * 50, f"run lengths must be whole numbers; got '1 {'9' * 38}...'."),
-        ("0 2", "0 2 after pixel 0."),
-        ("-3 2", "-3 2 after pixel 0."),
-        ("2 0", "2 0 after pixel 0."),
-        ("2 -1", "2 -1 after pixel 0."),
-        ("12 2", "12 2 after pixel 0."),
-        ("13 1", "13 1 after pixel 0."),
-        ("1 13", "1 13 after pixel 0."),
-        ("1 3 3 2", "3 2 after pixel 3."),
-        ("5 2 1 2", "1 2 after pixel 6."),
-        ("1 1 9223372036854775807 9223372036854775807", "9223372036854775807 9223372036854775807 after pixel 1."),
-        ("9223372036854775807 1 2 1", "9223372036854775807 1 after pixel 0."),
+        ("0 2", "0 2 after pixel 0"),
+        ("-3 2", "-3 2 after pixel 0"),
+        ("2 0", "2 0 after pixel 0"),
+        ("2 -1", "2 -1 after pixel 0"),
+        ("12 2", "12 2 after pixel 0"),
+        ("13 1", "13 1 after pixel 0"),
+        ("1 13", "1 13 after pixel 0"),
+        ("1 3 3 2", "3 2 after pixel 3"),
+        ("5 2 1 2", "1 2 after pixel 6"),
+        ("1 1 9223372036854775807 9223372036854775807", "9223372036854775807 9223372036854775807 after pixel 1"),
+        ("9223372036854775807 1 2 1", "9223372036854775807 1 after pixel 0"),
     ],
 )
-def test_wrong_run_lengths_are_refused(text, sentence):
-    if "after" in sentence:
-        sentence = f"runs must ascend without overlap within the 12 pixels of a 4x3 mask; got {sentence}"
-    with pytest.raises(fastseg.DataError, match=f"^{re.escape(sentence)}$"):
+def test_wrong_run_is_named(text, run):
+    with pytest.raises(fastseg.DataError, match=rf"4x3 mask.* {run}\b"):
         fastseg.decode_rle(text, 3, 4)
 
 
@@ -125,7 +124,7 @@ def test_runs_may_touch_and_fill_the_mask():
     "mask", [np.zeros(4, bool), np.zeros((2, 2)), np.zeros((2, 2, 1), np.uint8), np.zeros((0, 2), bool)]
 )
 def test_what_is_no_mask_is_refused(mask):
-    with pytest.raises(ValueError, match=r"^a mask must be bool or uint8 \(H, W\); got "):
+    with pytest.raises(ValueError, match=r"bool or uint8"):
         fastseg.encode_rle(mask)
 
 
@@ -222,7 +221,7 @@ def test_error_of_who_makes_the_masks_leaves_no_file(tmp_path):
 
     with pytest.raises(fastseg.DataError, match=r"^b\.jpg: is damaged$"):
         fastseg.write_submission(made(), tmp_path / "out.csv")
-    with pytest.raises(fastseg.ConfigError, match="images: goes with a folder of masks"):
+    with pytest.raises(fastseg.ConfigError, match=r"^images: "):
         fastseg.write_submission([], tmp_path / "out.csv", images=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -244,8 +243,8 @@ def test_images_give_the_names(pairs_dir, masks, tmp_path, capsys, caplog):
     Image.fromarray(np.ones((4, 4), bool)).save(masks / "nobodys.png")
     out = tmp_path / "submission.csv"
     with caplog.at_level(logging.INFO):
-        status, said, _ = run(capsys, "--masks", masks, "--images", images, "--out", out, "--num-workers", 3)
-    assert (status, said) == (0, f"{out}: 12 lines\n")
+        status, printed, _ = run(capsys, "--masks", masks, "--images", images, "--out", out, "--num-workers", 3)
+    assert (status, printed) == (0, f"{out}: 12 lines\n")
     assert caplog.messages == [f"{masks}: left out 1 masks without an image"]
     assert [name for name, _ in rows(out)[1:]] == sorted(path.name for path in images.iterdir())
 
@@ -258,40 +257,32 @@ def test_missing_doubled_and_broken_masks_are_named_and_no_csv_is_written(pairs_
     spoilt, small = masks / "car1_02_mask.gif", masks / "car2_04_mask.gif"
     spoilt.write_bytes(spoilt.read_bytes()[:100])
     Image.fromarray(np.ones((32, 48), bool)).save(small)
-    status, said, err = run(capsys, *given)
-    assert (status, said) == (1, "")
+    status, printed, err = run(capsys, *given)
+    assert (status, printed) == (1, "")
     assert err[0].startswith(f"{spoilt}: is ")
-    assert err[1] == f"{small}: must have its image's size, 96x64; it has 48x32"
-    assert err[2] == (
-        f"fastseg: 2 of 12 masks cannot be used, so {out} was not written; first: {err[0]}; {err[1]}. "
-        "Replace them and run again."
-    )
+    assert err[1].startswith(f"{small}: ")
+    assert "96x64" in err[1]
+    assert "48x32" in err[1]
+    assert err[2].startswith(f"fastseg: 2 of 12 masks cannot be used, so {out} was not written")
     assert len(err) == 3
 
     (masks / "car0_03_mask.gif").rename(masks / "car0_3_mask.gif")
-    assert run(capsys, *given) == (
-        2,
-        "",
-        [f"fastseg: 1 of 12 images in {images} have no mask in {masks}; first: car0_03.jpg. Add their masks."],
-    )
+    status, printed, err = run(capsys, *given)
+    assert (status, printed, len(err)) == (2, "", 1)
+    assert f"1 of 12 images in {images}" in err[0]
+    assert "car0_03.jpg" in err[0]
 
     shutil.copy(masks / "car0_01_mask.gif", masks / "car0_01.gif")
-    assert run(capsys, *given) == (
-        2,
-        "",
-        [f"fastseg: {masks}: must hold one mask an image; found car0_01.gif and car0_01_mask.gif. Keep one of each."],
-    )
+    status, printed, err = run(capsys, *given)
+    assert (status, printed, len(err)) == (2, "", 1)
+    assert "car0_01.gif and car0_01_mask.gif" in err[0]
     assert out.read_text() == "the file before"
     assert {path.name for path in tmp_path.iterdir()} == {"masks", "submission.csv"}
 
 
 def test_place_that_cannot_be_written_is_named(masks, tmp_path, capsys):
     out = tmp_path / "nowhere" / "submission.csv"
-    assert run(capsys, "--masks", masks, "--out", out) == (
-        2,
-        "",
-        [f"fastseg: out: {out} cannot be written (No such file or directory). Give another file."],
-    )
-    assert run(capsys, "--masks", masks, "--out", out, "--num-workers", -1)[2] == [
-        "fastseg: num_workers: must be at least 0; got '-1'. The default is 0."
-    ]
+    status, printed, err = run(capsys, "--masks", masks, "--out", out)
+    assert (status, printed, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"fastseg: {out}: ")
+    assert run(capsys, "--masks", masks, "--out", out, "--num-workers", -1)[2][0].startswith("fastseg: num_workers: ")

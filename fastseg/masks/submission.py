@@ -1,9 +1,9 @@
-"""Kaggle's Carvana submission: every mask run-length encoded, a line an image, 100,064 lines for the test set.
+"""Kaggle's Carvana submission: one line per image with its run-length encoded mask, 100,064 for the test set.
 
     fastseg submission --masks predictions --images data/test --out submission.csv
 
-A run is a first pixel and a length; pixels are counted from 1, left to right and then top to bottom, and a run may go
-on in the next row. An empty mask is the empty string.
+A run is a first pixel and a length. Pixels are counted from 1, left to right and then top to bottom; a run may continue
+in the next row. An empty mask is the empty string.
 """
 
 import csv
@@ -30,9 +30,9 @@ from fastseg.runtime.threads import count_threads, map_ahead
 __all__ = ["BrokenMasksError", "decode_rle", "encode_rle", "write_submission"]
 
 HEADER = ("img", "rle_mask")
-AHEAD = 4  # masks a thread that are encoded before their line is written
+AHEAD = 4  # masks per thread that are encoded ahead of the CSV
 MAX_NAMED = 3  # files named in a message about many
-MAX_SHOWN = 40  # characters of a wrong text that its error repeats
+MAX_SHOWN = 40  # characters of a wrong text in its error
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class BrokenMasksError(DataError):
 
 
 class Job(NamedTuple):
-    """A line to be made."""
+    """A line of the CSV."""
 
     image: str  # name, as the CSV has it
     encode: Callable[[], str]  # called in a thread
@@ -58,7 +58,7 @@ def encode_rle(mask: Mask) -> str:
     """Run-length encoding of a mask as Kaggle's Carvana competition defines it.
 
     Args:
-        mask: (H, W) bool or uint8; what is not 0 is foreground.
+        mask: (H, W) bool or uint8; nonzero is foreground.
 
     Returns:
         `start length` pairs joined by spaces: row by row, the first pixel is 1.
@@ -72,7 +72,7 @@ def encode_rle(mask: Mask) -> str:
     if mask.ndim != 2 or mask.size == 0 or mask.dtype not in (np.uint8, np.bool_):
         raise ValueError(f"a mask must be bool or uint8 (H, W); got {mask.dtype} {mask.shape}.")
     pixels = mask.ravel().astype(bool, copy=False)
-    is_bound = np.empty(pixels.size + 1, bool)  # a new array of this size costs more than what is done with it
+    is_bound = np.empty(pixels.size + 1, bool)  # one array: allocating another costs more than the comparison
     is_bound[0], is_bound[-1] = pixels[0], pixels[-1]
     np.not_equal(pixels[1:], pixels[:-1], out=is_bound[1:-1])
     bounds = np.flatnonzero(is_bound)
@@ -81,11 +81,11 @@ def encode_rle(mask: Mask) -> str:
 
 
 def decode_rle(text: str, height: int, width: int) -> NDArray[np.bool_]:
-    """The mask (height, width) that `encode_rle` made a text of.
+    """The mask (height, width) of a run-length encoding.
 
     Raises:
-        DataError: the text has other things than pairs of whole numbers, or its runs are empty, overlap, are not in
-            ascending order, or leave the mask.
+        DataError: the text is not pairs of whole numbers, or a run is empty, overlaps another, is out of order, or
+            leaves the mask.
 
     >>> decode_rle("2 3 6 1", 2, 3).astype(int)
     array([[0, 1, 1],
@@ -120,22 +120,22 @@ def write_submission(
     images: str | os.PathLike[str] | None = None,
     num_workers: int = 0,
 ) -> int:
-    """Write the CSV of a submission, `img,rle_mask`, in constant memory; it appears whole or not at all.
+    """Write the CSV of a submission, `img,rle_mask`, atomically and in constant memory.
 
     Args:
         masks: folder of GIF, PNG or BMP masks, `<stem>_mask.<ext>` or `<stem>.<ext>`; or pairs of an image's name, such
-            as 0004d4463b50_01.jpg, and its mask (H, W), bool or uint8, which are taken as they are needed.
+            as 0004d4463b50_01.jpg, and its mask (H, W), bool or uint8, consumed lazily.
         out: the file.
-        images: folder of the images that must be answered, for a folder of masks: names come from there, and every
-            mask must have its image's size. Without it, `<stem>.jpg` is assumed.
-        num_workers: threads that decode and encode; 0: one a core.
+        images: for a folder of masks, the folder of the images to be answered: it gives the names, and every mask
+            must have its image's size. Without it, names are `<stem>.jpg`.
+        num_workers: threads that decode and encode; 0: one per core.
 
     Returns:
-        How many lines follow the header; they are in the order of the names, or of the pairs.
+        Number of lines below the header, which are in the order of the names, or of the pairs.
 
     Raises:
         DataError: a folder is missing or empty, an image has no mask, or more than one.
-        BrokenMasksError: mask files are damaged or of another size than their image. All others have been looked at.
+        BrokenMasksError: mask files are damaged or of another size than their image; all of them are listed.
         OutputError: `out` cannot be written.
         ConfigError: `images` is given without a folder of masks.
     """
@@ -181,12 +181,12 @@ def _encode_row(job: Job) -> tuple[str, str]:
 
 
 def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> dict[str, str]:
-    """Names of mask files by the names of their images, in the order of these."""
+    """Mask file by image name, in the order of the images."""
     masks: dict[str, str] = {}
     for name in find_masks(mask_dir):
         first = masks.setdefault(mask_stem(name), name)
         if first != name:
-            raise DataError(f"{mask_dir}: must hold one mask an image; found {first} and {name}. Keep one of each.")
+            raise DataError(f"{mask_dir}: must hold one mask per image; found {first} and {name}. Keep one of each.")
     if image_dir is None:
         return {f"{stem}.jpg": masks[stem] for stem in sorted(masks)}
     by_image = {name: masks.get(os.path.splitext(name)[0], "") for name in find_images(image_dir)}

@@ -1,4 +1,4 @@
-"""From the network's cells back to the photo's pixels, on the sampling grid that the network was trained on."""
+"""Upsampling from the network's cells to the photo's pixels, on the sampling grid of the training."""
 
 import math
 from typing import Any
@@ -17,18 +17,19 @@ __all__ = ["threshold_logits", "upsample_logits"]
 
 
 def upsample_logits(logits: Tensor, height: int, width: int, onto: Size | None = None) -> Tensor:
-    """Logits at a photo's own size, or on a finer grid of it; threshold them afterwards, at 0.
+    """Upsample logits to the photo's own size, or to a finer grid of it. Threshold them afterwards, at 0.
 
-    The cells cover the grid's extent, which may reach some columns and rows beyond the photo (1920 columns of 1918):
-    what lies there is cut off. Resizing straight to the photo's size would drift by as many pixels.
+    The cells cover the grid's extent, which may reach some columns and rows beyond the photo (1920 columns of 1918).
+    These are cropped. A resize straight to the photo's size would drift by as many pixels.
 
     Args:
         logits: (B, C, h, w) of photos that are all `height` x `width`.
-        onto: height and width of a grid of these photos with no fewer cells; it may cover less beyond the photo.
+        onto: height and width of a grid of these photos with at least as many cells; it may cover less beyond the
+            photo.
 
     Returns:
-        (B, C, height, width) or as in `onto`, of the same dtype: linear between the centres of cells; the mean over a
-        pixel where the photo is smaller than the cells.
+        (B, C, height, width) or the size of `onto`, of the same dtype: linear between the centres of cells; the mean
+        over a pixel where the photo has fewer pixels than cells.
 
     Raises:
         ValueError: a size is below 1.
@@ -38,7 +39,7 @@ def upsample_logits(logits: Tensor, height: int, width: int, onto: Size | None =
         size = (cells.extent_y, cells.extent_x)
         return interpolate(logits, size, mode="bilinear", antialias=True)[..., :height, :width]
     grid = sampling_grid(width, height, onto[1], onto[0])
-    # Rounded up, because torch cuts off a fraction of a pixel: what is left over is cut off below.
+    # Rounded up, because torch truncates the size; the crop removes a surplus pixel.
     scale = (
         math.nextafter(onto[0] * cells.extent_y / (logits.shape[-2] * grid.extent_y), math.inf),
         math.nextafter(onto[1] * cells.extent_x / (logits.shape[-1] * grid.extent_x), math.inf),
@@ -47,10 +48,10 @@ def upsample_logits(logits: Tensor, height: int, width: int, onto: Size | None =
 
 
 def threshold_logits(logits: NDArray[np.float32], height: int, width: int) -> NDArray[np.bool_]:
-    """Where the upsampled logits of one photo are above 0: `upsample_logits(...) > 0`, but for ties and rounding.
+    """The mask of one photo: `upsample_logits(...) > 0`, except for ties and rounding.
 
-    Between four centres of cells of one sign the sign does not change, so that only pixels along the outline are
-    computed: an eighth of the time on a CPU, and a byte a pixel where logits at full size take four. Holds no lock.
+    The sign does not change between four cell centres of one sign, so only pixels along the outline are computed. That
+    takes an eighth of the time on a CPU, and one byte per pixel instead of four. Releases the GIL.
 
     Args:
         logits: (h, w), C-contiguous.
@@ -63,7 +64,7 @@ def threshold_logits(logits: NDArray[np.float32], height: int, width: int) -> ND
     """
     cells_y, cells_x = logits.shape
     grid = sampling_grid(width, height, cells_x, cells_y)
-    if grid.extent_x < cells_x or grid.extent_y < cells_y:  # each pixel is a mean over cells
+    if grid.extent_x < cells_x or grid.extent_y < cells_y:  # a pixel is a mean over cells
         return (upsample_logits(torch.from_numpy(logits)[None, None], height, width)[0, 0] > 0).numpy()
     mask = np.zeros((height, width), np.bool_)
     _cut(logits, grid.extent_x / cells_x, grid.extent_y / cells_y, mask)
@@ -72,12 +73,12 @@ def threshold_logits(logits: NDArray[np.float32], height: int, width: int) -> ND
 
 @compiled
 def _cut(logits: Any, cell_x: float, cell_y: float, mask: Any) -> None:
-    """`threshold_logits` for cells of at least one pixel, into a mask of zeros."""
+    """`threshold_logits` for cells of at least one pixel; `mask` starts as zeros."""
     (cells_y, cells_x), (height, width) = logits.shape, mask.shape
-    starts = np.empty(cells_x, np.int64)  # first pixel at or right of the centre of each cell
+    starts = np.empty(cells_x, np.int64)  # first pixel at or right of each cell's centre
     for c in range(cells_x):
         starts[c] = min(math.ceil((c + 0.5) * cell_x - 0.5), width)
-    values = np.empty(cells_x, np.float32)  # at the centres of the cells' columns, in this row of pixels
+    values = np.empty(cells_x, np.float32)  # at the cells' centres, in this row of pixels
     for y in range(height):
         position = min(max((y + 0.5) / cell_y - 0.5, 0.0), cells_y - 1.0)
         top = int(position)

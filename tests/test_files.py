@@ -1,0 +1,86 @@
+"""Files that are complete or absent, whatever happens while they are written."""
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+import fastseg
+from fastseg.runtime.files import atomic_write, check_writable, make_folder, target_of_temporary
+
+KILLED = """
+import os, signal, sys
+from fastseg.runtime.files import atomic_write
+with atomic_write(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_a_file_is_replaced_when_the_block_ends(sync, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    with atomic_write(path, sync=sync) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+        assert target_of_temporary(temporary.name) == "a.json"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exception_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+
+    def write_half() -> None:
+        with atomic_write(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_half()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_kill_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("old")
+    subprocess.run([sys.executable, "-c", KILLED, str(path)])
+    assert path.read_text() == "old"
+    assert [target_of_temporary(file.name) for file in tmp_path.iterdir() if file != path] == ["a.json"]
+
+
+def test_what_the_system_refuses_is_an_output_error(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "nowhere" / "a.json", tmp_path / "file" / "a.json"):
+        with pytest.raises(fastseg.OutputError, match=r"a\.json: .*place"), atomic_write(path) as temporary:
+            temporary.touch()
+    for refused in (check_writable, make_folder):
+        with pytest.raises(fastseg.OutputError, match=r"file/b: .*Not a directory"):
+            refused(tmp_path / "file" / "b")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    refusal = pytest.raises(fastseg.OutputError, match=r"b\.json: .*No space left.*Make room")
+    with refusal, atomic_write(tmp_path / "b.json") as temporary:
+        temporary.touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_folders_are_tested_without_being_made(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize("name", ["a.json", ".a.json.tmp", ".a.json.12", ".12.tmp", "a.json.12.tmp"])
+def test_other_files_are_no_temporary_ones(name):
+    assert target_of_temporary(name) is None
