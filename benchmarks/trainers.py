@@ -1,8 +1,8 @@
 """The rows of training.py: what each is made of, ready to step. `train_row.py` measures them.
 
 A row of the waterfall has all that the rows above it have. From `augmentation` on, a row is fastseg itself:
-`state.build_run` builds it and `loop.train_step` steps it, and `fastseg`, `graphs` and `compile` are what `fastseg.train`
-does with compile=off, compile=graphs and compile=on. The rows above are the loop that tutorials write, around the same
+`build_run` builds it, `train_step` steps it, and `fastseg`, `graphs` and `compile` are what `fastseg.train` does with
+compile=off, compile=graphs and compile=on. The rows above are the loop that tutorials write, around the same
 network, loss and order of pairs; of fastseg they use `build_run` for the network, Adam, and the loader where the row
 has it.
 """
