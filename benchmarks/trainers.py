@@ -1,8 +1,8 @@
 """The rows of training.py: what each is made of, ready to step. `train_row.py` measures them.
 
 A row of the waterfall has all that the rows above it have. From `augmentation` on, a row is fastseg itself:
-`run.build_run` builds it and `training._step` steps it, and `fastseg`, `graphs` and `compile` are what `fastseg.train`
-does with compile=off, compile=graphs and compile=on. The rows above are the loop that tutorials write, around the same
+`build_run` builds it, `train_step` steps it, and `fastseg`, `graphs` and `compile` are what `fastseg.train` does with
+compile=off, compile=graphs and compile=on. The rows above are the loop that tutorials write, around the same
 network, loss and order of pairs; of fastseg they use `build_run` for the network, Adam, and the loader where the row
 has it.
 """
@@ -25,7 +25,7 @@ from fastseg.network.checkpoint import build_model
 from fastseg.network.losses import bce_loss
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.memory import set_retaining_allocator
-from fastseg.training.loop import _step
+from fastseg.training.loop import train_step
 from fastseg.training.state import Run, build_run, compile_model
 
 WATERFALL = {
@@ -103,7 +103,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
         load = getattr(peers, setting.reader)(setting.train_pairs, reader_workers_of(name, setting), pin_memory=on_gpu)
         epoch = _data_loader_epochs(run, load)
     if "augmentation" in has:
-        step = functools.partial(_step, run)
+        step = functools.partial(train_step, run)
     else:
         step = _plain_step(run, layout)
     run.model.train()

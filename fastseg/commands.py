@@ -1,16 +1,16 @@
 """The subcommands of `fastseg`, one per public function: arguments, call and output.
 
-Fields of `Config` become flags. A command imports torch only when it runs, so that `--help` and wrong flags are fast.
+A command imports torch only when it runs, so that `--help` and wrong flags are fast.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from fastseg.config import Config, format_value
-from fastseg.errors import ConfigError
+from fastseg.config import Config
+from fastseg.flags import add_all_fields, add_fields, read_config, read_fields, read_search
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
@@ -27,43 +27,8 @@ class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int]  # returns the exit status
 
 
-def _add_config_fields(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Add a flag for each field; `Config` parses and validates the text."""
-    for name in names:
-        field = Config.model_fields[name]
-        default = f" (default: {format_value(field.default)})" if field.default != "" else ""
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=f"field_{name}",
-            metavar=_metavar(field.annotation),
-            default=argparse.SUPPRESS,
-            help=f"{field.description}{default}".replace("%", "%%"),
-        )
-
-
-def _metavar(annotation: Any) -> str:
-    """A field's choices or type, for the help."""
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
-    return {bool: "true|false", int: "N", float: "X", str: "TEXT"}[annotation]
-
-
-def _config_fields(options: argparse.Namespace) -> dict[str, Any]:
-    return {key.removeprefix("field_"): value for key, value in vars(options).items() if key.startswith("field_")}
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="JSON file of fields; flags override it")
-    _add_config_fields(parser, tuple(Config.model_fields))
-
-
-def _train_config(options: argparse.Namespace) -> Config:
-    changes = _config_fields(options)
-    return Config(**changes) if options.config is None else Config.from_json(options.config).replace(**changes)
-
-
 def _train(options: argparse.Namespace) -> int:
-    config = _train_config(options)
+    config = read_config(options)
 
     from fastseg.runtime.distributed import get_rank
     from fastseg.training.loop import train
@@ -102,7 +67,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         default="crf",
         help="how to refine masks at full size with the photo (default: crf)",
     )
-    _add_config_fields(parser, EVALUATE_FIELDS)
+    add_fields(parser, EVALUATE_FIELDS)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -115,7 +80,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         full_size=options.full_size == "true",
         refine=options.refine,
         out=options.out,
-        **_config_fields(options),
+        **read_fields(options),
     )
     print(f"{scores['images']} images: {_means(scores, '')}, at the training size")
     if options.full_size == "true":
@@ -164,14 +129,14 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     ):
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=help)
-    _add_config_fields(parser, ("device", "precision"))
+    add_fields(parser, ("device", "precision"))
 
 
 def _predict(options: argparse.Namespace) -> int:
     from fastseg.masks.predict import predict
     from fastseg.runtime.distributed import barrier, get_rank, process_group
 
-    fields = _config_fields(options)
+    fields = read_fields(options)
     with process_group(fields.get("device", "auto")):
         result = predict(
             options.checkpoint,
@@ -230,11 +195,11 @@ def _add_submission(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", metavar="DIR", required=True, help="folder of masks, named like their images")
     parser.add_argument("--out", metavar="FILE", required=True, help="CSV file to write")
     parser.add_argument("--images", metavar="DIR", help="folder of images; each must have a mask of its size")
-    _add_config_fields(parser, ("num_workers",))
+    add_fields(parser, ("num_workers",))
 
 
 def _submission(options: argparse.Namespace) -> int:
-    config = Config(**_config_fields(options))
+    config = Config(**read_fields(options))
 
     from fastseg.masks.submission import BrokenMasksError, write_submission
 
@@ -260,11 +225,11 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; an existing study resumes")
     parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: name of the folder)")
-    _add_train(parser)
+    add_all_fields(parser)
 
 
 def _tune(options: argparse.Namespace) -> int:
-    config, search = _train_config(options), _search_fields(options.search)
+    config, search = read_config(options), read_search(options.search)
 
     from fastseg.tuning.tune import tune
 
@@ -280,20 +245,6 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _search_fields(flags: Sequence[str]) -> dict[str, str]:
-    """Field to text, from flags FIELD=VALUES; the field may be written as a flag."""
-    search: dict[str, str] = {}
-    for flag in flags:
-        name, equals, text = flag.partition("=")
-        field = name.lower().replace("-", "_")
-        if not equals:
-            raise ConfigError(f"search: must be FIELD=LOW:HIGH, FIELD=LOW:HIGH:log or FIELD=A,B,C; got {flag}.")
-        if field in search:
-            raise ConfigError(f"search: {field} is given twice. Keep one.")
-        search[field] = text
-    return search
-
-
 def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folders",
@@ -304,13 +255,13 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
-    _add_config_fields(parser, ("num_workers",))
+    add_fields(parser, ("num_workers",))
 
 
 def _check(options: argparse.Namespace) -> int:
     from fastseg.quality.check import check, print_report
 
-    report = check(*options.folders, duplicates=not options.no_duplicates, **_config_fields(options))
+    report = check(*options.folders, duplicates=not options.no_duplicates, **read_fields(options))
     print_report(report)
     if options.json:
         report.to_json(options.json)
@@ -318,7 +269,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", _add_train, _train),
+    Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", add_all_fields, _train),
     Command(
         "evaluate",
         "score a checkpoint on a folder of pairs",

@@ -10,7 +10,7 @@ import torch
 import fastseg.training.augment
 from fastseg.config import Config
 from fastseg.network.normalise import normalise, to_targets
-from fastseg.training.augment import AugmentParams, augment, sample_params
+from fastseg.training.augment import AugmentParams, augment, resize, sample_params
 
 OFF = dict.fromkeys(("flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "hue"), 0)
 
@@ -132,3 +132,17 @@ def test_the_compiled_pass_equals_torch(monkeypatch):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
     assert compiled[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_resizing_keeps_image_and_mask_together():
+    """A disc has the same place in both, and its mean stays the same, because each cell is an average."""
+    y, x = np.mgrid[:160, :240]
+    disc = torch.from_numpy(np.hypot(x - 150, y - 70) < 50).float()[None, None]
+    image = disc.expand(1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+    small_image, small_disc = resize(image, disc, 80, 128)
+    assert small_disc.shape == (1, 1, 80, 128)
+    assert small_image.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(small_image[:, :1], small_disc, atol=1e-6, rtol=0)
+    assert small_disc.mean().item() == pytest.approx(disc.mean().item(), abs=2e-3)
+    centre = (small_disc[0, 0] * torch.arange(128)).sum() / small_disc.sum()
+    assert centre.item() == pytest.approx((150.5 * 128 / 240) - 0.5, abs=0.1)

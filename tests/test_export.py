@@ -201,7 +201,7 @@ def test_network_of_nan_is_not_written(tmp_path):
 
 
 def test_refusals(folder, tmp_path, cli, monkeypatch):
-    """Wrong arguments, before the packages of a format are imported."""
+    """Each refusal names a file or field and leaves no file."""
     best, nowhere = folder / "best.pt", tmp_path / "nowhere" / "net.safetensors"
     for checkpoint, out, format, subject, words in (
         (best, "net.pb", [], "out: ", [".safetensors", "net.pb", "format"]),

@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run in progress: its parts, and where it stands."""
+    """The parts and the progress of a run."""
 
     config: Config
     runtime: Runtime
@@ -251,7 +251,7 @@ def create_run_dir(run: Run) -> None:
     make_folder(folder)
     with atomic_write(folder / "config.json") as temporary:
         run.config.to_json(temporary)
-    # A killed run may have logged an epoch after its last checkpoint. That epoch is trained again, so its line goes.
+    # A killed run may have logged an epoch after its last checkpoint. It is trained again, so its line is removed.
     with atomic_write(folder / "metrics.jsonl") as temporary:
         temporary.write_text("".join(map(_json_line, run.history)))
 
