@@ -81,15 +81,6 @@ def link_pairs(pairs: fastseg.Pairs, folder: Path, split: str, count: int) -> No
             (place / f"{index:05d}{source.name}").symlink_to(source)
 
 
-def folder_fields(folder: Path) -> dict[str, Path]:
-    """The fields of `fastseg.Config` that name FOLDER/{train,val}_{images,masks}."""
-    return {
-        f"{split}_{field}_dir": folder / f"{split}_{kind}"
-        for split in SPLITS
-        for field, kind in (("img", "images"), ("mask", "masks"))
-    }
-
-
 def read_pixels(path: str, mode: str) -> NDArray[np.uint8]:
     """The whole picture, by Pillow."""
     with Image.open(path) as picture:

@@ -141,7 +141,11 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], missing: d
 
     rule = [("-" * (width - 1)) + (":" if r else "-") for width, r in zip(widths, right, strict=True)]
     print(line(header), line(rule), *map(line, rows), sep="\n")
-    for name, reason in (missing or {}).items():
+    print_missing(missing or {})
+
+
+def print_missing(missing: dict[str, str]) -> None:
+    for name, reason in missing.items():
         print(f"{name}: not measured ({reason})")
 
 
