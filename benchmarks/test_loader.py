@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import files
 import loader
 import measure
 import numpy as np
+import peers
 import pytest
 import report
 import torch
@@ -118,9 +117,8 @@ def test_names_keep_the_order_of_the_known_ones() -> None:
         parse("a,x")
 
 
-def test_torchvision_is_imported_beside_any_build_of_torch() -> None:
-    """In a process of its own: torchvision would change what torchmetrics imports."""
-    if not find_spec("torchvision"):
-        pytest.skip("torchvision is one of the peers: make peers")
-    code = "import peers; peers.import_torchvision(); import torchvision.models; print(torchvision.models.resnet18)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(files.__file__).parent, capture_output=True)
+def test_a_missing_peer_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "find_spec", lambda _: None)
+    peers.import_torchvision.cache_clear()
+    with pytest.raises(ImportError, match=r"torchvision.*make peers"):
+        peers.import_torchvision()
