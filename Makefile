@@ -3,19 +3,24 @@
 # make docs   install, build the pages of docs/ as HTML in build/docs; a warning is an error
 # make gpu-check OUT=DIR   tests and benchmarks that need a GPU, eight minutes, results as JSON in DIR
 # make install   only the virtual environment   make clean  remove what these made (data/ and runs/ stay)
+# make peers     .venv-peers: fastseg beside the libraries that the benchmarks compare it with
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-check
 STAMP := .venv/installed
 
-.PHONY: demo test lint docs gpu-check install clean
+.PHONY: demo test lint docs gpu-check install peers clean
 
 install: $(STAMP)
+peers: .venv-peers/installed
 
-$(STAMP): pyproject.toml constraints.txt
+# The peers stay out of .venv: their torchvision breaks the import of torchmetrics where torch is a CPU build.
+.venv/installed: EXTRA := dev
+.venv-peers/installed: EXTRA := peers
+%/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastseg needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Run make PYTHON=/path/to/a/newer/python3.")'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
 	touch $@
 
 demo: $(STAMP)
@@ -37,4 +42,4 @@ docs: $(STAMP)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-peers build *.egg-info .pytest_cache .mypy_cache .ruff_cache

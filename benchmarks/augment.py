@@ -1,31 +1,35 @@
 """Milliseconds to augment a batch: ours against kornia's classes and albumentations, with the same operations.
 
-    python benchmarks/augment.py
-    python benchmarks/augment.py --batch 16 --repeat 30 --json benchmarks/results/augment.json
+    .venv-peers/bin/python benchmarks/augment.py
+    .venv-peers/bin/python benchmarks/augment.py --batch 16 --repeat 30 --json benchmarks/results/augment.json
 
-All start from uint8 pictures and masks and end with what the network takes: float32 in [-2, 2], a flip, an affine and
-brightness, contrast, saturation and hue applied. First ours is compared with kornia's own functions, given the same
-parameters; hue is left out of that, because kornia turns it in HSV, where it is no matrix.
+All start from uint8 images and masks and end with the network's input: float32 in [-2, 2], after a flip, an affine
+transform, brightness, contrast, saturation and hue. First ours is compared with kornia's own functions, given the same
+parameters; hue is left out there, because kornia turns it in HSV and we turn it by a matrix.
 """
 
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from measure import describe, machine, median, print_table, report, spread, time_in_turn
+from files import HEIGHT, WIDTH
+from measure import median, spread, time_in_turn
+from peers import kornia_augmentation
+from report import describe_machine, make_parser, plus_minus, print_table, run, write_report
+from torch import Tensor
 
 from fastseg.config import Config
+from fastseg.runtime.device import choose_device
 from fastseg.training.augment import AugmentParams, augment, sample_params
 
 PACKAGES = ("kornia", "albumentations", "opencv-python-headless")
-STRENGTHS = {"rotation": 5.0, "translation": 0.05, "scale": 0.1, "brightness": 0.1, "contrast": 0.1, "saturation": 0.1}
+MAX_DIFFERENCE = 1 / 255  # from kornia's functions
 
 
-def pictures(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smooth pictures between 50 and 200, where no colour step clips, and blobs as masks."""
-    y, x = np.mgrid[:160, :240]
+def make_batch(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Smooth uint8 images (B, 160, 240, 3) between 50 and 200, where no colour clips, and masks (B, 160, 240)."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
     phase = np.arange(batch)[:, None, None]
     waves = np.stack([np.sin(x / (9 + k) + y / (13 - k) + phase) for k in range(3)], axis=-1)
     images = (125 + 60 * waves).astype(np.uint8)
@@ -33,60 +37,53 @@ def pictures(batch: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images).to(device), torch.from_numpy(masks).to(device)
 
 
-def ours(images: torch.Tensor, masks: torch.Tensor, hue: float) -> Callable[[], Any]:
-    config, generator = Config(**STRENGTHS, hue=hue), torch.Generator().manual_seed(0)
+def ours(images: Tensor, masks: Tensor, config: Config) -> Callable[[], Any]:
+    generator = torch.Generator().manual_seed(0)
     return lambda: augment(images, masks, sample_params(config, len(images), generator))
 
 
-def kornia_classes(images: torch.Tensor, masks: torch.Tensor, hue: float) -> Callable[[], Any]:
-    import kornia.augmentation as K
-
-    s = STRENGTHS
-    sequence = K.AugmentationSequential(
-        K.RandomHorizontalFlip(p=0.5),
-        K.RandomAffine(
-            s["rotation"], (s["translation"],) * 2, (1 - s["scale"], 1 + s["scale"]), padding_mode="border", p=1.0
-        ),
-        K.ColorJitter(s["brightness"], s["contrast"], s["saturation"], hue, p=1.0),
-        data_keys=["input", "mask"],
-    )
+def kornia_classes(images: Tensor, masks: Tensor, config: Config) -> Callable[[], Any]:
+    sequence = kornia_augmentation(config)
 
     def run() -> Any:
-        picture, mask = sequence(images.permute(0, 3, 1, 2).float() / 255, masks[:, None].float() / 255)
-        return (picture - 0.5) / 0.25, mask
+        pixels, targets = sequence(images.permute(0, 3, 1, 2).float() / 255, masks[:, None].float() / 255)
+        return (pixels - 0.5) / 0.25, targets
 
     return run
 
 
-def albumentations_loop(images: torch.Tensor, masks: torch.Tensor, hue: float) -> Callable[[], Any]:
+def albumentations_loop(images: Tensor, masks: Tensor, config: Config) -> Callable[[], Any]:
     import albumentations as A
 
-    s = STRENGTHS
-    scale, shift = (1 - s["scale"], 1 + s["scale"]), (-s["translation"], s["translation"])
+    scale, shift = (1 - config.scale, 1 + config.scale), (-config.translation, config.translation)
     transform = A.Compose(
         [
-            A.HorizontalFlip(p=0.5),
-            A.Affine(scale=scale, translate_percent=shift, rotate=(-s["rotation"], s["rotation"]), p=1.0),
-            A.ColorJitter(s["brightness"], s["contrast"], s["saturation"], hue, p=1.0),
+            A.HorizontalFlip(p=config.flip),
+            A.Affine(scale=scale, translate_percent=shift, rotate=(-config.rotation, config.rotation), p=1.0),
+            A.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue, p=1.0),
             A.Normalize((0.5,) * 3, (0.25,) * 3),
         ]
     )
+    photos, shapes = images.cpu().numpy(), masks.cpu().numpy()
 
     def run() -> Any:
-        pairs = [transform(image=image, mask=mask) for image, mask in zip(images.numpy(), masks.numpy(), strict=True)]
-        picture = torch.from_numpy(np.stack([pair["image"] for pair in pairs])).permute(0, 3, 1, 2)
-        return picture, torch.from_numpy(np.stack([pair["mask"] for pair in pairs])).float() / 255
+        pairs = [transform(image=image, mask=mask) for image, mask in zip(photos, shapes, strict=True)]
+        pixels = torch.from_numpy(np.stack([pair["image"] for pair in pairs])).permute(0, 3, 1, 2)
+        return pixels, torch.from_numpy(np.stack([pair["mask"] for pair in pairs])).float() / 255
 
     return run
 
 
-def difference_from_kornia(images: torch.Tensor, masks: torch.Tensor) -> float:
-    """Largest difference, in [0, 1], between our pictures and masks and those of kornia's functions one by one."""
+ENGINES = {"ours": ours, "kornia classes": kornia_classes, "albumentations": albumentations_loop}
+
+
+def difference_from_kornia(images: Tensor, masks: Tensor) -> float:
+    """Largest difference, in [0, 1], of our images and masks from those of kornia's functions one by one."""
     import kornia.augmentation as K
     from kornia.geometry.transform import Hflip, get_affine_matrix2d, warp_affine
 
     batch, height, width = masks.shape
-    params: AugmentParams = sample_params(Config(**STRENGTHS, hue=0), batch, torch.Generator().manual_seed(1))
+    params: AugmentParams = sample_params(Config(hue=0), batch, torch.Generator().manual_seed(1))
     both = torch.cat([images.permute(0, 3, 1, 2), masks[:, None]], dim=1).float().cpu() / 255
     both = torch.where(params.flip.bool()[:, None, None, None], Hflip()(both), both)
     centre = torch.tensor([(width - 1) / 2, (height - 1) / 2]).expand(batch, 2)
@@ -101,52 +98,37 @@ def difference_from_kornia(images: torch.Tensor, masks: torch.Tensor) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__, device=True)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--repeat", type=int, default=30)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the result here")
     options = parser.parse_args()
-    about = machine()
-    images, masks = pictures(options.batch, options.device)
+    device = choose_device(options.device)
+    images, masks = make_batch(options.batch, device)
     difference = difference_from_kornia(images, masks)
-    if difference > 1 / 255:
+    if difference > MAX_DIFFERENCE:
         raise SystemExit(f"ours differs from kornia by {difference * 255:.2f} grey levels; nothing is timed")
-
     jobs, missing = {}, {}
-    for name, make in {"ours": ours, "kornia classes": kornia_classes, "albumentations": albumentations_loop}.items():
+    for name, make in ENGINES.items():
         try:
             for hue, ending in ((0.02, ""), (0.0, ", no hue")):
-                place = (images, masks) if name != "albumentations" else (images.cpu(), masks.cpu())
-                jobs[name + ending] = make(*place, hue)
+                jobs[name + ending] = make(images, masks, Config(hue=hue))
         except ImportError as error:
             missing[name] = str(error)
-
-    def waited(job: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            job()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-
-        return run
-
-    seconds = time_in_turn({name: waited(job) for name, job in jobs.items()}, options.repeat)
+    seconds = time_in_turn(jobs, device, options.repeat)
     rows: list[dict[str, Any]] = [
         {"engine": name, "ms": 1e3 * median(times), "spread_ms": 1e3 * spread(times)} for name, times in seconds.items()
     ]
     base = {row["engine"]: row["ms"] for row in rows}
-    print(f"{describe(about)}; batch of {options.batch} at 160x240 on {options.device}; ", end="")
-    print(f"largest difference from kornia {difference * 255:.3f} grey levels")
     table = []
     for row in rows:
         row["times_ours"] = row["ms"] / base["ours, no hue" if row["engine"].endswith("no hue") else "ours"]
-        table.append([row["engine"], f"{row['ms']:.1f}", f"{row['spread_ms']:.1f}", f"{row['times_ours']:.1f}"])
-    print_table(["augmentation", "ms", "+-", "times ours"], table)
-    for name, reason in missing.items():
-        print(f"{name}: not measured ({reason})")
-    content = {"rows": rows, "batch": options.batch, "device": options.device, "missing": missing}
-    report("augment", {**content, "max_difference_grey_levels": difference * 255}, about, PACKAGES, options.json)
+        table.append([row["engine"], plus_minus(row["ms"], row["spread_ms"], 1), f"{row['times_ours']:.1f}"])
+    print(f"{describe_machine()}; batch of {options.batch} at 160x240 on {device.type}; ", end="")
+    print(f"largest difference from kornia {difference * 255:.3f} grey levels")
+    print_table(["augmentation", "ms", "times ours"], table, missing)
+    content = {"rows": rows, "batch": options.batch, "device": device.type, "missing": missing}
+    write_report("augment", {**content, "max_difference_grey_levels": difference * 255}, options.json, PACKAGES)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

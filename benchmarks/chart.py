@@ -14,16 +14,16 @@ class Bar(NamedTuple):
     value: float
     spread: float = 0.0
     color: str = PEER
-    text: str = ""  # behind the bar, in place of its number
+    text: str = ""  # beside the bar, instead of its value
 
 
 def draw_bars(
-    path: str, title: str, subtitle: str, xlabel: str, panels: dict[str, Sequence[Bar]], *, in_order: bool = False
+    path: Path, title: str, subtitle: str, xlabel: str, panels: dict[str, Sequence[Bar]], *, in_order: bool = False
 ) -> None:
-    """Panels of horizontal bars, each with its own scale from 0, longest bar first, its number behind it.
+    """Draw panels of horizontal bars with their values, longest bar first; each panel has its own scale from 0.
 
     Args:
-        in_order: bars stand as given, from the top, and all panels share one scale.
+        in_order: keep the order of the bars, and use one scale in all panels.
     """
     longest = max(bar.value + bar.spread for bars in panels.values() for bar in bars)
     sizes = [len(bars) for bars in panels.values()]
@@ -54,5 +54,5 @@ def draw_bars(
             text.set_fontweight("bold" if bar.color == OURS else "normal")
     grid[-1, 0].set_xlabel(xlabel)
     figure.suptitle(f"{title}\n{subtitle}", x=0.01, ha="left", fontsize=11, linespacing=1.5)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -1,25 +1,29 @@
-"""Who should decode beside a GPU that trains: our threads, DALI with which settings, or both at once.
+"""Which decoder to use beside a GPU that trains: our threads, DALI and its settings, or both at once.
 
     python benchmarks/dali_knobs.py --pairs 512 --json benchmarks/results/dali_knobs.json
     python benchmarks/dali_knobs.py --device cpu --pairs 32 --channels 4 --seconds 1       # a small one, without a GPU
 
 Every row decodes the same pairs, epoch after epoch, without a cache: alone for `--seconds`, then as long beside a
-network that trains on one resident batch. Columns: pairs per second alone and beside it, CPU cores kept busy, and how
-much of its speed the training loses. Before that every row's pixels are compared with the host decoder's.
+network that trains on one resident batch. Columns: pairs per second alone and beside training, CPU cores in use, and
+the share of its speed that training loses. First every row's pixels are compared with those of the host decoder.
 """
 
-import argparse
 import itertools
 import sys
 import threading
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from measure import carvana_pairs, cores, describe, machine, one_line, print_table, report
+from files import HEIGHT, WIDTH, carvana_pairs
+from measure import median, one_line, spread, synchronise
+from profile_step import make_step
+from report import cores, describe_machine, make_parser, plus_minus, print_table, run, write_report
 from torch import Tensor
 
 import fastseg
@@ -29,19 +33,16 @@ from fastseg.data.dali import DaliDecoder
 from fastseg.data.decode import image_size
 from fastseg.data.host import HostDecoder
 from fastseg.data.loader import epoch_order
-from fastseg.network.losses import bce_dice_loss
-from fastseg.network.normalise import normalise, to_targets
-from fastseg.network.unet import UNet
-from fastseg.runtime.device import choose_runtime
-from fastseg.training.recipe import make_optimizer
+from fastseg.runtime.device import choose_device, choose_runtime
 
-HEIGHT, WIDTH, BATCH_SIZE = 160, 240, 16
-TOLERANCE = 2.0  # mean grey levels between a row's pictures and the host decoder's
+BATCH_SIZE = 16
+TOLERANCE = 2.0  # mean grey levels between a row's images and those of the host decoder
 FEED_EPOCHS = 1000  # more than any measurement takes
+WARM_UP_BATCHES, WINDOWS = 3, 5  # of a measurement: the median of the windows counts
 
 
 class Row(NamedTuple):
-    """A decoder and its settings; `host_share` of each batch is the host's where both decode."""
+    """A decoder and its settings; with `both`, the host decodes `host_share` of each batch."""
 
     decoder: str  # host, dali or both
     threads: int
@@ -59,7 +60,7 @@ class Row(NamedTuple):
 
 
 def make_rows(threads: int) -> list[Row]:
-    """One setting after the other away from the default."""
+    """The default, and rows that differ from it in one setting."""
     default = Row("dali", threads)
     return [
         Row("host", threads),
@@ -73,7 +74,7 @@ def make_rows(threads: int) -> list[Row]:
 
 
 def open_row(row: Row, pairs: fastseg.Pairs, device: torch.device) -> Iterator[Batch]:
-    """Batches of 16 without end, on the device."""
+    """Endless batches of 16 on the device."""
     orders = (epoch_order(len(pairs), 0, epoch) for epoch in range(FEED_EPOCHS))
     batches = [np.array(batch) for order in orders for batch in np.split(order, len(order) // BATCH_SIZE)]
     cut = {"host": BATCH_SIZE, "dali": 0, "both": round(row.host_share * BATCH_SIZE)}[row.decoder]
@@ -95,10 +96,10 @@ def open_row(row: Row, pairs: fastseg.Pairs, device: torch.device) -> Iterator[B
             largest_photo=largest,
         )
         parts.append(dali.decode([batch[cut:] for batch in batches]))
-    return _joined(parts, device)
+    return _join(parts, device)
 
 
-def _joined(parts: list[Any], device: torch.device) -> Iterator[Batch]:
+def _join(parts: list[Any], device: torch.device) -> Iterator[Batch]:
     try:
         for batches in zip(*parts, strict=True):
             images, masks = (torch.cat([b[k].to(device, non_blocking=True) for b in batches]) for k in (0, 1))
@@ -109,10 +110,10 @@ def _joined(parts: list[Any], device: torch.device) -> Iterator[Batch]:
 
 
 def check_pixels(row: Row, pairs: fastseg.Pairs, device: torch.device, exact: Tensor) -> float:
-    """Mean grey levels from the host decoder over an epoch.
+    """Largest mean error of a batch over an epoch, in grey levels from the host decoder.
 
     Raises:
-        RuntimeError: it is more than the tolerance.
+        RuntimeError: the error is larger than TOLERANCE.
     """
     with closing(open_row(row, pairs, device)) as batches:
         errors = [
@@ -125,96 +126,97 @@ def check_pixels(row: Row, pairs: fastseg.Pairs, device: torch.device, exact: Te
     return error
 
 
-class Trainer:
-    """A network that trains on one resident batch in a thread of its own, and counts its steps."""
+class Training:
+    """A thread that trains a network on one resident batch and counts its steps."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        config = Config(base_channels=channels, device=str(device))
-        self.runtime = choose_runtime(config)
-        self.model = self.runtime.to_device(UNet(channels, 4))
-        self.optimizer = make_optimizer(config, self.model)
-        rng = np.random.default_rng(0)
-        images = torch.from_numpy(rng.integers(0, 256, (BATCH_SIZE, HEIGHT, WIDTH, 3), np.uint8))
-        masks = torch.from_numpy(rng.integers(0, 256, (BATCH_SIZE, HEIGHT, WIDTH), np.uint8))
-        self.inputs, self.targets = normalise(images.to(device)), to_targets(masks.to(device))
-        self.steps = 0
-        self.stop = threading.Event()
+        config = Config(base_channels=channels, batch_size=BATCH_SIZE, device=str(device))
+        self.device, self.steps, self.stop = device, 0, threading.Event()
+        self.step = make_step(config, choose_runtime(config))
+        self.step()
+        self.thread = threading.Thread(target=self._train)
 
-    def step(self) -> None:
-        with self.runtime.autocast():
-            logits = self.model(self.inputs)
-        bce_dice_loss(logits, self.targets).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.runtime.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        self.steps += 1
+    def __enter__(self) -> "Training":
+        self.thread.start()
+        return self
 
-    def run(self) -> None:
-        stream = torch.cuda.Stream() if self.runtime.device.type == "cuda" else None
-        with torch.cuda.stream(stream):
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.thread.join()
+
+    def _train(self) -> None:
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream() if on_gpu else None):
             while not self.stop.is_set():
                 self.step()
+                if on_gpu:
+                    torch.cuda.current_stream().synchronize()
+                self.steps += 1
 
 
-def measure(batches: Iterator[Batch], seconds: float, device: torch.device) -> tuple[float, float]:
-    """Pairs per second, and CPU cores that this process kept busy meanwhile."""
-    for _ in range(3):
+def measure(batches: Iterator[Batch], seconds: float, device: torch.device) -> tuple[list[float], float]:
+    """Pairs per second in each window of the seconds, and the CPU cores that this process used meanwhile."""
+    for _ in range(WARM_UP_BATCHES):
         next(batches)
-    started, cpu, count = time.perf_counter(), time.process_time(), 0
-    while time.perf_counter() - started < seconds:
-        count += len(next(batches).indices)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    elapsed = time.perf_counter() - started
-    return count / elapsed, (time.process_time() - cpu) / elapsed
+    rates, began, cpu = [], time.perf_counter(), time.process_time()
+    for _ in range(WINDOWS):
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < seconds / WINDOWS:
+            count += len(next(batches).indices)
+        synchronise(device)
+        rates.append(count / (time.perf_counter() - started))
+    return rates, (time.process_time() - cpu) / (time.perf_counter() - began)
 
 
 def measure_row(
-    row: Row, pairs: fastseg.Pairs, device: torch.device, exact: Tensor, options: argparse.Namespace
+    row: Row, pairs: fastseg.Pairs, device: torch.device, exact: Tensor, options: Namespace
 ) -> dict[str, Any]:
+    """Check a row's pixels, then measure it alone, training alone, and both."""
+
+    def steps_per_s(training: Training, wait: Any) -> tuple[float, Any]:
+        steps, started = training.steps, time.perf_counter()
+        result = wait()
+        return (training.steps - steps) / (time.perf_counter() - started), result
+
     error = check_pixels(row, pairs, device, exact)
+    decode = partial(measure, seconds=options.seconds, device=device)
     with closing(open_row(row, pairs, device)) as batches:
-        alone, busy = measure(batches, options.seconds, device)
-        trainer = Trainer(options.channels, device)
-        trainer.step()
-        thread = threading.Thread(target=trainer.run)
-        thread.start()
-        try:
-            steps, started = trainer.steps, time.perf_counter()
-            time.sleep(options.seconds)
-            undisturbed = (trainer.steps - steps) / (time.perf_counter() - started)
-            steps, started = trainer.steps, time.perf_counter()
-            beside, _ = measure(batches, options.seconds, device)
-            disturbed = (trainer.steps - steps) / (time.perf_counter() - started)
-        finally:
-            trainer.stop.set()
-            thread.join()
+        alone, busy = decode(batches)
+        with Training(options.channels, device) as training:
+            undisturbed, _ = steps_per_s(training, partial(time.sleep, options.seconds))
+            disturbed, (beside, _) = steps_per_s(training, partial(decode, batches))
     return {
         "row": row.describe(),
         **row._asdict(),
-        "pairs_per_s": round(alone, 1),
+        "pairs_per_s": round(median(alone), 1),
+        "pairs_per_s_spread": round(spread(alone), 1),
         "cpu_cores": round(busy, 2),
-        "pairs_per_s_beside_training": round(beside, 1),
+        "pairs_per_s_beside_training": round(median(beside), 1),
+        "pairs_per_s_beside_training_spread": round(spread(beside), 1),
         "training_loss_pct": round(100 * (1 - disturbed / undisturbed), 1) if undisturbed else None,
         "error": round(error, 3),
     }
 
 
+def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
+    rates = ("pairs_per_s", "pairs_per_s_beside_training")
+    table = []
+    for row in rows:
+        alone, beside = (plus_minus(row[rate], row[f"{rate}_spread"]) for rate in rates)
+        loss = "-" if row["training_loss_pct"] is None else f"{row['training_loss_pct']}"
+        table.append([row["row"], alone, f"{row['cpu_cores']}", beside, loss, f"{row['error']}"])
+    header = ["", "pairs/s", "CPU cores", "pairs/s beside training", "training loses, %", "error, grey levels"]
+    print_table(header, table, missing)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder with train_images and train_masks; default: make Carvana-like pairs")
-    parser.add_argument("--pairs", type=int, default=512, help="whole batches of 16 are used; default: %(default)s")
-    parser.add_argument("--channels", type=int, default=64, help="of the network that trains; default: %(default)s")
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, help="of each of three measurements; default: %(default)s"
-    )
-    parser.add_argument("--threads", type=int, default=cores(), help="default: cores")
-    parser.add_argument("--device", default="cuda", help="cuda or cpu; default: %(default)s")
-    parser.add_argument("--json", default="", metavar="FILE")
+    parser = make_parser(__doc__, data=True, device=True)
+    parser.add_argument("--pairs", type=int, default=512, help="rounded down to whole batches of 16")
+    parser.add_argument("--channels", type=int, default=64, help="of the network that trains")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each of three measurements")
+    parser.add_argument("--threads", type=int, default=cores(), help="of a decoder")
     options = parser.parse_args()
-    about = machine()
-    device = choose_runtime(Config(device=options.device)).device
+    device = choose_device(options.device)
     pairs, files = carvana_pairs(options.data, max(options.pairs // BATCH_SIZE, 1) * BATCH_SIZE)
     exact = next(HostDecoder(pairs, HEIGHT, WIDTH, num_workers=options.threads).decode([np.arange(len(pairs))])).images
     rows, missing = [], {}
@@ -223,19 +225,12 @@ def main() -> None:
         try:
             rows.append(measure_row(row, pairs, device, exact.float(), options))
             print(rows[-1], file=sys.stderr)
-        except RuntimeError as error:  # wrong pixels, or DALI refuses the setting
+        except RuntimeError as error:  # wrong pixels, or a setting that DALI refuses
             missing[row.describe()] = one_line(error)
-    columns = ("pairs_per_s", "cpu_cores", "pairs_per_s_beside_training", "training_loss_pct", "error")
-    print(f"\n{len(pairs)} pairs, {describe(about)}\n")
-    header = ["", "pairs/s", "CPU cores", "pairs/s beside training", "training loses, %", "error, grey levels"]
-    print_table(header, [[row["row"], *(str(row[column]) for column in columns)] for row in rows])
-    for name, reason in missing.items():
-        print(f"missing: {name}: {reason}")
-    report("dali_knobs", {"rows": rows, "missing": missing, "files": files}, about, (), options.json)
+    print(f"\n{len(pairs)} pairs, {describe_machine()}\n")
+    print_rows(rows, missing)
+    write_report("dali_knobs", {"rows": rows, "missing": missing, "files": files}, options.json)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except fastseg.FastsegError as error:
-        sys.exit(f"dali_knobs.py: {error}")
+    run(main)

@@ -1,6 +1,6 @@
-"""One file's bytes to pixels: our decoders and those of the libraries that people use, for decode.py.
+"""From the bytes of one file to pixels: our decoders, and those of other libraries. decode.py compares them.
 
-A library is imported when its decoders are asked for.
+Each function imports its library and raises ImportError, OSError or RuntimeError where it does not work.
 """
 
 import io
@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import simplejpeg
 import torch
+from files import HEIGHT, WIDTH
 from numpy.typing import NDArray
+from peers import EXAMPLE, import_torchvision
 from PIL import Image
 
 from fastseg.data.decode import decode_image, decode_mask
 from fastseg.data.gif import decode_gif_mask
 from fastseg.data.resample import resize_area, sampling_grid
-
-HEIGHT, WIDTH = 160, 240
 
 Pixels = NDArray[Any]
 
@@ -26,7 +26,7 @@ class Decoder(NamedTuple):
     task: str
     name: str
     decode: Callable[[bytes], Pixels]
-    on_blocks: bool = False  # samples over whole JPEG blocks, as a decode at 1/8 does
+    on_blocks: bool = False  # averages whole JPEG blocks, as a decode at 1/8 does
 
 
 def ours() -> list[Decoder]:
@@ -103,6 +103,7 @@ def imageio() -> list[Decoder]:
 
 
 def torchvision() -> list[Decoder]:
+    import_torchvision()
     from torchvision.io import decode_gif, decode_jpeg
     from torchvision.transforms.v2.functional import resize
 
@@ -113,6 +114,7 @@ def torchvision() -> list[Decoder]:
     def read_gif(data: bytes) -> Pixels:
         return decode_gif(torch.frombuffer(bytearray(data), dtype=torch.uint8))[0].numpy()
 
+    read(bytes(EXAMPLE))
     return [Decoder("gif", "torchvision", read_gif), Decoder("jpeg", "torchvision in full, antialiased", read)]
 
 
@@ -139,7 +141,7 @@ def spdl() -> list[Decoder]:
     def read(data: bytes, options: Any = None) -> Pixels:
         return spdl.io.to_numpy(spdl.io.load_image(data, decode_config=options, filter_desc=scale))
 
-    read(simplejpeg.encode_jpeg(np.zeros((HEIGHT, WIDTH, 3), np.uint8)))  # raises where FFmpeg's libraries are missing
+    read(bytes(EXAMPLE))
     return [
         Decoder("jpeg", "SPDL (FFmpeg) at 1/8", lambda data: read(data, lowres), True),
         Decoder("jpeg", "SPDL (FFmpeg) in full", read),

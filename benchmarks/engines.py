@@ -1,6 +1,6 @@
-"""One run of one loader in a process of its own: its pixels compared with exact ones, then its time, CPU and memory.
+"""One run of one loader, in a process of its own: its pixels against exact ones, then its time, CPU and memory.
 
-`loader.py` starts these processes. Our engines stand here, the others in `peers.py`.
+`loader.py` starts these processes. Our engines are here, the others in `peers.py`.
 """
 
 import os
@@ -16,20 +16,21 @@ import numpy as np
 import peers
 import simplejpeg
 import torch
-from measure import PeakMemory, area_average, median, read_pixels
+from files import HEIGHT, WIDTH, cell_means, fill_page_cache, read_pixels
+from measure import PeakMemory, median
 from numpy.typing import NDArray
-from peers import HEIGHT, WIDTH, Batches, Epoch
+from peers import Batches, Epoch
 
 import fastseg
 
 BATCH_SIZE = 16
 WARM_UP_BATCHES = 4
 LATER_EPOCHS, LATER_SECONDS = 2, 0.5  # at least
-WRONG_IMAGE, WRONG_MASK = 8.0, 0.02  # grey levels, share of cells: an engine beyond them does another job
+MAX_IMAGE_ERROR, MAX_MASK_ERROR = 8.0, 0.02  # grey levels, share of cells
 
 
 class Answers(NamedTuple):
-    """Exact averages of some pairs on both sampling grids: [0] the image's own width, [1] that of whole JPEG blocks."""
+    """Exact averages of some pairs on both sampling grids: [0] covers the image, [1] whole JPEG blocks."""
 
     indices: list[int]
     images: NDArray[np.float32]  # (2, N, 160, 240, 3)
@@ -39,8 +40,8 @@ class Answers(NamedTuple):
 class Engine(NamedTuple):
     make: Callable[[fastseg.Pairs, int], "Epoch | fastseg.Loader"]
     note: str
-    on_blocks: bool = False  # samples images over whole JPEG blocks
-    search: bool = True  # try several numbers of workers; otherwise use --workers
+    on_blocks: bool = False  # averages whole JPEG blocks
+    search: bool = True  # use the fastest of several numbers of workers, not --workers
     needs_gpu: bool = False
 
 
@@ -79,22 +80,20 @@ ENGINES = {
 
 
 def exact_answers(pairs: fastseg.Pairs, count: int = 16) -> Answers:
-    """From Pillow's full decodes."""
+    """Of `count` pairs, evenly spaced, from Pillow's full decodes."""
     indices = sorted({int(i) for i in np.linspace(0, len(pairs) - 1, count)})
     images, masks = ([], []), ([], [])
     for index in indices:
         pixels = read_pixels(pairs.image_path(index), "RGB")
         mask = read_pixels(pairs.mask_path(index), "L") > 0
-        height, width = mask.shape
         for grid, block in enumerate((1, 8)):
-            extent = (-(-height // block) * block, -(-width // block) * block)
-            images[grid].append(area_average(pixels, extent, (HEIGHT, WIDTH)))
-            masks[grid].append(area_average(mask, extent, (HEIGHT, WIDTH)))
+            images[grid].append(cell_means(pixels, block))
+            masks[grid].append(cell_means(mask, block))
     return Answers(indices, np.array(images, np.float32), np.array(masks, np.float32))
 
 
 class Errors:
-    """How far what an engine delivers is from the exact answers."""
+    """The errors of an engine's batches against the exact answers."""
 
     def __init__(self, answers: Answers, on_blocks: bool) -> None:
         self.images, self.masks = answers.images[int(on_blocks)], answers.masks[int(on_blocks)]
@@ -123,13 +122,17 @@ def shuffled(count: int, epoch: int) -> Batches:
 
 
 def run_engine(name: str, workers: int, pairs: fastseg.Pairs, answers: Answers) -> dict[str, Any]:
-    """One run of an engine, in a fresh process: check, warm up, time the first and later epochs, look at memory."""
+    """One run of an engine: check its pixels, warm up, time the first and the later epochs, measure memory.
+
+    Raises:
+        ValueError: the pixels are wrong.
+    """
     loader = _start(name, workers, pairs)
     errors = Errors(answers, ENGINES[name].on_blocks)
     for batch in _stream(loader, np.array_split(answers.indices, -(-len(answers.indices) // BATCH_SIZE))):
         errors.add(*batch)
     found = errors.result()
-    if found["mean_abs_error"] > WRONG_IMAGE or (found["mask_disagreement"] or 0) > WRONG_MASK:
+    if found["mean_abs_error"] > MAX_IMAGE_ERROR or (found["mask_disagreement"] or 0) > MAX_MASK_ERROR:
         raise ValueError(f"wrong pixels: {found}")
     first = _time_epochs(loader, [shuffled(len(pairs), 0)])
     later = _time_epochs(loader, [shuffled(len(pairs), 1 + i) for i in range(LATER_EPOCHS)])
@@ -143,7 +146,7 @@ def run_engine(name: str, workers: int, pairs: fastseg.Pairs, answers: Answers) 
 
 
 def search_workers(name: str, candidates: list[int], pairs: fastseg.Pairs) -> int:
-    """The number of workers with which an engine is fastest."""
+    """The number of workers that makes an engine fastest."""
     rates = {}
     for workers in candidates:
         loader = _start(name, workers, pairs)
@@ -153,14 +156,12 @@ def search_workers(name: str, candidates: list[int], pairs: fastseg.Pairs) -> in
 
 
 def _start(name: str, workers: int, pairs: fastseg.Pairs) -> "Epoch | fastseg.Loader":
-    """A warm loader: its code compiled, its pipeline built, its workers running; its cache empty."""
+    """A warm loader: its code is compiled, its pipeline built, its workers run; its cache is empty."""
     torch.set_num_threads(1)
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # makes the context now, not within what is timed
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: we try that
-    for index in range(len(pairs)):  # into the page cache
-        for path in (pairs.image_path(index), pairs.mask_path(index)):
-            Path(path).read_bytes()
+        torch.cuda.synchronize()  # creates the context before the clock starts
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, on purpose
+    fill_page_cache(pairs)
     loader = ENGINES[name].make(pairs, workers)
     for _ in _stream(loader, shuffled(len(pairs), 0)[:WARM_UP_BATCHES]):
         pass
@@ -168,9 +169,9 @@ def _start(name: str, workers: int, pairs: fastseg.Pairs) -> "Epoch | fastseg.Lo
 
 
 def _stream(loader: "Epoch | fastseg.Loader", batches: Batches, whole_epoch: bool = False) -> Iterable[Any]:
-    """(images, masks, indices) of batches; a whole epoch comes from our Loader in its own random order."""
+    """(images, masks, indices) of batches; our Loader gives a whole epoch in its own random order."""
     if isinstance(loader, fastseg.Loader):
-        return loader if whole_epoch else loader.decoder.decode(batches)  # the latter leaves its cache alone
+        return loader if whole_epoch else loader.decoder.decode(batches)  # the decoder does not fill the cache
     return loader(batches)
 
 
@@ -187,7 +188,7 @@ def _time_epochs(loader: "Epoch | fastseg.Loader", epochs: list[Batches]) -> dic
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers."""
+    """CPU time of this process and its workers."""
     ticks = 0
     for child in active_children():
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
@@ -196,7 +197,7 @@ def _cpu_seconds() -> float:
 
 
 def run_limit(workers: int, pairs: fastseg.Pairs) -> dict[str, float]:
-    """libjpeg-turbo's 1/8 decode of the same JPEGs from memory: one thread, and as many threads as we use."""
+    """JPEGs per second of libjpeg-turbo's decode at 1/8 from memory: one thread, and `workers` threads together."""
     files = [Path(pairs.image_path(index)).read_bytes() for index in range(len(pairs))]
 
     def decode(part: list[bytes]) -> None:

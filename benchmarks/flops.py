@@ -1,29 +1,28 @@
-"""What a network costs, and what the hardware can do: FLOPs counted by torch, and the rate of a large matrix product.
+"""The cost of a network, and the rate of the hardware: FLOPs counted by torch, and a large matrix product.
 
-`limit_pct` in training.py and model.py is the first over the second: the share of the arithmetic that the hardware
-reaches on what it does best.
+`limit_pct` in training.py and model.py is the network's FLOPs per second as a share of that rate.
 """
 
-import time
 from collections.abc import Callable
 
 import torch
+from measure import time_calls
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_flops", "matmul_flops_per_s", "synchronise"]
+__all__ = ["count_flops", "matmul_flops_per_s"]
 
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
-MATMUL_TIMES = 10  # the fastest counts: a limit is what can be reached
+MATMUL_REPEATS = 10  # the fastest counts: it is a limit
 
 
 def count_flops(make: Callable[[], nn.Module], height: int, width: int) -> dict[str, int]:
-    """FLOPs of one picture through a network, and its parameters; on the meta device, so nothing is computed.
+    """FLOPs of one image through a network, and its parameters; on the meta device, so nothing is computed.
 
     A multiplication and an addition are two. Only convolutions and matrix products count.
 
     Args:
-        make: the network, for (1, 3, height, width).
+        make: returns the network, which takes (1, 3, height, width).
 
     Returns:
         `forward`, `forward_backward` and `parameters`.
@@ -43,24 +42,12 @@ def count_flops(make: Callable[[], nn.Module], height: int, width: int) -> dict[
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of a large square matrix product on all threads; float32 in TF32 on a GPU, as cuDNN convolves it."""
+    """The rate of a large square matrix product on all threads; float32 uses TF32 on a GPU, as cuDNN does."""
     size = MATMUL_SIZE[device.type]
     left, right = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
     precision = torch.get_float32_matmul_precision()
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-    seconds = []
-    for _ in range(1 + MATMUL_TIMES):
-        synchronise(device)
-        started = time.perf_counter()
-        left @ right
-        synchronise(device)
-        seconds.append(time.perf_counter() - started)
+    seconds = time_calls(lambda: left @ right, device, warm_up=1, repeat=MATMUL_REPEATS)
     torch.set_float32_matmul_precision(precision)
-    return 2 * size**3 / min(seconds[1:])
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 2 * size**3 / min(seconds)

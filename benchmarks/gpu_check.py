@@ -3,35 +3,37 @@
     make gpu-check OUT=results                     # or: python benchmarks/gpu_check.py --out results
     PYTHONPATH=. python3 benchmarks/gpu_check.py --out results --only tests,end_to_end
 
-Runs from the source tree, with whatever Python has the dependencies. Each step has its share of eight minutes and what
-those before it left of theirs; one that takes longer is stopped with all its processes and counted as failed, and the
-next one begins. gpu_check.json holds the results of all. Without a GPU it says so and ends well.
+Runs from the source tree, with any Python that has the dependencies. Each step has its share of eight minutes, and the
+time that the steps before it did not use. A step that takes longer is stopped with all its processes and fails; the
+next step runs. gpu_check.json has the results of all. Without a GPU the script prints a message and exits with status
+0.
 """
 
-import argparse
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from measure import carvana_pairs, machine
+from files import carvana_pairs
+from report import machine, run, some_of
 
 ROOT = Path(__file__).resolve().parents[1]
-LAST = 4000  # characters of what a step said that failed: rows that were ready are among them
-FILES = 256  # different pairs, made before the clock of the first step starts
-MODULES = ("gpu", "decoders", "loader", "prediction", "refinement", "segmenter")  # that have tests for a GPU
+LOG_TAIL = 4000  # characters of the log of a failed step; its finished rows are among them
+FILES = 256  # different pairs, generated before the clock starts
+TESTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
 
-# name: its share of the seconds, and its command; {out} is the folder
+# name: its share of the seconds, and its command; {out} is the folder of the results
 STEPS: dict[str, tuple[int, list[str]]] = {
     "tests": (
         130,
-        ["-m", "pytest", *(f"tests/test_{module}.py" for module in MODULES), "-m", "gpu", "-v", "--durations=0",
+        ["-m", "pytest", *TESTS, "-m", "gpu", "-v", "--durations=0",
          "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"],
     ),
     "training": (
@@ -63,7 +65,7 @@ STEPS: dict[str, tuple[int, list[str]]] = {
 
 
 def run_step(name: str, out: Path, limit_s: float) -> dict[str, Any]:
-    """Run one step, its output in a file beside its results."""
+    """Run one step; its output goes to OUT/name.log."""
     command = [sys.executable, *(part.format(out=out) for part in STEPS[name][1])]
     started = time.perf_counter()
     log = out / f"{name}.log"
@@ -73,7 +75,7 @@ def run_step(name: str, out: Path, limit_s: float) -> dict[str, Any]:
             status = process.wait(limit_s)
             result = "passed" if status == 0 else f"failed with status {status}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its workers too: they would hold the GPU
+            os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would occupy the GPU
             process.wait()
             result = f"failed: stopped after {limit_s:.0f} s"
     if name == "tests" and result == "passed":
@@ -86,13 +88,13 @@ def run_step(name: str, out: Path, limit_s: float) -> dict[str, Any]:
         "result": result,
         "seconds": seconds,
         "command": " ".join(["python", *command[1:]]).replace(str(out), "OUT"),
-        "said_last": None if result == "passed" else log.read_text()[-LAST:].replace(str(out), "OUT"),
+        "log_tail": None if result == "passed" else log.read_text()[-LOG_TAIL:].replace(str(out), "OUT"),
         "found": json.loads(found.read_text()) if found.exists() else None,
     }
 
 
 def judge_tests(report: Path) -> str:
-    """Tests that were skipped have shown nothing: on this machine none should be."""
+    """The result of the tests; a skipped test counts as failed, because a GPU is here."""
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     total, skipped = int(suite.get("tests", 0)), int(suite.get("skipped", 0))
@@ -100,31 +102,26 @@ def judge_tests(report: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="gpu-check", metavar="DIR", help="folder for results (default: gpu-check)")
-    parser.add_argument("--only", default=",".join(STEPS), help=f"some of {', '.join(STEPS)}")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu-check", metavar="DIR", help="folder for the results (default: gpu-check)")
+    parser.add_argument("--only", type=some_of(STEPS), default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
     options = parser.parse_args()
-    names = options.only.split(",")
-    unknown = [name for name in names if name not in STEPS]
-    if unknown:
-        parser.error(f"--only: knows {', '.join(STEPS)}; got {', '.join(unknown)}")
-    about = machine()
     if not torch.cuda.is_available():
         print(
-            "gpu-check: there is no NVIDIA GPU here, so there is nothing to check. The tests that need none: make test."
+            "gpu-check: this machine has no NVIDIA GPU, so there is nothing to check. For the other tests: make test."
         )
         return 0
     out = Path(options.out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     carvana_pairs(None, FILES)
     started, share, steps = time.perf_counter(), 0, []
-    for name in names:
+    for name in options.only:
         share += STEPS[name][0]
         steps.append(run_step(name, out, share - (time.perf_counter() - started)))
-    (out / "gpu_check.json").write_text(json.dumps({"machine": about, "steps": steps}, indent=1) + "\n")
-    print(json.dumps({"suite": "gpu_check", "machine": about, "steps": steps}))
+    (out / "gpu_check.json").write_text(json.dumps({"machine": machine(), "steps": steps}, indent=1) + "\n")
+    print(json.dumps({"suite": "gpu_check", "machine": machine(), "steps": steps}))
     return 0 if all(step["result"] == "passed" for step in steps) else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -1,28 +1,75 @@
-"""The loaders that people use now, each as its documentation shows it and reduced to this job.
+"""The loaders and augmentations that people use today, each as its documentation shows it.
 
 `name(pairs, workers)` makes a function that takes an epoch's batches of indices and yields (images, masks, indices):
-uint8 tensors of 160x240, without augmentation or normalisation, which is less than their users do. Workers or threads
-live as long as the loader where it can keep them.
+uint8 tensors of 160x240, without augmentation or normalisation, which is less than a user needs. Workers or threads
+live as long as the loader where a library allows it.
 
-Masks: Pillow reads GIFs faster than any other peer (decode.py), so here they all read masks with it, and take every
-eighth pixel or so. The libraries are imported when they are used: `pip install '.[peers]'`.
+Pillow reads GIF masks faster than any other peer (decode.py), so all of them read masks with it, one pixel per cell.
+Each function imports its library; `make peers` installs them.
 """
 
+import functools
+import re
 from collections.abc import Callable, Iterable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
+from files import HEIGHT, WIDTH
 from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import fastseg
 
-HEIGHT, WIDTH = 160, 240
-
 Batches = list[NDArray[np.int64]]
 Epoch = Callable[[Batches], Iterable[tuple[torch.Tensor, torch.Tensor, NDArray[np.int64]]]]
+
+# Shows whether a library finds the shared libraries that it decodes with, before workers start.
+EXAMPLE = bytearray(simplejpeg.encode_jpeg(np.zeros((HEIGHT, WIDTH, 3), np.uint8)))
+
+
+@functools.cache
+def import_torchvision() -> object:
+    """Import torchvision where its operators fit another build of torch.
+
+    The peers `torchvision` and `smp` (which imports torchvision) need this beside the CPU build of torch: PyPI's
+    torchvision is built for CUDA, its operators do not load, and the import fails ("operator torchvision::nms does
+    not exist"). Names without an implementation let it pass. Networks then work; decoding does not. On a user's
+    machine the two builds match, and nothing is defined here.
+
+    Returns:
+        What defines the names; they vanish with it.
+    """
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        raise ImportError("torchvision is not installed: make peers")
+    folder, library = Path(spec.origin).parent, torch.library.Library("torchvision", "FRAGMENT")
+    try:
+        torch.ops.load_library(folder / "_C.so")
+    except OSError:
+        registrations = (folder / "_meta_registrations.py").read_text()
+        for name in re.findall(r'register_(?:fake|meta)\("(?:torchvision::)?(\w+)"\)', registrations):
+            library.define(f"{name}(Tensor a) -> Tensor")
+    import torchvision  # noqa: F401
+
+    return library
+
+
+def kornia_augmentation(config: fastseg.Config) -> Any:
+    """kornia's classes with the strengths of a configuration: images and masks, float32 in [0, 1]."""
+    import kornia.augmentation as K
+
+    sizes = (1 - config.scale, 1 + config.scale)
+    return K.AugmentationSequential(
+        K.RandomHorizontalFlip(p=config.flip),
+        K.RandomAffine(config.rotation, (config.translation,) * 2, sizes, padding_mode="border", p=1.0),
+        K.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue, p=1.0),
+        data_keys=["input", "mask"],
+    )
 
 
 def read_mask(path: str) -> NDArray[np.uint8]:
@@ -47,7 +94,7 @@ class _Files(Dataset):
 def _data_loader(
     pairs: fastseg.Pairs, workers: int, read: Callable[[str, str], Any], pin_memory: bool = False
 ) -> Epoch:
-    """torch's DataLoader with worker processes that stay; its batch sampler is the list that an epoch fills."""
+    """torch's DataLoader with persistent workers; its batch sampler is a list that each epoch fills."""
     order: Batches = []
     loader = DataLoader(
         _Files(pairs, read),
@@ -55,7 +102,7 @@ def _data_loader(
         num_workers=workers,
         persistent_workers=True,
         pin_memory=pin_memory,
-        multiprocessing_context="fork",  # what Linux does, but for processes that were spawned, as those of loader.py
+        multiprocessing_context="fork",  # the default of Linux, but not in a spawned process
     )
 
     def epoch(batches: Batches) -> Iterator[Any]:
@@ -67,7 +114,7 @@ def _data_loader(
 
 
 def tutorial(pairs: fastseg.Pairs, workers: int, pin_memory: bool = False) -> Epoch:
-    """Pillow and albumentations, as the Carvana UNet tutorials do."""
+    """Pillow and albumentations, as in the Carvana UNet tutorials."""
     import albumentations
 
     resize = albumentations.Resize(height=HEIGHT, width=WIDTH)
@@ -81,7 +128,7 @@ def tutorial(pairs: fastseg.Pairs, workers: int, pin_memory: bool = False) -> Ep
 
 
 def pillow(pairs: fastseg.Pairs, workers: int, pin_memory: bool = False) -> Epoch:
-    """The tutorial where albumentations is not installed: torch resizes as OpenCV does, without antialiasing."""
+    """`tutorial` without albumentations: torch resizes as OpenCV does, without antialiasing."""
     from torch.nn.functional import interpolate
 
     def read(image: str, mask: str) -> Any:
@@ -123,8 +170,11 @@ def opencv_eighth(pairs: fastseg.Pairs, workers: int) -> Epoch:
 
 def torchvision(pairs: fastseg.Pairs, workers: int) -> Epoch:
     """decode_jpeg and an antialiased resize."""
+    import_torchvision()
     from torchvision.io import decode_jpeg, read_file
     from torchvision.transforms.v2.functional import resize
+
+    decode_jpeg(torch.frombuffer(EXAMPLE, dtype=torch.uint8))
 
     def read(image: str, mask: str) -> Any:
         pixels = resize(decode_jpeg(read_file(image)), [HEIGHT, WIDTH], antialias=True)
@@ -149,6 +199,7 @@ def _spdl(pairs: fastseg.Pairs, workers: int, decoder_options: dict[str, str] | 
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
+    spdl.io.load_image(bytes(EXAMPLE))
     scale = spdl.io.get_video_filter_desc(scale_width=WIDTH, scale_height=HEIGHT, scale_mode=None, pix_fmt="rgb24")
     options = spdl.io.decode_config(decoder_options=decoder_options) if decoder_options else None
 
@@ -180,15 +231,15 @@ def _spdl(pairs: fastseg.Pairs, workers: int, decoder_options: dict[str, str] | 
 
 
 def spdl(pairs: fastseg.Pairs, workers: int) -> Epoch:
-    """SPDL's threads; FFmpeg decodes and scales."""
+    """SPDL's threads; FFmpeg decodes and resizes."""
     return _spdl(pairs, workers, None, with_masks=True)
 
 
 def spdl_eighth(pairs: fastseg.Pairs, workers: int) -> Epoch:
-    """The same with FFmpeg's option lowres=3, a decode at 1/8."""
+    """`spdl` with FFmpeg's option lowres=3, a decode at 1/8."""
     return _spdl(pairs, workers, {"lowres": "3"}, with_masks=True)
 
 
 def spdl_images(pairs: fastseg.Pairs, workers: int) -> Epoch:
-    """SPDL without any masks, as it is most often measured."""
+    """`spdl` without masks, as it is usually measured."""
     return _spdl(pairs, workers, None, with_masks=False)

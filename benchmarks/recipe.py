@@ -1,13 +1,13 @@
-"""What each choice of the recipe is worth: validation Dice with one thing changed, after the same work.
+"""The worth of each choice of the recipe: validation Dice with one thing changed, after the same work.
 
     python benchmarks/recipe.py --data data --channels 16 --json benchmarks/results/recipe.json
 
-Every row is `fastseg.train` with its defaults but for what the row names, each in a process of its own. All get the
-same number of steps, but where the row is about that: then they get the same work, counted in steps at full size (a
-step at half the size is a quarter). What is no field of `Config` is put in place of the recipe's own function.
+Every row is `fastseg.train` with its defaults except for the change that it names, each run in a process of its own.
+All rows take the same number of steps, except for those that change the size of the images: they do the same work,
+counted in steps at full size (a step at half the size is a quarter). A change that is no field of `Config` replaces
+the recipe's own function.
 """
 
-import argparse
 import math
 import sys
 import tempfile
@@ -17,22 +17,24 @@ from typing import Any
 from unittest import mock
 
 import torch
-from loader import in_fresh_process
-from measure import describe, machine, print_table, report
+from command import folder_fields
+from measure import in_fresh_process
+from report import describe_machine, make_parser, print_table, run, some_of, write_report
 
 import fastseg
 import fastseg.training.recipe
 from fastseg.network.losses import bce_loss, dice_loss
 
 STEPS = 240
-FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # row: what it is, fields that differ
+DEFAULT_SHARE = fastseg.Config().progressive_resizing
+FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # row: its description, and the fields that differ
     "default": ("the recipe", {}),
     "no_resizing": ("all steps at full size, as much work", {"progressive_resizing": 0.0}),
     "resizing_50": ("half of the steps at half the size, as much work", {"progressive_resizing": 0.5}),
-    "ema": ("running average of the weights, decay 0.98", {"ema_decay": 0.98}),
+    "ema": ("moving average of the weights, decay 0.98", {"ema_decay": 0.98}),
     "peak_low": ("peak of the learning rate 1e-3", {"learning_rate": 1e-3 / fastseg.training.recipe.PEAK}),
     "peak_high": ("peak of the learning rate 6e-3", {"learning_rate": 6e-3 / fastseg.training.recipe.PEAK}),
-    "hard_targets": ("targets 0 or 1 by the cell's centre", {"mask_resize": "nearest"}),
+    "hard_targets": ("targets 0 or 1, from the pixel at the cell's centre", {"mask_resize": "nearest"}),
     "no_flip": ("no flips", {"flip": 0.0}),
     "no_augmentation": (
         "no augmentation at all",
@@ -47,15 +49,15 @@ FIELDS: dict[str, tuple[str, dict[str, Any]]] = {  # row: what it is, fields tha
 
 
 def work(steps: int, share: float) -> float:
-    """Of a run, in steps at full size."""
+    """The work of a run in steps at full size; `share` of its steps are small."""
     small = 80 * 128 / (160 * 240)
     return steps * (share * small + 1 - share)
 
 
-def steps_for(row: str, default_share: float) -> int:
-    """As many as cost what the default's cost; they differ where the share of small images does."""
-    share = 0.0 if row == "tutorial" else FIELDS[row][1].get("progressive_resizing", default_share)
-    return round(work(STEPS, default_share) / work(1, share))
+def steps_for(row: str) -> int:
+    """The number of steps that makes a row as much work as the default."""
+    share = 0.0 if row == "tutorial" else FIELDS[row][1].get("progressive_resizing", DEFAULT_SHARE)
+    return round(work(STEPS, DEFAULT_SHARE) / work(1, share))
 
 
 def _optimizer_that_clips(config: fastseg.Config, model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -68,31 +70,27 @@ def _optimizer_that_clips(config: fastseg.Config, model: torch.nn.Module) -> tor
 
 
 MAKE_OPTIMIZER = fastseg.training.recipe.make_optimizer
-PATCHES: dict[str, tuple[str, Any]] = {  # row: name of a function as training sees it, and what takes its place
-    "bce": ("fastseg.training.loop.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
-    "dice": ("fastseg.training.loop.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
+LOOP = "fastseg.training.loop"  # the module of the step
+PATCHES: dict[str, tuple[str, Any]] = {  # row: a function as training imports it, and its replacement
+    "bce": (f"{LOOP}.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
+    "dice": (f"{LOOP}.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
     "clip": ("fastseg.training.state.make_optimizer", _optimizer_that_clips),
-    "constant": ("fastseg.training.loop.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
+    "constant": (f"{LOOP}.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
 }
 
 
 def run_row(row: str, data: str, channels: int, seed: int) -> dict[str, Any]:
-    folder = Path(data)
+    """Train a row with one seed, and score it at both sizes."""
     with tempfile.TemporaryDirectory() as out:
         config = fastseg.Config(
-            **{f"{split}_{key}_dir": folder / f"{split}_{kind}" for split in ("train", "val")
-               for key, kind in (("img", "images"), ("mask", "masks"))},
-            base_channels=channels,
-            seed=seed,
-            out_dir=out,
-            **FIELDS[row][1],
-        )  # fmt: skip
+            **folder_fields(Path(data)), base_channels=channels, seed=seed, out_dir=out, **FIELDS[row][1]
+        )
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))
-        steps = steps_for(row, fastseg.Config().progressive_resizing)
+        steps = steps_for(row)
         config = config.replace(num_epochs=math.ceil(steps / (pairs // config.batch_size)))
-        target, stand_in = PATCHES.get(row, ("fastseg.training.recipe.PEAK", fastseg.training.recipe.PEAK))
+        target, replacement = PATCHES.get(row, ("fastseg.training.recipe.PEAK", fastseg.training.recipe.PEAK))
         started = time.perf_counter()
-        with mock.patch(target, stand_in):
+        with mock.patch(target, replacement):
             result = fastseg.train(config)
         scores = fastseg.evaluate(result.run_dir / "best.pt", config.val_img_dir, config.val_mask_dir, refine="none")
     return {
@@ -104,20 +102,14 @@ def run_row(row: str, data: str, channels: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="data", help="folder with train_images, ..., val_masks; default: %(default)s")
+    parser = make_parser(__doc__)
+    parser.add_argument("--data", default="data", metavar="DIR", help="folder with train_images, ..., val_masks")
     parser.add_argument("--channels", type=int, default=16)
-    parser.add_argument("--rows", default=",".join(FIELDS), help="default: all of %(default)s")
+    parser.add_argument("--rows", type=some_of(FIELDS), default=",".join(FIELDS))
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--json", default="", metavar="FILE")
     options = parser.parse_args()
-    names = options.rows.split(",")
-    unknown = [name for name in names if name not in FIELDS]
-    if unknown:
-        parser.error(f"--rows: knows {', '.join(FIELDS)}; got {', '.join(unknown)}")
-    about = machine()
     rows = []
-    for name in names:
+    for name in options.rows:
         runs = []
         for seed in range(options.seeds):
             print(f"{name}, seed {seed}", file=sys.stderr)
@@ -125,16 +117,18 @@ def main() -> None:
         mean = {key: sum(run[key] for run in runs) / len(runs) for key in ("dice", "full_dice")}
         rows.append({"row": name, "what": FIELDS[name][0], **mean, "runs": runs})
     rows.sort(key=lambda row: -row["dice"])
-    print(f"\n{options.channels} channels, work of {work(STEPS, 0.7):.0f} whole steps; {describe(about)}\n")
-    print_table(
-        ["", "Dice", "full-size Dice", "steps"],
-        [[r["what"], f"{r['dice']:.4f}", f"{r['full_dice']:.4f}", str(r["runs"][0]["steps"])] for r in rows],
+    print(
+        f"\n{options.channels} channels, as much work as {work(STEPS, DEFAULT_SHARE):.0f} steps at full size, ", end=""
     )
-    report("recipe", {"rows": rows}, about, ("kornia",), options.json)
+    print(f"{options.seeds} seeds; {describe_machine()}\n")
+    table = []
+    for row in rows:
+        dice = [run["dice"] for run in row["runs"]]
+        means = [f"{row['dice']:.4f}", f"{min(dice):.4f}-{max(dice):.4f}", f"{row['full_dice']:.4f}"]
+        table.append([row["what"], *means, str(row["runs"][0]["steps"])])
+    print_table(["", "Dice", "range", "full-size Dice", "steps"], table)
+    write_report("recipe", {"rows": rows}, options.json, ("kornia",))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except fastseg.FastsegError as error:
-        sys.exit(f"recipe.py: {error}")
+    run(main)

@@ -1,14 +1,13 @@
-"""What refinement is worth: Dice and boundary IoU at the photos' own size, and its time, for every method.
+"""The worth of refinement: Dice and boundary IoU at the photos' own size, and its time, for every method.
 
     python benchmarks/refine.py --checkpoint runs/carvana/best.pt --img-dir data/val_images --mask-dir data/val_masks
     python benchmarks/refine.py --checkpoint area-0.pt --checkpoint area-1.pt --checkpoint nearest-0.pt ... --json FILE
 
-Checkpoints that were trained on the same kind of target (`mask_resize`: "area" is soft, "nearest" is hard) are one
-group; its seeds give the mean and the range. The time is that of an image from the network's logits and the photo's
-file to the mask at full size. The picture shows the pieces of outline about which the methods differ most.
+Checkpoints trained on the same kind of target (`mask_resize`: "area" is soft, "nearest" is hard) form a group; its
+seeds give the mean and the range. The time is that of one photo, from the network's logits and the photo's file to the
+mask at full size. The picture shows the crops in which the methods differ most.
 """
 
-import argparse
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from measure import describe, machine, median, print_table, report, spread
+from measure import median, spread
 from numpy.typing import NDArray
+from report import describe_machine, make_parser, plus_minus, print_table, run, write_report
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -30,26 +30,26 @@ from fastseg.masks.upsample import threshold_logits
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
 from fastseg.network.normalise import normalise
+from fastseg.runtime.device import choose_device
 from fastseg.runtime.progress import progress_bar
 
 PACKAGES = ("kornia", "matplotlib")
 TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}
-CROP_HEIGHT, CROP_WIDTH = 160, 240  # pixels of a photo, in the picture
-CROPS = 3
+CROP_HEIGHT, CROP_WIDTH, NUM_CROPS = 160, 240, 3  # pixels of a photo
 COLOURS = {"true": "#00d5ff", "none": "#ffb000", "crf": "#7cff4f"}
 
 
 class Crop(NamedTuple):
-    """A piece of a photo about which the methods differ."""
+    """A crop of a photo in which the methods differ."""
 
     differing: float  # share of its pixels
     name: str
     photo: NDArray[np.uint8]  # (h, w, 3)
-    masks: dict[str, NDArray[np.bool_]]  # (h, w), the true one and one a method
+    masks: dict[str, NDArray[np.bool_]]  # (h, w), the true one and one per method
 
 
-def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[dict[str, Any], list[Crop]]:
-    """Scores and times of every method with one checkpoint, and from each photo the piece where they differ most."""
+def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) -> tuple[dict[str, Any], list[Crop]]:
+    """Scores and times of every method with one checkpoint, and a crop of each photo."""
     model, config = load_model(path)
     model = model.to(device)
     decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
@@ -60,15 +60,15 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
     with torch.inference_mode(), progress_bar() as bar:
         task = bar.add_task(Path(path).parent.name, total=len(pairs))
         for index, (image, _, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
-            logits = model(normalise(image.to(device))).float().cpu()  # masks are made on the CPU
+            logits = model(normalise(image.to(device))).float().cpu()  # as `fastseg.predict` refines, on the CPU
             path = pairs.image_path(index)
             true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None]
             size, masks = (true.shape[1], true.shape[2]), {"true": true}
             for method in METHODS:
-                if index == 0:  # the first call of each is not timed
-                    cut(logits, path, size, method)
+                if index == 0:  # warm-up
+                    cut_mask(logits, path, size, method)
                 started = time.perf_counter()
-                masks[method] = cut(logits, path, size, method)
+                masks[method] = cut_mask(logits, path, size, method)
                 seconds[method].append(time.perf_counter() - started)
                 dice[method].append(Scores("cpu").update(masks[method], true).item())
                 band[method].append(boundary_iou(masks[method], true).item())
@@ -86,8 +86,8 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: str) -> tuple[di
     return {"mask_resize": config.mask_resize, "seed": config.seed, "methods": methods}, crops
 
 
-def cut(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
-    """(1, H, W) bool, the mask of a photo at its own size, as `fastseg.predict` finds it."""
+def cut_mask(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
+    """(1, H, W) bool, the mask of a photo at its own size, as in `fastseg.predict`."""
     if method != "none":
         photos = torch.from_numpy(load_photo(path, guide_size(logits.shape[2], logits.shape[3])))[None]
         logits = refine(logits, photos, size, method)
@@ -95,19 +95,19 @@ def cut(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
 
 
 def most_differing(name: str, photo: NDArray[np.uint8], masks: dict[str, Tensor]) -> Crop:
-    """The piece of a photo with most pixels that the methods do not agree about."""
+    """The crop of a photo with most pixels on which the methods disagree."""
     predicted = torch.stack([masks[method] for method in METHODS])
     differs = (predicted.any(0) & ~predicted.all(0)).float()
     window = (min(CROP_HEIGHT, photo.shape[0]), min(CROP_WIDTH, photo.shape[1]))
     shares = avg_pool2d(differs, window, stride=8)[0]
     top, left = (8 * int(place) for place in np.unravel_index(int(shares.argmax()), shares.shape))
     part = (slice(top, top + window[0]), slice(left, left + window[1]))
-    pieces = {kind: mask[0].cpu().numpy()[part].copy() for kind, mask in masks.items()}
-    return Crop(shares.max().item(), name, photo[part].copy(), pieces)
+    crops = {kind: mask[0].cpu().numpy()[part].copy() for kind, mask in masks.items()}
+    return Crop(shares.max().item(), name, photo[part].copy(), crops)
 
 
 def group(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for every kind of target and method: means over the checkpoints, and their range."""
+    """A row for each kind of target and method: the mean and the range over its checkpoints."""
     rows = []
     for kind in TARGETS:
         runs = [run for run in measured if run["mask_resize"] == kind]
@@ -122,11 +122,11 @@ def group(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(crops: list[Crop], path: str) -> None:
-    """A row for each piece: the photo with the true outline, and with each method's over it."""
+def draw(crops: list[Crop], path: Path) -> None:
+    """Draw a row for each crop: the photo with the true outline, and with the outline of each method."""
     crops = sorted(crops, key=lambda crop: -crop.differing)
     chosen = [crop for i, crop in enumerate(crops) if group_of(crop.name) not in {group_of(c.name) for c in crops[:i]}]
-    chosen = (chosen if len(chosen) >= CROPS else crops)[:CROPS]
+    chosen = (chosen if len(chosen) >= NUM_CROPS else crops)[:NUM_CROPS]
     figure = Figure(figsize=(4.2 * (1 + len(METHODS)), 3.1 * len(chosen) + 0.4), layout="constrained")
     grid = figure.subplots(len(chosen), 1 + len(METHODS), squeeze=False)
     for crop, row in zip(chosen, grid, strict=True):
@@ -149,46 +149,43 @@ def ranged(score: dict[str, float], several: bool) -> str:
     return f"{score['mean']:.4f}" + (f" ({score['min']:.4f}-{score['max']:.4f})" if several else "")
 
 
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    table = []
+    for row in rows:
+        several = len(row["seeds"]) > 1
+        scores = [ranged(row[score], several) for score in ("full_dice", "full_boundary_iou")]
+        ms = plus_minus(row["ms"], row["spread_ms"])
+        table.append([TARGETS[row["targets"]], row["method"], str(len(row["seeds"])), *scores, ms])
+    print_table(["targets", "refine", "seeds", "full-size Dice", "boundary IoU", "ms per photo"], table)
+    best = max(rows, key=lambda row: row["full_dice"]["mean"])
+    print(f"highest full-size Dice: {TARGETS[best['targets']]} targets with refine {best['method']}")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", action="append", required=True, metavar="FILE", help="give it once for each")
+    parser = make_parser(__doc__, device=True)
+    parser.add_argument("--checkpoint", action="append", required=True, metavar="FILE", help="once for each checkpoint")
     parser.add_argument("--img-dir", required=True, metavar="DIR", help="images that no checkpoint was trained on")
     parser.add_argument("--mask-dir", required=True, metavar="DIR")
-    parser.add_argument("--images", type=int, default=0, help="how many, evenly spread over the folder; default: all")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", default="", metavar="FILE", help="write the result here, and a picture beside it")
+    parser.add_argument("--images", type=int, default=0, help="how many, evenly spaced; 0: all")
     options = parser.parse_args()
-    about = machine()
+    device = choose_device(options.device)
     pairs = fastseg.find_pairs(options.img_dir, options.mask_dir)
     if options.images:
         pairs = pairs.subset(np.unique(np.linspace(0, len(pairs) - 1, options.images).round().astype(int)).tolist())
     measured, crops = [], []
     for path in options.checkpoint:
-        run, pieces = measure_checkpoint(path, pairs, options.device)
-        measured.append(run)
-        crops += pieces
+        checkpoint, found = measure_checkpoint(path, pairs, device)
+        measured.append(checkpoint)
+        crops += found
     rows = group(measured)
-    threads = f"{torch.get_num_threads()} threads" if options.device == "cpu" else options.device
-    print(f"{describe(about)}, {threads}; {len(pairs)} images; boundary IoU within {BOUNDARY_PIXELS} pixels")
-    table = [
-        [
-            TARGETS[row["targets"]],
-            row["method"],
-            f"{len(row['seeds'])}",
-            ranged(row["full_dice"], len(row["seeds"]) > 1),
-            ranged(row["full_boundary_iou"], len(row["seeds"]) > 1),
-            f"{row['ms']:,.0f} ± {row['spread_ms']:,.0f}",
-        ]
-        for row in rows
-    ]
-    print_table(["targets", "refine", "seeds", "full-size Dice", "boundary IoU", "ms per image"], table)
-    best = max(rows, key=lambda row: row["full_dice"]["mean"])
-    print(f"highest full-size Dice: {TARGETS[best['targets']]} targets with refine {best['method']}")
+    print(f"{describe_machine()}, {torch.get_num_threads()} threads, network on {device.type}; ", end="")
+    print(f"{len(pairs)} images; boundary IoU within {BOUNDARY_PIXELS} pixels")
+    print_rows(rows)
     if options.json:
-        draw(crops, str(Path(options.json).with_suffix(".png")))
+        draw(crops, Path(options.json).with_suffix(".png"))
     content = {"rows": rows, "checkpoints": measured, "images": len(pairs), "boundary_pixels": BOUNDARY_PIXELS}
-    report("refine", {**content, "device": options.device}, about, PACKAGES, options.json)
+    write_report("refine", {**content, "device": device.type}, options.json, PACKAGES)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

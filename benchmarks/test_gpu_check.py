@@ -1,4 +1,4 @@
-"""What a GPU will run, as far as it goes without one: the sentence, the flags, small runs on the CPU."""
+"""The checks for a GPU, as far as a CPU can run them: the message, the flags, small runs."""
 
 import argparse
 import json
@@ -21,12 +21,12 @@ from fastseg.data.host import HostDecoder
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says something else where there is a GPU")
-def test_without_a_gpu_it_says_so_and_ends_well(tmp_path: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_passes(tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("gpu-check: there is no NVIDIA GPU here")
+    assert "no NVIDIA GPU" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -54,11 +54,11 @@ def test_every_flag_of_a_step_exists(name: str) -> None:
         ("void at::native::scatter_kernel", "the rest"),
     ],
 )
-def test_kernels_are_what_their_names_say(kernel: str, kind: str) -> None:
+def test_kind_of_a_kernel(kernel: str, kind: str) -> None:
     assert profile_step.kind_of(kernel) == kind
 
 
-def test_the_steps_take_eight_minutes_at_most() -> None:
+def test_the_steps_fit_into_eight_minutes() -> None:
     assert sum(limit_s for limit_s, _ in gpu_check.STEPS.values()) <= 8 * 60
 
 
@@ -69,7 +69,7 @@ def test_host_and_dali_share_a_batch(pairs: fastseg.Pairs, share: float) -> None
     row = dali_knobs.Row("both", 2, host_share=share)
     exact = next(HostDecoder(some, dali_knobs.HEIGHT, dali_knobs.WIDTH).decode([np.arange(32)])).images
     assert dali_knobs.check_pixels(row, some, torch.device("cpu"), exact.float()) < dali_knobs.TOLERANCE
-    with pytest.raises(RuntimeError, match="differs from the host decoder by"):
+    with pytest.raises(RuntimeError, match="host decoder"):
         dali_knobs.check_pixels(row, some, torch.device("cpu"), 255 - exact.float())
 
 
@@ -79,7 +79,8 @@ def test_end_to_end_counts_from_the_start_of_the_process(pairs: fastseg.Pairs, t
     assert len(fastseg.find_pairs(tmp_path / "train_images", tmp_path / "train_masks")) == 20
     options = argparse.Namespace(channels=4, epochs=2, batch_size=4, workers=1, device="cpu")
     row = end_to_end.train(tmp_path, "eager", options)
-    lines = [json.loads(line) for line in (tmp_path / "runs/eager/metrics.jsonl").read_text().splitlines()]
+    (metrics,) = (tmp_path / "runs").glob("eager-*/metrics.jsonl")
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert row["seconds"] > lines[-1]["elapsed_seconds"] > lines[0]["elapsed_seconds"]
     assert sum(row["seconds_by_part"].values()) == pytest.approx(row["seconds"], rel=0.1)
     first = lines[0] | {"val_dice": 0.98}
@@ -90,9 +91,27 @@ def test_end_to_end_counts_from_the_start_of_the_process(pairs: fastseg.Pairs, t
     assert end_to_end.seconds_to(0.99, [first], begun) is None
 
 
-def test_skipped_tests_have_shown_nothing(tmp_path: Path) -> None:
+def test_end_to_end_summarises_several_runs() -> None:
+    runs = [{"seconds": seconds, "val_dice": seconds / 10} for seconds in (3.0, 1.0, 2.0)]
+    row = end_to_end.summarise("eager", runs)
+    assert (row["seconds"], row["seconds_spread"], row["val_dice"], row["runs"]) == (2.0, 0.5, 0.2, 3)
+
+
+def test_a_command_that_fails_is_reported(tmp_path: Path) -> None:
+    options = argparse.Namespace(channels=4, epochs=2, batch_size=4, workers=1, device="cpu")
+    with pytest.raises(RuntimeError, match="train_images"):
+        end_to_end.train(tmp_path, "eager", options)
+
+
+def test_a_wrong_way_is_refused() -> None:
+    config = fastseg.Config(base_channels=4, batch_size=1, device="cpu")
+    with pytest.raises(RuntimeError, match="wrong loss"):
+        profile_step.measure_way("eager", config, profile_step.choose_runtime(config), first_loss=0.1)
+
+
+def test_skipped_tests_count_as_failed(tmp_path: Path) -> None:
     report = tmp_path / "tests.xml"
     report.write_text('<testsuites><testsuite tests="3" skipped="0" /></testsuites>')
     assert gpu_check.judge_tests(report) == "passed"
     report.write_text('<testsuites><testsuite tests="3" skipped="3" /></testsuites>')
-    assert gpu_check.judge_tests(report) == "failed: 3 of 3 tests were skipped"
+    assert gpu_check.judge_tests(report).startswith("failed: 3 of 3")

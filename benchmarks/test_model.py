@@ -29,7 +29,7 @@ def test_forward_backward(benchmark: Any, in_channels: int) -> None:
     np.testing.assert_allclose(logits.detach().numpy(), exact.logits, atol=1e-4)
 
 
-def test_padding_changes_shapes_and_no_result() -> None:
+def test_padding_changes_no_result() -> None:
     padded = PLAIN._replace(in_channels=8)
     network, exact = model.make_model(padded, CPU), model.exact_answer(PLAIN, CPU)
     images, targets = model.make_batch(padded, CPU)
@@ -51,7 +51,7 @@ def test_a_wrong_variant_is_refused() -> None:
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The whole script, but for the fresh processes."""
+    """The whole script, in one process."""
     options = ["--channels", "4", "--batch", "1", "--dtypes", "fp32", "--repeat", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["model.py", *options])
     monkeypatch.setattr(model, "in_fresh_process", lambda function, *arguments: function(*arguments))

@@ -1,4 +1,4 @@
-"""The refinement benchmark on two tiny checkpoints: its rows are means over seeds, its picture is drawn."""
+"""refine.py on three tiny checkpoints: the means over seeds, and the picture."""
 
 import json
 import sys

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import flops
-import loader
+import measure
 import pytest
 import time_to_dice
 import torch
 import train_row
 import trainers
 import training
+from command import folder_fields
 from PIL import Image
 
 import fastseg
@@ -28,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def two_cars(pairs: fastseg.Pairs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared pairs under the names of two cars, so that one can be held out."""
+    """The shared pairs under the names of two cars, so that one of them can be validation."""
     folder = tmp_path_factory.mktemp("cars")
     for kind, path in (("images", pairs.image_path), ("masks", pairs.mask_path)):
         (folder / f"train_{kind}").mkdir()
@@ -47,13 +48,13 @@ def setting(two_cars: Path) -> trainers.Setting:
 
 @pytest.mark.parametrize("channels", [64, 4])
 def test_flops_are_those_of_the_convolutions(channels: int) -> None:
-    """Counted by hand from the shapes; nothing else in a UNet is a product of matrices."""
+    """Against a count by hand, from the shapes of the convolutions."""
     with torch.device("meta"):
         model, image = fastseg.UNet(channels), torch.empty(1, 3, 160, 240)
     by_hand = []
 
     def note(module: Any, inputs: Any, output: torch.Tensor) -> None:
-        size = inputs[0] if isinstance(module, torch.nn.ConvTranspose2d) else output  # where the kernel is applied
+        size = inputs[0] if isinstance(module, torch.nn.ConvTranspose2d) else output  # where the kernel runs
         by_hand.append(2 * module.weight.numel() * size.shape[2] * size.shape[3])
 
     for module in model.modules():
@@ -62,7 +63,7 @@ def test_flops_are_those_of_the_convolutions(channels: int) -> None:
     model(image)
     counted = flops.count_flops(lambda: fastseg.UNet(channels), 160, 240)
     assert counted["forward"] == sum(by_hand)
-    assert counted["forward_backward"] == 3 * sum(by_hand) - by_hand[0]  # no gradient of the picture
+    assert counted["forward_backward"] == 3 * sum(by_hand) - by_hand[0]  # no gradient of the image
     assert counted["parameters"] == sum(parameter.numel() for parameter in model.parameters())
     if channels == 64:
         assert counted["forward"] == pytest.approx(56.4e9, rel=0.01)
@@ -78,13 +79,8 @@ def test_step(benchmark: Any, setting: trainers.Setting, name: str) -> None:
 
 
 def test_the_row_fastseg_is_what_train_does(setting: trainers.Setting, tmp_path: Path) -> None:
-    time_to_dice.link_files(setting, tmp_path)
-    folders = {
-        f"{split}_{field}_dir": tmp_path / f"{split}_{kind}"
-        for split in ("train", "val")
-        for field, kind in (("img", "images"), ("mask", "masks"))
-    }
-    result = fastseg.train({**FIELDS, **folders, "out_dir": tmp_path / "runs"})
+    time_to_dice.link_setting(setting, tmp_path)
+    result = fastseg.train({**FIELDS, **folder_fields(tmp_path), "out_dir": tmp_path / "runs"})
     row = train_row.run_row("fastseg", setting)
     assert row["val_dice"] == pytest.approx(result.history[-1]["val_dice"], abs=1e-6)
     assert row["steps"] == 4
@@ -112,20 +108,22 @@ def test_a_wrong_row_is_refused(setting: trainers.Setting) -> None:
     model = trainer.run.model
     assert train_row.check_gradients(trainer, *batch)["loss_error"] < 1e-5
     trainer.run.forward = lambda x: 1.1 * model(x)
-    with pytest.raises(ValueError, match="wrong loss or gradient"):
+    with pytest.raises(ValueError, match="wrong loss"):
         train_row.check_gradients(trainer, *batch)
     trainer.run.forward = lambda x: model(x).detach() + 0 * model(x)  # the loss is right, its gradient is not
-    with pytest.raises(ValueError, match=r"'gradient_error': 1\.0"):
+    with pytest.raises(ValueError, match=r"gradient_error\W+1\.0"):
         train_row.check_gradients(trainer, *batch)
 
 
 def test_command(
     two_cars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The whole script; only the row that forks workers has a process of its own."""
+    """The whole script in one process, except for the row that forks workers."""
 
     def run_here(function: Any, name: str, *arguments: Any) -> Any:
-        return loader.in_fresh_process(function, name, *arguments) if name == "tutorial" else function(name, *arguments)
+        return (
+            measure.in_fresh_process(function, name, *arguments) if name == "tutorial" else function(name, *arguments)
+        )
 
     result = tmp_path / "training.json"
     options = ["--data", str(two_cars), "--pairs", "8", "--val-fraction", "0.5", "--channels", "4", "--batch-size", "2"]
@@ -138,7 +136,7 @@ def test_command(
     assert [row["row"] for row in last_line["rows"]] == ["tutorial", "loader", "fastseg"]
     assert last_line["missing"] == {"graphs": "n/a: CUDA graphs need a GPU"}
     for row in last_line["rows"]:
-        assert row["steps"] == 4  # two epochs of two: there is always a later one
+        assert row["steps"] == 4  # two epochs of two steps: there is always a later epoch
         assert row["limit_pct"] > 0
         assert row["peak_gib"] > 0.05
         flops_a_s = 1e9 * row["gflop_a_pair"] * row["pairs_per_s"]
@@ -150,12 +148,14 @@ def test_command(
         assert picture.width > 1000
 
 
-@pytest.mark.parametrize(("target", "reached"), [(0.0, True), (1.1, False)])
-def test_loop_ends_at_the_target_or_the_limit(setting: trainers.Setting, target: float, reached: bool) -> None:
+@pytest.mark.parametrize(("target", "limit_s", "reached"), [(0.0, 600.0, True), (1.1, 0.0, False)])
+def test_loop_ends_at_the_target_or_the_limit(
+    setting: trainers.Setting, target: float, limit_s: float, reached: bool
+) -> None:
     setting = setting._replace(reader="plain")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainers.peers, "plain", lambda pairs, workers, pin_memory: _decode_here(setting), raising=False)
-        run = time_to_dice.run_loop(setting, target, 0.5, time_to_dice.time.monotonic())
+        run = time_to_dice.run_loop(setting, target, limit_s, time_to_dice.time.monotonic())
     assert (run["seconds"] is not None) == reached
     assert run["epochs"] == 1 or not reached
 
@@ -192,14 +192,14 @@ def test_command_is_watched(tmp_path: Path, target: float, limit_s: float, then:
     assert (run["seconds"] is None) == (target > 0.9)
 
 
-def test_a_command_that_fails_is_said(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_reported(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.exit('fastseg: no')", "--out-dir", str(tmp_path), "--name", "a"]
-    with pytest.raises(RuntimeError, match="fastseg train failed: fastseg: no"):
+    with pytest.raises(RuntimeError, match="fastseg: no"):
         time_to_dice.run_command(command, 0.9, 60)
 
 
 def test_time_to_dice(two_cars: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """`fastseg train` itself; any Dice will do."""
+    """With `fastseg train` itself; the target is Dice 0."""
     options = ["--data", str(two_cars), "--pairs", "8", "--val-fraction", "0.5", "--channels", "4", "--batch-size", "2"]
     options += ["--time-to-dice", "0", "--racers", "fast", "--repeat", "1", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["training.py", *options])
@@ -212,7 +212,7 @@ def test_time_to_dice(two_cars: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "seconds to Dice 0" in printed
 
 
-def test_one_racer_that_fails_costs_nothing(
+def test_one_racer_that_fails_stops_no_other(
     setting: trainers.Setting, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = {"seconds": 2.0, "best_dice": 0.5, "epochs": 1}
@@ -224,7 +224,7 @@ def test_one_racer_that_fails_costs_nothing(
 
     monkeypatch.setattr(time_to_dice, "run_command", run_command)
     result = time_to_dice.race(["fast", "tutorial"], setting, 0.4, 60, repeat=2)
-    assert result["missing"] == {"fast": "RuntimeError: fastseg train failed: no"}
+    assert "no" in result["missing"]["fast"]
     assert [(row["racer"], row["seconds"], len(row["runs"])) for row in result["rows"]] == [("tutorial", 2.0, 2)]
     assert "fast: not measured" in capsys.readouterr().out
 
@@ -234,16 +234,12 @@ def test_rows_that_begin_elsewhere_are_refused(setting: trainers.Setting, monkey
     monkeypatch.setattr(
         training, "in_fresh_process", lambda function, name, _: {"exact_loss": losses[name], "pairs_per_s": [1.0]}
     )
-    missing: dict[str, str] = {}
-    runs = training.measure_all(list(losses), setting, 1, missing)
+    runs, missing = training.measure_all(list(losses), setting, 1)
     assert list(runs) == ["tutorial", "loader", "smp"]
     assert "other weights" in missing["fastseg"]
 
 
-def test_bad_input_is_one_sentence(
-    two_cars: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_larger_than_the_data_is_refused(two_cars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["training.py", "--data", str(two_cars), "--pairs", "8", "--batch-size", "99"])
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(fastseg.ConfigError, match=r"--batch-size.*99.*Lower"):
         training.main()
-    assert "--batch-size: must be at most" in capsys.readouterr().err

@@ -1,19 +1,19 @@
-"""One run of a row of training.py, in a process of its own: its loss and gradients compared with exact ones, then time.
+"""One run of a row of training.py, in a process of its own: its loss and gradients against exact ones, then its time.
 
-`training.py` starts these processes; `trainers.py` says what a row is made of.
+`training.py` starts these processes; `trainers.py` builds the rows.
 """
 
 import copy
 import math
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from flops import count_flops, matmul_flops_per_s, synchronise
-from measure import PeakMemory
+from files import fill_page_cache
+from flops import count_flops, matmul_flops_per_s
+from measure import PeakMemory, synchronise, time_calls
 from torch import Tensor
 from trainers import COMPILED, Setting, Trainer, make_network, make_trainer, reader_workers_of
 
@@ -23,16 +23,25 @@ from fastseg.network.losses import bce_loss
 from fastseg.network.metrics import score_batches
 from fastseg.network.normalise import normalise, to_targets
 
-WARM_UP_STEPS = 3  # CUDA graphs are recorded in the second
-WRONG_LOSS = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 1e-2}  # relative; float32 is TF32 on a GPU
-WRONG_GRADIENT = {torch.float32: 5e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # relative, in the 2-norm; of our UNet
-LOSS_SCALE = 1024.0  # in the comparison: float16 needs one, and the GradScaler's first is too large on purpose
+WARM_UP_STEPS = 3  # compile_graphs captures its CUDA graphs in the second
+MAX_LOSS_ERROR = {
+    torch.float32: 1e-3,
+    torch.bfloat16: 2e-2,
+    torch.float16: 1e-2,
+}  # relative; float32 may use TF32
+MAX_GRADIENT_ERROR = {torch.float32: 5e-2, torch.bfloat16: 0.3, torch.float16: 0.1}  # relative, in the 2-norm
+LOSS_SCALE = 1024.0  # of the comparison: float16 needs one, and the GradScaler starts with one that overflows
 
 
 def run_row(name: str, setting: Setting) -> dict[str, Any]:
-    """One run of a row, in a fresh process: check, warm up, train and score, compare with a resident batch."""
-    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores: we try that
-    _read_files(setting)
+    """One run of a row: check, warm up, train and score, compare with a resident batch.
+
+    Raises:
+        ValueError: the row's loss or gradient is wrong.
+    """
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores, on purpose
+    fill_page_cache(setting.train_pairs)
+    fill_page_cache(setting.val_pairs)
     trainer = make_trainer(name, setting)
     run, device = trainer.run, trainer.run.runtime.device
     resident = first_batch(setting, device)
@@ -40,7 +49,7 @@ def run_row(name: str, setting: Setting) -> dict[str, Any]:
     checked = check_gradients(trainer, *resident)
     warm = [_time_resident(trainer, resident, 1) for _ in range(WARM_UP_STEPS)]
     compile_s = trainer.compile_s + checked.pop("seconds") + sum(warm) - (1 + len(warm)) * min(warm)
-    _begin_again(trainer, *first)
+    _restart(trainer, *first)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -48,7 +57,7 @@ def run_row(name: str, setting: Setting) -> dict[str, Any]:
     dice = score_batches(run.model.eval(), run.val_loader, run.runtime)["dice"]
     run.model.train()
     resident_s, real = [], []
-    for _ in range(setting.rounds):  # in turn, so that what disturbs the machine hits both
+    for _ in range(setting.rounds):  # in turn, so that a disturbance of the machine hits both
         resident_s.append(_time_resident(trainer, resident, len(run.train_loader)))
         real.append(time_epoch(trainer))
     cost = count_flops(lambda: make_network(name, run.config), run.config.image_height, run.config.image_width)
@@ -72,16 +81,8 @@ def run_row(name: str, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _read_files(setting: Setting) -> None:
-    """Into the page cache."""
-    for pairs in (setting.train_pairs, setting.val_pairs):
-        for index in range(len(pairs)):
-            for path in (pairs.image_path(index), pairs.mask_path(index)):
-                Path(path).read_bytes()
-
-
 def first_batch(setting: Setting, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The first pairs, decoded by our threads whatever the row's loader: the same pixels for all."""
+    """The first pairs, decoded by our threads in every row, so that all rows get the same pixels."""
     config = setting.config
     decoder = HostDecoder(setting.train_pairs, config.image_height, config.image_width)
     images, masks, _ = next(decoder.decode([np.arange(config.batch_size)]))
@@ -92,10 +93,10 @@ def check_gradients(trainer: Trainer, images: Tensor, masks: Tensor) -> dict[str
     """Compare BCE and its gradient on a batch with those of the same weights in float32, contiguous and eager.
 
     Returns:
-        `exact_loss`, `loss_error`, `gradient_error`, and `seconds` of the row's own forward and backward, its first.
+        `exact_loss`, `loss_error`, `gradient_error`, and the `seconds` of the row's first forward and backward pass.
 
     Raises:
-        ValueError: they differ by more than the number format explains.
+        ValueError: they differ by more than the dtype explains.
     """
     run = trainer.run
     inputs, targets = normalise(images), to_targets(masks)
@@ -124,26 +125,26 @@ def check_gradients(trainer: Trainer, images: Tensor, masks: Tensor) -> dict[str
         "seconds": seconds,
     }
     dtype = run.runtime.dtype
-    # At random weights rounding alone turns the gradient of a deep encoder by half: smp's is only reported.
-    limit = WRONG_GRADIENT[dtype] if isinstance(run.model, fastseg.UNet) else math.inf
-    if not (found["loss_error"] <= WRONG_LOSS[dtype] and found["gradient_error"] <= limit):
+    # Rounding alone changes the gradient of a deep encoder with random weights by half: that of smp is only reported.
+    limit = MAX_GRADIENT_ERROR[dtype] if isinstance(run.model, fastseg.UNet) else math.inf
+    if not (found["loss_error"] <= MAX_LOSS_ERROR[dtype] and found["gradient_error"] <= limit):
         raise ValueError(f"wrong loss or gradient: {found}")
     return found
 
 
-def _begin_again(trainer: Trainer, weights: dict[str, Any], optimizer: dict[str, Any]) -> None:
-    """The first weights and the first random numbers, after checks and warm-up."""
+def _restart(trainer: Trainer, weights: dict[str, Any], optimizer: dict[str, Any]) -> None:
+    """Restore the first weights and the first random numbers, after checks and warm-up."""
     run = trainer.run
     run.model.load_state_dict(weights)
     run.optimizer.load_state_dict(optimizer)
     run.generator.manual_seed(run.config.seed)
-    torch.manual_seed(run.config.seed)  # of kornia
+    torch.manual_seed(run.config.seed)  # for kornia's classes
     run.step = 0
     run.loss_sum.zero_()
 
 
 def time_epoch(trainer: Trainer) -> dict[str, float]:
-    """Seconds of an epoch, and those of them that the host waited for batches."""
+    """Seconds of an epoch, and the seconds in which the host waited for batches."""
     pairs, waited = 0, 0.0
     synchronise(trainer.run.runtime.device)
     asked = started = time.perf_counter()
@@ -157,20 +158,20 @@ def time_epoch(trainer: Trainer) -> dict[str, float]:
 
 
 def _time_resident(trainer: Trainer, batch: tuple[Tensor, Tensor], steps: int) -> float:
-    """Seconds of steps on one batch that is on the device already."""
-    synchronise(trainer.run.runtime.device)
-    started = time.perf_counter()
-    for _ in range(steps):
-        trainer.step(*batch)
-    synchronise(trainer.run.runtime.device)
-    return time.perf_counter() - started
+    """Seconds of `steps` steps on one batch that is on the device already."""
+
+    def run_steps() -> None:
+        for _ in range(steps):
+            trainer.step(*batch)
+
+    return time_calls(run_steps, trainer.run.runtime.device)[0]
 
 
 def _peak_gib(trainer: Trainer, batch: tuple[Tensor, Tensor]) -> float:
-    """Of the device's memory while training; on a CPU of this process and its workers, in steps of their own."""
+    """Peak memory of the device while training; on a CPU that of this process and its workers, in extra steps."""
     device = trainer.run.runtime.device
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / 2**30  # what a graph works in counts as reserved only
+        return torch.cuda.max_memory_reserved(device) / 2**30  # allocated would not count a graph's memory
     with PeakMemory() as memory:
         _time_resident(trainer, batch, 2)
     return memory.mib / 1024

@@ -1,10 +1,9 @@
-"""The rows of training.py: what each is made of, ready to step. `train_row.py` measures them.
+"""The rows of training.py: their parts, ready to step. `train_row.py` measures them.
 
-A row of the waterfall has all that the rows above it have. From `augmentation` on, a row is fastseg itself:
-`build_run` builds it, `train_step` steps it, and `fastseg`, `graphs` and `compile` are what `fastseg.train` does with
-compile=off, compile=graphs and compile=on. The rows above are the loop that tutorials write, around the same
-network, loss and order of pairs; of fastseg they use `build_run` for the network, Adam, and the loader where the row
-has it.
+A row of the waterfall has everything that the rows above it have. From `augmentation` on, a row is fastseg itself:
+`build_run` builds it, `train_step` steps it; `fastseg`, `graphs` and `compile` are
+`fastseg.train` with compile=off, compile=graphs and compile=on. The rows above are the loop of the tutorials, around
+the same network, loss and order of pairs; `build_run` gives them the network, Adam, and our loader where a row has it.
 """
 
 import functools
@@ -34,13 +33,13 @@ WATERFALL = {
     "channels_last": "+ channels-last",
     "autocast": "+ autocast",
     "augmentation": "+ our augmentation",
-    "fastseg": "+ fused AdamW, one cycle, BCE + Dice, freed memory kept: fastseg.train, eager",
-    "graphs": "+ CUDA graphs: fastseg.train, recorded",
+    "fastseg": "+ fused AdamW, one cycle, BCE + Dice, freed memory retained: fastseg.train, eager",
+    "graphs": "+ CUDA graphs: fastseg.train, captured",
     "compile": "+ torch.compile instead: fastseg.train, compiled",
     "compile_graphs": '+ both: mode="reduce-overhead"',
 }
 NEED_GPU = ("graphs", "compile_graphs")
-COMPILED = {"graphs": "graphs", "compile": "on", "compile_graphs": "on"}  # `Config.compile` of the rows that have one
+COMPILED = {"graphs": "graphs", "compile": "on", "compile_graphs": "on"}  # the rows' `Config.compile`
 PEERS = {
     "plain": "torch DataLoader, autocast, channels-last, eager",
     "smp": "the same, segmentation-models-pytorch's Unet with resnet34: another network",
@@ -51,7 +50,7 @@ Batches = Iterable[tuple[Tensor, Tensor, Any]]
 
 
 class Setting(NamedTuple):
-    """What all rows have in common."""
+    """The part that all rows share."""
 
     train_pairs: fastseg.Pairs
     val_pairs: fastseg.Pairs
@@ -68,15 +67,15 @@ class Trainer(NamedTuple):
     layout: torch.memory_format
     epoch: Callable[[], Batches]  # uint8 on the device
     step: Callable[[Tensor, Tensor], None]
-    compile_s: float  # seconds that went into compiling or recording before the first step
+    compile_s: float  # seconds of compiling or capturing before the first step
 
 
 def make_trainer(name: str, setting: Setting) -> Trainer:
-    """A row at its beginning; the same seed gives every row the same first weights and the same order of pairs."""
+    """Build a row; the same seed gives every row the same first weights and the same order of pairs."""
     stages = list(WATERFALL)
     has = PEERS_HAVE if name in PEERS else set(stages[: stages.index(name) + 1])
     on_gpu = choose_runtime(setting.config).device.type == "cuda"
-    reduced = "fp16" if name in PEERS and on_gpu else "auto"  # with a GradScaler, as most loops that people write
+    reduced = "fp16" if name in PEERS and on_gpu else "auto"  # with a GradScaler, as in most training loops
     config = setting.config.replace(
         recipe="fast" if "fastseg" in has else "tutorial",
         compile=COMPILED.get(name, "off"),
@@ -96,7 +95,7 @@ def make_trainer(name: str, setting: Setting) -> Trainer:
     if name == "compile_graphs":
         run.forward = torch.compile(run.model, mode="reduce-overhead", dynamic=False)
     if "loader" in has:
-        for _ in run.train_loader.decoder.decode([np.arange(config.batch_size)]):  # pipelines stand, nothing is cached
+        for _ in run.train_loader.decoder.decode([np.arange(config.batch_size)]):  # starts the threads, caches nothing
             pass
         epoch = _our_epochs(run)
     else:
@@ -117,22 +116,10 @@ def reader_workers_of(name: str, setting: Setting) -> int:
 def make_network(name: str, config: Config) -> nn.Module:
     if name != "smp":
         return build_model(config)
+    peers.import_torchvision()
     import segmentation_models_pytorch as smp
 
-    return _PadTo32(smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=1))
-
-
-class _PadTo32(nn.Module):
-    """smp's Unet halves an image five times; what is padded for that is cut off its logits."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        padded = nn.functional.pad(x, (0, -width % 32, 0, -height % 32))
-        return self.network(padded)[..., :height, :width]
+    return smp.Unet("resnet34", encoder_weights=None, in_channels=3, classes=1)
 
 
 def _our_epochs(run: Run) -> Callable[[], Batches]:
@@ -144,7 +131,7 @@ def _our_epochs(run: Run) -> Callable[[], Batches]:
 
 
 def _data_loader_epochs(run: Run, load: peers.Epoch) -> Callable[[], Batches]:
-    """Epochs of torch's DataLoader, in the order that our loader has."""
+    """Epochs of torch's DataLoader, in the order of our loader."""
     numbers, count, size = itertools.count(), len(run.train_loader.pairs), run.config.batch_size
 
     def order(epoch: int) -> peers.Batches:
@@ -156,23 +143,14 @@ def _data_loader_epochs(run: Run, load: peers.Epoch) -> Callable[[], Batches]:
             device = run.runtime.device
             yield images.to(device, non_blocking=True), masks.to(device, non_blocking=True), indices
 
-    for _ in load(order(0)[:1]):  # the workers run
+    for _ in load(order(0)[:1]):  # starts the workers
         pass
     return epoch
 
 
 def _plain_step(run: Run, layout: torch.memory_format) -> Callable[[Tensor, Tensor], None]:
-    """The step of a tutorial: kornia's classes with fastseg's strengths, then Adam on BCE."""
-    import kornia.augmentation as K
-
-    config = run.config
-    sizes = (1 - config.scale, 1 + config.scale)
-    augment = K.AugmentationSequential(
-        K.RandomHorizontalFlip(p=config.flip),
-        K.RandomAffine(config.rotation, (config.translation,) * 2, sizes, padding_mode="border", p=1.0),
-        K.ColorJitter(config.brightness, config.contrast, config.saturation, config.hue, p=1.0),
-        data_keys=["input", "mask"],
-    )
+    """The tutorials' step: kornia's classes with fastseg's strengths, then Adam on BCE."""
+    augment = peers.kornia_augmentation(run.config)
 
     def step(images: Tensor, masks: Tensor) -> None:
         pixels, targets = augment(images.permute(0, 3, 1, 2).float() / 255, masks[:, None].float() / 255)
