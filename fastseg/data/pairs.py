@@ -44,17 +44,19 @@ class Pairs:
 
     image_dir: str
     mask_dir: str
-    images: list[str]  # relative to image_dir
-    masks: list[str]  # relative to mask_dir
-    left_out: tuple[str, ...] = ()  # images that bad_samples="skip" left out
+    images: list[str]  #: relative to image_dir
+    masks: list[str]  #: relative to mask_dir
+    left_out: tuple[str, ...] = ()  #: images that bad_samples="skip" left out
 
     def __len__(self) -> int:
         return len(self.images)
 
     def image_path(self, index: int) -> str:
+        """Path of image `index`."""
         return os.path.join(self.image_dir, self.images[index])
 
     def mask_path(self, index: int) -> str:
+        """Path of mask `index`."""
         return os.path.join(self.mask_dir, self.masks[index])
 
     def subset(self, indices: Iterable[int]) -> "Pairs":
@@ -192,6 +194,7 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
     """Hold out whole groups, so that no car is in training and in validation.
 
     Args:
+        pairs: from `find_pairs`.
         val_fraction: share of the groups to hold out; at least one group is.
         seed: of the choice of groups.
 

@@ -55,13 +55,13 @@ log = logging.getLogger(__name__)
 class PredictResult:
     """Counts and times of a prediction. With several ranks, all but `seconds_by_part` is about all of them."""
 
-    images: int  # found, the broken ones included
-    masks: int  # written by this run
-    skipped: int  # whose results existed
-    broken: tuple[tuple[str, str], ...]  # path and reason of each image without a mask, in the order given
-    images_per_s: float  # masks written per second, without start-up
+    images: int  #: found, the broken ones included
+    masks: int  #: written by this run
+    skipped: int  #: whose results existed
+    broken: tuple[tuple[str, str], ...]  #: path and reason of each image without a mask, in the order given
+    images_per_s: float  #: masks written per second, without start-up
     seconds: float
-    seconds_by_part: dict[str, float]  # of this rank: start-up, network, waiting for photos, waiting for files
+    seconds_by_part: dict[str, float]  #: of this rank: start-up, network, waiting for photos, waiting for files
     out: str
 
     @property

@@ -61,7 +61,7 @@ def encode_rle(mask: Mask) -> str:
         mask: (H, W) bool or uint8; nonzero is foreground.
 
     Returns:
-        `start length` pairs joined by spaces: row by row, the first pixel is 1.
+        `start length` pairs joined by spaces, row by row; the first pixel is number 1.
 
     Raises:
         ValueError: shape or dtype differ.

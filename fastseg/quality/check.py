@@ -52,7 +52,7 @@ class Finding:
 
     severity: Severity
     what: str
-    where: str  # name of the set: train, val or all; "train, val" between two
+    where: str  #: name of the set: train, val or all; "train, val" between two
     files: list[Example]
 
 
@@ -68,8 +68,8 @@ class CheckedSet(NamedTuple):
 class CheckReport:
     """The result of `check`."""
 
-    findings: list[Finding]  # errors first
-    sets: dict[str, CheckedSet]  # by name: train and val, or all
+    findings: list[Finding]  #: errors first
+    sets: dict[str, CheckedSet]  #: by name: train and val, or all
     seconds: float
 
     def count(self, severity: Severity) -> int:

@@ -113,7 +113,10 @@ def find_splits(config: Config) -> tuple[Pairs, Pairs]:
 
 
 def _has_files(folder: str) -> bool:
-    return os.path.isdir(folder) and any(os.scandir(folder))
+    if not os.path.isdir(folder):
+        return False
+    with os.scandir(folder) as entries:
+        return any(entries)
 
 
 def resolve_config(config: Config, num_pairs: int) -> Config:

@@ -30,13 +30,13 @@ class TrainResult:
     """
 
     run_dir: Path
-    val_dice: float  # mean over images
+    val_dice: float  #: mean over images
     val_iou: float
-    best_epoch: int  # counted from 1
-    pairs_per_s: float  # training only, decoding included
-    seconds: float  # of this call
-    interrupted: bool  # by Ctrl-C or SIGTERM; the same call resumes the run
-    history: list[dict[str, Any]]  # one entry per epoch, as in metrics.jsonl
+    best_epoch: int  #: counted from 1
+    pairs_per_s: float  #: training only, decoding included
+    seconds: float  #: of this call
+    interrupted: bool  #: by Ctrl-C or SIGTERM; the same call resumes the run
+    history: list[dict[str, Any]]  #: one entry per epoch, as in metrics.jsonl
 
 
 def draw_val_overlay(run: Run, model: nn.Module) -> Path:

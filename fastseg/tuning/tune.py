@@ -26,10 +26,10 @@ class TuneResult:
     """The results of a study so far."""
 
     out_dir: Path
-    best: Config | None  # as in best.json; None if interrupted before the first complete trial
-    val_dice: float  # of the best trial, mean over validation images; nan if there is none
-    trials: list[dict[str, Any]]  # one per trial, as in trials.csv
-    interrupted: bool  # by Ctrl-C or SIGTERM; the same call resumes
+    best: Config | None  #: as in best.json; None if interrupted before the first complete trial
+    val_dice: float  #: of the best trial, mean over validation images; nan if there is none
+    trials: list[dict[str, Any]]  #: one per trial, as in trials.csv
+    interrupted: bool  #: by Ctrl-C or SIGTERM; the same call resumes
 
 
 def tune(
