@@ -35,6 +35,7 @@ STATUS_MESSAGES = {
 }
 
 MAX_PIXELS = 2**28  # of what is decoded: a forged header must not exhaust memory
+MAX_PIXELS_PER_BYTE = 2731  # a code of b <= 12 bits gives less than 2**b pixels, so a byte less than 8 / 12 * 4096
 TABLE_SIZE = 4096
 
 compiled = njit(nogil=True, cache=True, error_model="numpy")
@@ -116,13 +117,14 @@ def _parse_header(data: Bytes) -> _Header:
         position += 3 * palette_size
     if position >= end:
         return _refuse(TRUNCATED)
-    code_size = _item(data, position)
-    position += 1
+    code_size, position = _item(data, position), position + 1
     if frame_width == 0 or frame_height == 0 or code_size < 1 or code_size > 8:
         return _refuse(DAMAGED)
     width, height = max(width, left + frame_width), max(height, top + frame_height)
     if width * height > MAX_PIXELS:
         return _refuse(TOO_LARGE)
+    if frame_width * frame_height > MAX_PIXELS_PER_BYTE * (end - position):
+        return _refuse(TRUNCATED)
     return _Header(
         OK, width, height, left, top, frame_width, frame_height, (flags >> 6) & 1, fill,
         palette_start, palette_size, code_size, position,
