@@ -123,15 +123,23 @@ def test_resume_equals_uninterrupted(pairs_dir, tmp_path, number, batch, changes
     assert [e["train_loss"] for e in resumed.history] == [e["train_loss"] for e in whole.history]
 
 
+@pytest.fixture
+def default_ctrl_c():
+    """Python's own handler of Ctrl-C, which a process started in the background by a shell does not have."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("default_ctrl_c")
 def test_a_second_ctrl_c_ends_the_run_at_once(pairs_dir, tmp_path, monkeypatch):
-    handler = signal.getsignal(signal.SIGINT)
     settings = config(pairs_dir, tmp_path)
     send_signal(monkeypatch, signal.SIGINT, 3, times=2)
     with pytest.raises(KeyboardInterrupt):
         fastseg.train(settings)
     state = torch.load(settings.run_dir / "last.pt", weights_only=True)
-    assert (state["epoch"], state["step"]) == (1, 0)  # the end of the epoch before
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert (state["epoch"], state["step"]) == (1, 0)  # the end of the previous epoch
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_saves_the_state_and_ends_the_command(pairs_dir, tmp_path):
