@@ -1,5 +1,5 @@
 # make demo   install, make Carvana-like pairs, train, evaluate, draw: everything from nothing
-# make test   install, run the tests            make lint   ruff and mypy
+# make test   install, run the tests            make lint   ruff, mypy, import-linter
 # make docs   install, build the pages of docs/ as HTML in build/docs; a warning is an error
 # make gpu-check OUT=DIR   tests and benchmarks that need a GPU, eight minutes, results as JSON in DIR
 # make install   only the virtual environment   make clean  remove what these made (data/ and runs/ stay)
@@ -36,6 +36,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs build/docs

@@ -16,7 +16,7 @@ from peers import EXAMPLE, import_torchvision
 from PIL import Image
 
 from fastseg.data.decode import decode_image, decode_mask
-from fastseg.data.gif import as_uint8, decode_gif, decode_indices, parse_gif
+from fastseg.data.gif import decode_gif_mask
 from fastseg.data.resample import resize_area, sampling_grid
 
 Pixels = NDArray[Any]
@@ -40,22 +40,8 @@ def ours() -> list[Decoder]:
         grid = sampling_grid(pixels.shape[1], pixels.shape[0], WIDTH, HEIGHT)
         return resize_area(pixels, grid, HEIGHT, WIDTH, image)
 
-    memory: dict[int, Pixels] = {}
-    every_index = np.arange(256, dtype=np.uint8)
-
-    def into_memory(data: bytes) -> Pixels:
-        """`decode_gif` into memory of earlier calls: the kernel's fresh pages cost half of its time."""
-        file = as_uint8(data)
-        header = parse_gif(file)
-        size = header.width * header.height
-        if size not in memory:
-            memory[size] = np.empty(size, np.uint8)
-        decode_indices(file, header, every_index, memory[size], np.zeros(256, np.uint8))
-        return memory[size].reshape(header.height, header.width)
-
     return [
-        Decoder("gif", "fastseg", lambda data: decode_gif(data)[0]),
-        Decoder("gif", "fastseg, memory reused", into_memory),
+        Decoder("gif", "fastseg", decode_gif_mask),
         Decoder("mask", "fastseg, area", lambda data: (decode_mask(data, mask, "area"), mask)[1], True),
         Decoder("mask", "fastseg, nearest", lambda data: (decode_mask(data, mask, "nearest"), mask)[1], True),
         Decoder("jpeg", "fastseg", lambda data: (decode_image(data, image), image)[1], True),

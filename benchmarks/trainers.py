@@ -1,7 +1,7 @@
 """The rows of training.py: their parts, ready to step. `train_row.py` measures them.
 
 A row of the waterfall has everything that the rows above it have. From `augmentation` on, a row is fastseg itself:
-`state.build_run` builds it and the training loop's own step steps it; `fastseg`, `graphs` and `compile` are
+`build_run` builds it, `train_step` steps it; `fastseg`, `graphs` and `compile` are
 `fastseg.train` with compile=off, compile=graphs and compile=on. The rows above are the loop of the tutorials, around
 the same network, loss and order of pairs; `build_run` gives them the network, Adam, and our loader where a row has it.
 """
@@ -24,7 +24,7 @@ from fastseg.network.checkpoint import build_model
 from fastseg.network.losses import bce_loss
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.memory import set_retaining_allocator
-from fastseg.training.loop import _step as train_step
+from fastseg.training.loop import train_step
 from fastseg.training.state import Run, build_run, compile_model
 
 WATERFALL = {

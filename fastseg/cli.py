@@ -1,4 +1,4 @@
-"""The command `fastseg`: bad input ends with one sentence on standard error and status 2; Ctrl-C with status 130."""
+"""The command `fastseg`: an error prints one message to standard error and exits with status 2, Ctrl-C with 130."""
 
 import argparse
 import logging
@@ -15,18 +15,20 @@ __all__ = ["main"]
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one sentence."""
+    """An argument parser that raises its errors as ConfigError."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}. See `{self.prog} --help`.")
 
-    def refuse(self, argument: str) -> NoReturn:
-        """Raise the error about an unknown argument, naming the nearest known flag."""
+    def error_unknown(self, argument: str) -> NoReturn:
+        """Raise the error for an unknown argument, with the closest known flag."""
         if not argument.startswith("--"):
-            self.error(f"{argument}: is no argument of `{self.prog}`")
+            self.error(f"{argument}: unknown argument of `{self.prog}`")
         flag, _, _ = argument.partition("=")
         flags = {known[2:].replace("-", "_"): known for known in self._option_string_actions if known.startswith("--")}
-        raise ConfigError(f"{flag}: is no flag of `{self.prog}`. Did you mean {flags[closest_match(flag[2:], flags)]}?")
+        raise ConfigError(
+            f"{flag}: unknown flag of `{self.prog}`. Did you mean {flags[closest_match(flag[2:], flags)]}?"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options, unknown = parser.parse_known_args(arguments)
         if unknown:
-            options.parser.refuse(unknown[0])
+            options.parser.error_unknown(unknown[0])
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         logging.getLogger("numba").setLevel(logging.WARNING)
         sys.exit(options.run(options))
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         usage = f"%(prog)s {command.usage}"
         sub = commands.add_parser(
-            command.name, help=command.what, description=command.what, usage=usage, allow_abbrev=False
+            command.name, help=command.description, description=command.description, usage=usage, allow_abbrev=False
         )
         sub.set_defaults(run=command.run, parser=sub)
         command.add_arguments(sub)

@@ -1,109 +1,73 @@
-"""The sub-commands of `fastseg`, one a public function: its arguments, the call, and what is printed.
+"""The subcommands of `fastseg`, one per public function: arguments, call and output.
 
-Flags for fields of `Config` are made from the fields. What is heavy is imported when a command runs: `--help` and a
-wrong flag need no torch.
+A command imports torch only when it runs, so that `--help` and wrong flags are fast.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args, get_origin
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from fastseg.config import Config, format_value
+from fastseg.config import Config
+from fastseg.flags import add_all_fields, add_fields, read_config, read_fields, read_search
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
-INTERRUPTED = 130  # what a shell reports for a command ended by Ctrl-C
+INTERRUPTED = 130  # exit status after Ctrl-C, as a shell reports it
 
 
 class Command(NamedTuple):
-    """A sub-command: `fastseg NAME`."""
+    """A subcommand: `fastseg NAME`."""
 
     name: str
-    what: str  # it does, in the help
-    usage: str
+    description: str
+    usage: str  # the arguments
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]  # returns the exit status
 
 
-def _add_config_fields(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """A flag a field; `Config` itself reads and checks the text."""
-    for name in names:
-        field = Config.model_fields[name]
-        default = f" (default: {format_value(field.default)})" if field.default != "" else ""
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=f"field_{name}",
-            metavar=_metavar(field.annotation),
-            default=argparse.SUPPRESS,
-            help=f"{field.description}{default}".replace("%", "%%"),
-        )
-
-
-def _metavar(annotation: Any) -> str:
-    """What a field takes, for the help: its choices, or the kind of value."""
-    if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
-    return {bool: "true|false", int: "N", float: "X", str: "TEXT"}[annotation]
-
-
-def _config_fields(options: argparse.Namespace) -> dict[str, Any]:
-    return {key.removeprefix("field_"): value for key, value in vars(options).items() if key.startswith("field_")}
-
-
-def _add_train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="JSON file of fields, as hyperparams.json; flags win over it")
-    _add_config_fields(parser, tuple(Config.model_fields))
-
-
-def _train_config(options: argparse.Namespace) -> Config:
-    changes = _config_fields(options)
-    return Config(**changes) if options.config is None else Config.from_json(options.config).replace(**changes)
-
-
 def _train(options: argparse.Namespace) -> int:
-    config = _train_config(options)
+    config = read_config(options)
 
     from fastseg.runtime.distributed import get_rank
-    from fastseg.training.loop import train  # loads torch: not for `--help` or a wrong value
+    from fastseg.training.loop import train
 
     result = train(config)
     if result.interrupted:
-        print(f"Interrupted. Run the same command again to go on from {result.run_dir / 'last.pt'}.", file=sys.stderr)
+        print(f"Interrupted. Run the same command again to resume from {result.run_dir / 'last.pt'}.", file=sys.stderr)
         return INTERRUPTED
-    if get_rank() > 0:  # the first process speaks for all
-        return 0
-    print(
-        f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
-        f"{result.best_epoch}) after {result.seconds:.0f} s; everything is in {result.run_dir}/"
-    )
+    if get_rank() == 0:
+        print(
+            f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
+            f"{result.best_epoch}) after {result.seconds:.0f} s; the run is in {result.run_dir}/"
+        )
     return 0
 
 
 EVALUATE_FIELDS = ("device", "precision", "batch_size", "num_workers", "decoder", "bad_samples", "check_data")
-MAX_NAMED = 3  # images of the lowest Dice that `evaluate` names; its JSON has more
+MAX_NAMED = 3  # images of lowest Dice that `evaluate` prints; its JSON has more
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--img-dir", metavar="DIR", required=True, help="folder of images")
     parser.add_argument("--mask-dir", metavar="DIR", required=True, help="folder of masks")
-    parser.add_argument("--out", metavar="DIR", help="write scores.csv, summary.json and worst.png there")
+    parser.add_argument("--out", metavar="DIR", help="write scores.csv, summary.json and worst.png to DIR")
     parser.add_argument(
         "--full-size",
         metavar="true|false",
         default="true",
         choices=("true", "false"),
-        help="score at the photos' own size too (default: true)",
+        help="also score at the photos' own size (default: true)",
     )
     parser.add_argument(
         "--refine",
         metavar="none|crf",
         default="crf",
-        help="how masks at full size are corrected by the photo (default: crf)",
+        help="how to refine masks at full size with the photo (default: crf)",
     )
-    _add_config_fields(parser, EVALUATE_FIELDS)
+    add_fields(parser, EVALUATE_FIELDS)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -116,7 +80,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         full_size=options.full_size == "true",
         refine=options.refine,
         out=options.out,
-        **_config_fields(options),
+        **read_fields(options),
     )
     print(f"{scores['images']} images: {_means(scores, '')}, at the training size")
     if options.full_size == "true":
@@ -145,34 +109,34 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--images", metavar="PATH", nargs="+", required=True, help="folders of photos, or photos")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder for the masks: DIR/<stem>_mask.png")
-    parser.add_argument("--mask-format", metavar="png|gif", default="png", help="of the masks (default: png)")
+    parser.add_argument("--mask-format", metavar="png|gif", default="png", help="format of the masks (default: png)")
     parser.add_argument("--probabilities", action="store_true", help="also write <stem>_probability.png, grey 0..255")
-    parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, the mask on the photo")
-    parser.add_argument("--csv", metavar="FILE", default="", help="also write a table: size, foreground, error")
+    parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, mask over photo")
+    parser.add_argument("--csv", metavar="FILE", default="", help="also write a table of size, foreground and errors")
     parser.add_argument(
         "--refine",
         metavar="none|crf",
         default="crf",
-        help="how masks are corrected by the photo (default: crf)",
+        help="how to refine masks with the photo (default: crf)",
     )
     parser.add_argument(
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )
-    parser.add_argument("--resume", action="store_true", help="leave photos alone whose results are all there")
-    for name, what in (
-        ("batch_size", "photos at a time, in each process (default: as in training)"),
-        ("num_workers", "decoding and writing threads; 0: one a core (default: 0)"),
+    parser.add_argument("--resume", action="store_true", help="skip photos whose results all exist")
+    for name, help in (
+        ("batch_size", "photos per batch in each process (default: as in training)"),
+        ("num_workers", "decoding and writing threads; 0: one per core (default: 0)"),
     ):
         flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=what)
-    _add_config_fields(parser, ("device", "precision"))
+        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=help)
+    add_fields(parser, ("device", "precision"))
 
 
 def _predict(options: argparse.Namespace) -> int:
     from fastseg.masks.predict import predict
     from fastseg.runtime.distributed import barrier, get_rank, process_group
 
-    fields = _config_fields(options)
+    fields = read_fields(options)
     with process_group(fields.get("device", "auto")):
         result = predict(
             options.checkpoint,
@@ -187,16 +151,16 @@ def _predict(options: argparse.Namespace) -> int:
             resume=options.resume,
             **fields,
         )
-        if get_rank() == 0:  # the first process speaks for all
+        if get_rank() == 0:
             print(result.message)
-        barrier()  # a process that ends with status 1 makes torchrun end the others
+        barrier()  # torchrun ends all ranks when one exits with status 1
     return 1 if result.broken else 0
 
 
 def _add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="data", help="folder for the four folders (default: data)")
+    parser.add_argument("--out", metavar="DIR", default="data", help="folder to write to (default: data)")
     parser.add_argument(
-        "--cars", metavar="N", type=int, default=6, help="a quarter of them for validation (default: 6)"
+        "--cars", metavar="N", type=int, default=6, help="number of cars; a quarter are for validation (default: 6)"
     )
     parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
@@ -205,37 +169,37 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
 def _synth(options: argparse.Namespace) -> int:
     from fastseg.synthetic.generate import generate
 
-    made = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
-    print(f"{made['train_pairs']} training and {made['val_pairs']} validation pairs in {options.out}/")
+    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
+    print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
     return 0
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--out", metavar="FILE", required=True, help="file to write: .onnx, .pt2 or .safetensors")
-    parser.add_argument("--format", metavar="onnx|torch|safetensors", help="if the file's name does not say it")
+    parser.add_argument("--format", metavar="onnx|torch|safetensors", help="format (default: by the file's extension)")
 
 
 def _export(options: argparse.Namespace) -> int:
     from fastseg.network.export import export
 
-    made = export(options.checkpoint, options.out, options.format)
-    difference = made["max_difference"]
+    exported = export(options.checkpoint, options.out, options.format)
+    difference = exported["max_difference"]
     within = f"within {difference:.1e} of the network" if difference else "identical to the network"
     compared = "not compared with the network" if difference is None else within
-    print(f"{options.out}: {made['format']}, {made['bytes'] / 1e6:.1f} MB, {compared}")
+    print(f"{options.out}: {exported['format']}, {exported['bytes'] / 1e6:.1f} MB, {compared}")
     return 0
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--masks", metavar="DIR", required=True, help="folder of masks, named as their images")
+    parser.add_argument("--masks", metavar="DIR", required=True, help="folder of masks, named like their images")
     parser.add_argument("--out", metavar="FILE", required=True, help="CSV file to write")
-    parser.add_argument("--images", metavar="DIR", help="folder of the images that must each have a mask of their size")
-    _add_config_fields(parser, ("num_workers",))
+    parser.add_argument("--images", metavar="DIR", help="folder of images; each must have a mask of its size")
+    add_fields(parser, ("num_workers",))
 
 
 def _submission(options: argparse.Namespace) -> int:
-    config = Config(**_config_fields(options))
+    config = Config(**read_fields(options))
 
     from fastseg.masks.submission import BrokenMasksError, write_submission
 
@@ -254,28 +218,29 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUES",
         action="append",
         required=True,
-        help="a field to vary, between LOW:HIGH, LOW:HIGH:log or one of A,B,C; may be given several times",
+        help="field to search, over LOW:HIGH, LOW:HIGH:log or A,B,C; repeat for more fields",
     )
-    parser.add_argument("--trials", metavar="N", type=int, required=True, help="in all, earlier ones included")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; the same folder goes on")
-    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: that of the folder)")
-    _add_train(parser)
+    parser.add_argument(
+        "--trials", metavar="N", type=int, required=True, help="total number of trials, those of earlier runs included"
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; an existing study resumes")
+    parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: name of the folder)")
+    add_all_fields(parser)
 
 
 def _tune(options: argparse.Namespace) -> int:
-    config = _train_config(options)
+    config, search = read_config(options), read_search(options.search)
 
-    from fastseg.tuning.report import print_study
-    from fastseg.tuning.search_space import read_flags
     from fastseg.tuning.tune import tune
 
-    search = read_flags(options.search)
     result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
     if result.best is not None:
+        from fastseg.tuning.report import print_study  # needs Optuna, which `tune` has checked for
+
         print_study(result.trials, search)
-        print(f"Dice {result.val_dice:.4f} at best; `fastseg train --config {result.out_dir / 'best.json'}` trains it")
+        print(f"Best Dice {result.val_dice:.4f}. Train with `fastseg train --config {result.out_dir / 'best.json'}`.")
     if result.interrupted:
-        print("Interrupted. Run the same command again to go on.", file=sys.stderr)
+        print("Interrupted. Run the same command again to resume.", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -287,16 +252,16 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="a folder with train_images, train_masks, val_images, val_masks (or images, masks); or those themselves",
     )
-    parser.add_argument("--json", metavar="FILE", help="write all findings there, every file named")
-    parser.add_argument("--strict", action="store_true", help="warnings make the exit status 1 as errors do")
-    parser.add_argument("--no-copies", action="store_true", help="do not look for images that look alike")
-    _add_config_fields(parser, ("num_workers",))
+    parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
+    parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
+    parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
+    add_fields(parser, ("num_workers",))
 
 
 def _check(options: argparse.Namespace) -> int:
     from fastseg.quality.check import check, print_report
 
-    report = check(*options.folders, copies=not options.no_copies, **_config_fields(options))
+    report = check(*options.folders, duplicates=not options.no_duplicates, **read_fields(options))
     print_report(report)
     if options.json:
         report.to_json(options.json)
@@ -304,31 +269,31 @@ def _check(options: argparse.Namespace) -> int:
 
 
 COMMANDS = (
-    Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", _add_train, _train),
+    Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", add_all_fields, _train),
     Command(
         "evaluate",
-        "IoU and Dice of a checkpoint on a folder",
+        "score a checkpoint on a folder of pairs",
         "--checkpoint FILE --img-dir DIR --mask-dir DIR [--out DIR] [--refine METHOD] [--FIELD VALUE ...]",
         _add_evaluate,
         _evaluate,
     ),
     Command(
         "predict",
-        "masks of photos, at their own size",
+        "write masks of photos at their own size",
         "--checkpoint FILE --images PATH [PATH ...] --out DIR [--probabilities] [--overlays] [--csv FILE] [...]",
         _add_predict,
         _predict,
     ),
     Command(
         "export",
-        "write a network for other programs",
+        "export a network to ONNX, torch.export or safetensors",
         "--checkpoint FILE --out FILE [--format onnx|torch|safetensors]",
         _add_export,
         _export,
     ),
     Command(
         "submission",
-        "write masks as a Kaggle CSV",
+        "write masks as Kaggle's run-length CSV",
         "--masks DIR --out FILE [--images DIR] [--num-workers N]",
         _add_submission,
         _submission,
@@ -342,8 +307,8 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "find what is wrong with a data set; exit status 1 if something is",
-        "DIR... [--json FILE] [--strict] [--no-copies] [--num-workers N]",
+        "find the faults of a data set; exit status 1 if there are errors",
+        "DIR... [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
         _add_check,
         _check,
     ),

@@ -1,4 +1,4 @@
-"""Pictures of a run: learning curves, and outlines over images."""
+"""Plots of a run: learning curves, and outlines drawn over images."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,11 +21,11 @@ from fastseg.runtime.files import atomic_write
 __all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_worst"]
 
 TRUE, PREDICTED = "#00d5ff", "#ff2e88"  # outlines that stand out from each other and from most photographs
-MARGIN = 40  # pixels of a photo that are shown around its outlines
+MARGIN = 40  # pixels of the photo around its outlines
 
 
 class Outlined(NamedTuple):
-    """A photo and the two outlines to draw on it, at one half of what the masks hold."""
+    """A photo and two masks, whose outlines at 0.5 are drawn over it."""
 
     photo: NDArray[np.uint8]  # (H, W, 3)
     true: NDArray[Any]  # (H, W) bool, or in [0, 1]
@@ -34,10 +34,13 @@ class Outlined(NamedTuple):
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
-    """Loss, and IoU and Dice, by epoch; a PNG.
+    """Plot loss, IoU and Dice by epoch; a PNG.
 
     Args:
-        history: one entry an epoch, as in metrics.jsonl.
+        history: one entry per epoch, as in metrics.jsonl.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     epochs = [entry["epoch"] for entry in history]
     best = max(history, key=lambda entry: entry["val_dice"])
@@ -55,17 +58,21 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=120)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def draw_overlay(
     model: Callable[[Tensor], Tensor], pairs: Pairs, config: Config, runtime: Runtime, path: Path, count: int = 8
 ) -> None:
-    """Validation images with the true and the predicted outline and their Dice; a PNG.
+    """Draw validation images with the true and the predicted outline and their Dice; a PNG.
 
     Args:
         model: in evaluation mode, on the runtime's device.
-        pairs: of which `count` are shown, evenly spread over the list.
+        pairs: `count` of them are drawn, evenly spread over the list.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     shown = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(np.int64))
     decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
@@ -78,7 +85,11 @@ def draw_overlay(
 
 
 def draw_worst(wrong: Sequence[Outlined], path: Path) -> None:
-    """Photos cut to the part that either outline reaches, large enough to see what went wrong; a PNG."""
+    """Draw photos cropped to their outlines, large enough to see the errors; a PNG.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     parts = []
     for photo, true, predicted, title in wrong:
         part = _part_around((true > 0.5) | (predicted > 0.5))
@@ -87,7 +98,7 @@ def draw_worst(wrong: Sequence[Outlined], path: Path) -> None:
 
 
 def _part_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
-    """Rows and columns of a mask's foreground and a margin, in the proportions of the photo; all of it if empty."""
+    """Rows and columns of a mask's foreground with a margin, in the photo's aspect ratio; all if it is empty."""
     if not mask.any():
         return slice(None), slice(None)
     spans = [np.flatnonzero(mask.any(axis)) for axis in (1, 0)]
@@ -101,11 +112,14 @@ def _part_around(mask: NDArray[np.bool_]) -> tuple[slice, slice]:
 
 
 def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, width: float = 3.2) -> None:
-    """Photos in rows, each with the true and the predicted outline; a PNG.
+    """Draw photos in rows, each with the true and the predicted outline; a PNG.
 
     Args:
-        columns: at most, in a row.
-        width: of a photo, in inches.
+        columns: photos per row, at most.
+        width: width of a photo, in inches.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     columns = min(columns, len(shown))
     aspects = [photo.shape[0] / photo.shape[1] for photo, *_ in shown]

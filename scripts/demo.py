@@ -1,8 +1,8 @@
-"""make demo: from nothing to a trained network. Makes Carvana-like pairs if there are none, trains, scores, draws.
+"""The demo of `make demo`: generate pairs, train, evaluate, draw.
 
     python scripts/demo.py [--any-config-field VALUE ...]
 
-On a GPU it trains the full 64-channel UNet, on a CPU a 16-channel one. Pairs that already lie in data/ are used.
+On a GPU it trains the 64-channel UNet, on a CPU a 16-channel one. Pairs that already exist in data/ are used.
 """
 
 import sys
@@ -17,7 +17,7 @@ FOLDERS = [Path("data") / f"{split}_{kind}" for split in ("train", "val") for ki
 
 
 def run(*arguments: str) -> None:
-    """One `fastseg` command; ends the demo where it fails."""
+    """Run one `fastseg` command; end the demo if it fails."""
     print("\n$ fastseg", *arguments, flush=True)
     try:
         main(arguments)

@@ -1,7 +1,7 @@
-"""Train as configured in a JSON file: python scripts/train.py [hyperparams.json] [--any-config-field VALUE ...]
+"""Train from a JSON file: python scripts/train.py [hyperparams.json] [--any-config-field VALUE ...]
 
-Without an argument it reads the hyperparams.json beside it. `fastseg train --config FILE` is the same, but for one
-thing: where the file says "cuda", as it always did, and there is no GPU, this script says so and trains on the CPU.
+The default is the hyperparams.json beside this script. Unlike `fastseg train --config FILE`, the script trains on the
+CPU, with a notice, if the file asks for "cuda" and there is no GPU.
 """
 
 import sys
@@ -14,14 +14,14 @@ from fastseg.cli import main
 
 
 def flags_for_this_machine(path: str) -> list[str]:
-    """A device flag, where the file asks for a GPU and there is none."""
+    """A device flag if the file asks for a GPU and there is none."""
     try:
         device = fastseg.Config.from_json(path).device
     except fastseg.ConfigError:
-        return []  # main says what is wrong
+        return []  # main reports the error
     if not device.startswith("cuda") or torch.cuda.is_available():
         return []
-    print(f"{path} says device {device}, and there is no GPU here: training on the CPU", file=sys.stderr)
+    print(f"{path}: device is {device}, but there is no GPU; training on the CPU", file=sys.stderr)
     return ["--device", "cpu"]
 
 

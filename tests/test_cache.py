@@ -1,4 +1,4 @@
-"""Caches: decoded once, right for ever, whoever is killed or interrupted meanwhile."""
+"""Caches: each pair is decoded once, and the pixels stay right when processes are killed or interrupted."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ from fastseg import Loader, Pairs, find_pairs
 from fastseg.data import cache as cache_module
 from fastseg.data import host
 from fastseg.data.batch import Batch
-from fastseg.errors import ConfigError
+from fastseg.errors import ConfigError, OutputError
 
 KINDS = ["memory", "disk"]
 
@@ -47,21 +47,22 @@ def make(own_pairs: Pairs, folder: Path) -> Callable[..., Loader]:
 
 
 @pytest.fixture
-def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Indices of the pairs that have been decoded, in no order."""
-    indices: list[int] = []
-    original = host.decode_pair
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the images that the host decoder has read, in any order."""
+    names: list[str] = []
+    original = host.read_file
 
-    def decode_pair(pairs: Pairs, index: int, *rest: Any) -> None:
-        indices.append(index)
-        original(pairs, index, *rest)
+    def read_file(path: str) -> bytes:
+        if Path(path).parent.name == "images":
+            names.append(Path(path).name)
+        return original(path)
 
-    monkeypatch.setattr(host, "decode_pair", decode_pair)
-    return indices
+    monkeypatch.setattr(host, "read_file", read_file)
+    return names
 
 
 def pixels_of(loader: Loader) -> dict[int, tuple[bytes, bytes]]:
-    """What one epoch gives for each pair."""
+    """Image and mask of each pair in one epoch."""
     return {
         int(index): (image.numpy().tobytes(), mask.numpy().tobytes())
         for images, masks, indices in loader
@@ -69,7 +70,7 @@ def pixels_of(loader: Loader) -> dict[int, tuple[bytes, bytes]]:
     }
 
 
-def drafts(folder: Path) -> list[str]:
+def temporary_files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*.part"))
 
 
@@ -84,13 +85,13 @@ def published(folder: Path) -> Path:
 @pytest.mark.parametrize("drop_last", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_file_is_opened_after_the_first_epoch(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], kind: str, drop_last: bool
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], kind: str, drop_last: bool
 ) -> None:
     expected = pixels_of(make(cache="off"))
     decoded.clear()
     loader = make(cache=kind, drop_last=drop_last)
     first = pixels_of(loader)
-    assert sorted(decoded) == list(range(12))  # also what drop_last left out
+    assert sorted(decoded) == own_pairs.images  # also those that drop_last left out
     for index in range(12):
         os.unlink(own_pairs.image_path(index))
         os.unlink(own_pairs.mask_path(index))
@@ -113,7 +114,7 @@ def test_dali_fills_the_cache_too(make: Callable[..., Loader], own_pairs: Pairs,
     assert all(epoch[index] == first[index] for epoch in later for index in epoch.keys() & first.keys())
 
 
-def test_off_keeps_nothing(make: Callable[..., Loader], decoded: list[int], folder: Path) -> None:
+def test_off_caches_nothing(make: Callable[..., Loader], decoded: list[str], folder: Path) -> None:
     loader = make(cache="off")
     for epoch in (1, 2):
         pixels_of(loader)
@@ -122,45 +123,47 @@ def test_off_keeps_nothing(make: Callable[..., Loader], decoded: list[int], fold
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_interrupted_epoch_decoded_is_not_decoded_again(
-    make: Callable[..., Loader], decoded: list[int], kind: str
+def test_rows_of_an_interrupted_epoch_are_not_decoded_again(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], kind: str
 ) -> None:
     loader = make(cache=kind, num_workers=1, batch_size=2)
     first = next(iter(loader)).indices.tolist()
     loader.load_state_dict({**loader.state_dict(), "step": 0})
     decoded.clear()
     pixels_of(loader)
-    assert sorted(decoded) == sorted(set(range(12)) - set(first))
+    assert sorted(decoded) == own_pairs.without(first).images
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_what_is_missing_of_a_batch_is_decoded(make: Callable[..., Loader], decoded: list[int], kind: str) -> None:
+def test_only_missing_rows_of_a_batch_are_decoded(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], kind: str
+) -> None:
     expected = pixels_of(make(cache="off"))
-    loader = make(cache=kind, rank=1, world_size=2)  # a process sees half of an epoch, another half of the next
+    loader = make(cache=kind, rank=1, world_size=2)  # each epoch gives a process another half of the pairs
     decoded.clear()
     for _ in range(12):
         assert all(expected[index] == pixels for index, pixels in pixels_of(loader).items())
-    assert sorted(decoded) == list(range(12))
+    assert sorted(decoded) == own_pairs.images
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bad_pair_does_not_keep_the_cache_from_being_complete(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], kind: str
+def test_cache_is_complete_without_a_bad_pair(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], kind: str
 ) -> None:
     breaks(remove_image, own_pairs)
     loader = make(cache=kind, bad_samples="skip", num_workers=1)
     expected = set(range(12)) - {BROKEN}
     assert set(pixels_of(loader)) == expected
-    assert sorted(set(decoded)) == list(range(12))
-    assert decoded.count(BROKEN) == 1
+    assert sorted(set(decoded)) == own_pairs.images
+    assert decoded.count(own_pairs.images[BROKEN]) == 1
     decoded.clear()
     for _ in range(2):
         assert set(pixels_of(loader)) == expected
     assert decoded == []
 
 
-def test_pair_that_broke_is_replaced_among_those_that_are_there(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]
+def test_pair_that_broke_is_replaced_within_cached_batches(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str]
 ) -> None:
     whole = pixels_of(make())
     breaks(remove_image, own_pairs)
@@ -172,15 +175,15 @@ def test_pair_that_broke_is_replaced_among_those_that_are_there(
         assert all(
             image.numpy().tobytes() == whole[index][0] for b in batches for image, index in zip(b[0], b[2], strict=True)
         )
-    assert set(decoded) <= {5, 6}
+    assert set(decoded) <= set(own_pairs.images[BROKEN : BROKEN + 2])
 
 
-# The disk cache outlives the run
+# The disk cache is reused by later runs
 
 
-def test_next_run_decodes_nothing(make: Callable[..., Loader], decoded: list[int], folder: Path) -> None:
+def test_next_run_decodes_nothing(make: Callable[..., Loader], decoded: list[str], folder: Path) -> None:
     expected = pixels_of(make())
-    assert drafts(folder) == []
+    assert temporary_files(folder) == []
     decoded.clear()
     assert pixels_of(make(shuffle=False, batch_size=3, num_workers=1, drop_last=True)) == expected
     assert decoded == []
@@ -196,20 +199,20 @@ def test_next_run_decodes_nothing(make: Callable[..., Loader], decoded: list[int
     ids=["other files", "image touched", "mask touched"],
 )
 def test_only_files_that_changed_are_decoded_again(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], folder: Path, change: Callable[[Pairs], object]
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], folder: Path, change: Callable[[Pairs], object]
 ) -> None:
     pixels_of(make())
     change(own_pairs)
     expected = pixels_of(make(cache="off"))
     decoded.clear()
     assert pixels_of(make()) == expected
-    assert decoded == [BROKEN]
+    assert decoded == [own_pairs.images[BROKEN]]
     assert pixels_of(make()) == expected
-    assert decoded == [BROKEN]
+    assert decoded == [own_pairs.images[BROKEN]]
     assert len(list(folder.iterdir())) == 1
 
 
-def test_new_pairs_join_those_that_are_there(make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]) -> None:
+def test_only_new_pairs_are_decoded(make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str]) -> None:
     pixels_of(make())
     for view in (5, 6):
         write_pair(Path(own_pairs.image_dir).parent, f"car1_{view:02d}", seed=view)
@@ -217,11 +220,11 @@ def test_new_pairs_join_those_that_are_there(make: Callable[..., Loader], own_pa
     expected = pixels_of(make(pairs=more, cache="off"))
     decoded.clear()
     assert pixels_of(make(pairs=more)) == expected
-    assert sorted(more.images[index] for index in decoded) == ["car1_05.jpg", "car1_06.jpg"]
+    assert sorted(decoded) == ["car1_05.jpg", "car1_06.jpg"]
 
 
-def test_other_splits_of_the_same_files_share_what_is_decoded(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]
+def test_another_split_of_the_same_files_reuses_their_rows(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str]
 ) -> None:
     expected = pixels_of(make())
     decoded.clear()
@@ -232,19 +235,19 @@ def test_other_splits_of_the_same_files_share_what_is_decoded(
 
 
 def test_pair_that_was_bad_is_tried_again_by_the_next_run(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int]
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str]
 ) -> None:
     expected = pixels_of(make(cache="off"))
     path = Path(own_pairs.image_path(BROKEN))
     data = path.read_bytes()
-    for content in (bytes(len(data)), data):  # of one size, and (a copy from a camera) of one time
+    for content in (bytes(len(data)), data):  # of the same size and (as from a camera's card) the same time
         path.write_bytes(content)
         os.utime(path, ns=(1, 1))
         decoded.clear()
         if content != data:
             pixels_of(make(bad_samples="skip"))
     assert pixels_of(make(bad_samples="skip")) == expected
-    assert decoded == [BROKEN]
+    assert decoded == [own_pairs.images[BROKEN]]
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,7 @@ def test_other_pixels_do_not_mix(make: Callable[..., Loader], folder: Path, othe
     assert pixels_of(make()) == pixels_of(make(cache="off"))
 
 
-def test_other_folders_do_not_mix(make: Callable[..., Loader], decoded: list[int], tmp_path: Path) -> None:
+def test_other_folders_do_not_mix(make: Callable[..., Loader], decoded: list[str], tmp_path: Path) -> None:
     pixels_of(make())
     for view in range(12):
         write_pair(tmp_path / "others", f"car{view // 4}_{view % 4 + 1:02d}", seed=100 + view)
@@ -276,10 +279,10 @@ def test_other_folders_do_not_mix(make: Callable[..., Loader], decoded: list[int
     assert decoded == []
 
 
-def test_draft_goes_with_its_loader(make: Callable[..., Loader], folder: Path) -> None:
+def test_temporary_file_is_removed_with_its_loader(make: Callable[..., Loader], folder: Path) -> None:
     loader = make()
     next(iter(loader))
-    assert len(drafts(folder)) == 1
+    assert len(temporary_files(folder)) == 1
     del loader
     assert list(folder.iterdir()) == []
 
@@ -288,7 +291,7 @@ def test_two_loaders_of_one_process_do_not_wait_for_each_other(make: Callable[..
     expected = pixels_of(make(cache="off"))
 
     def work() -> None:
-        first, second = make(), make()  # as when a cell of a notebook is run twice
+        first, second = make(), make()  # as when a notebook's cell runs twice
         batches = iter(first)
         next(batches)
         assert pixels_of(second) == expected
@@ -299,7 +302,7 @@ def test_two_loaders_of_one_process_do_not_wait_for_each_other(make: Callable[..
     assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
 
 
-# Killed, or disturbed
+# Processes are killed, or disturb each other
 
 
 DRIVER = """
@@ -311,31 +314,33 @@ DRIVER = """
     pairs = fastseg.find_pairs(images, masks)
     random = random.Random(int(seed))
 
-    next(fastseg.data.host.HostDecoder(pairs, 64, 96).decode([[0]]))  # loads what is compiled, before the forks
+    next(fastseg.data.host.HostDecoder(pairs, 64, 96).decode([[0]]))  # loads the compiled functions before the forks
 
-    def epoch(report):
+    def epoch(report, pause):
         loader = fastseg.Loader(
             pairs, height=64, width=96, batch_size=2, num_workers=1, decoder="host", cache="disk", cache_dir=folder
         )
         os.write(report, b"opened ")
-        for _ in loader:
+        for count, _ in enumerate(loader, start=1):
             os.write(report, b"batch ")
+            if pause and count == 3:
+                signal.pause()
         os.write(report, b"published ")
 
-    def start():
+    def start(pause=False):
         ours, theirs = os.pipe()
         child = os.fork()
         if child == 0:
             try:
-                epoch(theirs)
+                epoch(theirs, pause)
             finally:
                 os._exit(0)
         os.close(theirs)
         return child, ours
 
     if task == "kill":
-        for marks in (0, 1, 2, 4, 6, 7, 7, 8):  # before the file is there, while it is written, while it is published
-            child, report = start()
+        for marks in (0, 1, 2, 4, 6, 7, 7, 8):  # before the file exists, while it is filled, while it is published
+            child, report = start(pause=marks == 4)
             seen = b""
             while seen.count(b" ") < marks and (read := os.read(report, 1)):
                 seen += read
@@ -344,10 +349,10 @@ DRIVER = """
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             if marks == 4:
-                print("drafts", len([name for name in os.listdir(folder) if name.endswith(".part")]))
+                print("temporary files:", len([name for name in os.listdir(folder) if name.endswith(".part")]))
             os.close(report)
             for name in os.listdir(folder) if marks >= 7 and os.path.isdir(folder) else ():
-                if name.endswith(".fastseg"):  # so that the next one has something to write
+                if name.endswith(".fastseg"):  # so that the next process has a file to write
                     os.unlink(os.path.join(folder, name))
     else:
         children = [start() for _ in range(3)]
@@ -370,64 +375,65 @@ def run_driver(pairs: Pairs, folder: Path, task: str, seed: int = 0) -> str:
     return done.stdout
 
 
-def test_run_after_one_that_was_killed_is_right_and_complete(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], folder: Path
+def test_run_after_killed_ones_is_right_and_complete(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], folder: Path
 ) -> None:
-    assert run_driver(own_pairs, folder, "kill") == "drafts 1\n"  # the killed did write, and their drafts were removed
+    # The killed processes did write, and each removed the temporary file of the one before.
+    assert run_driver(own_pairs, folder, "kill") == "temporary files: 1\n"
     size = {"height": 64, "width": 96, "batch_size": 2}
     expected = pixels_of(make(cache="off", **size))
     for _ in range(2):
         assert pixels_of(make(**size)) == expected
-        assert drafts(folder) == []
+        assert temporary_files(folder) == []
     decoded.clear()
     assert pixels_of(make(**size)) == expected
     assert decoded == []
 
 
-def test_processes_at_once_all_get_the_right_pixels(
-    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[int], folder: Path
+def test_concurrent_processes_all_get_the_right_pixels(
+    make: Callable[..., Loader], own_pairs: Pairs, decoded: list[str], folder: Path
 ) -> None:
     whole = "opened " + 6 * "batch " + "published "
     assert run_driver(own_pairs, folder, "together").splitlines() == [whole] * 3
     size = {"height": 64, "width": 96, "batch_size": 2}
     assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
     assert pixels_of(make(**size)) == pixels_of(make(cache="off", **size))
-    assert len(decoded) == 12  # those of cache="off"
+    assert len(decoded) == 12  # by cache="off"
 
 
-def test_orphan_is_removed_and_a_draft_in_use_is_not(make: Callable[..., Loader], folder: Path) -> None:
+def test_orphan_is_removed_and_a_temporary_file_in_use_is_not(make: Callable[..., Loader], folder: Path) -> None:
     in_use = make()
     next(iter(in_use))
-    (draft,) = drafts(folder)
-    orphan = folder / draft.replace(draft.split(".")[-2], "0" * 32)
+    (temporary,) = temporary_files(folder)
+    orphan = folder / temporary.replace(temporary.split(".")[-2], "0" * 32)
     orphan.write_bytes(b"half a cache")
     other = make(height=8)
     assert not orphan.exists()
-    assert len(drafts(folder)) == 2
+    assert len(temporary_files(folder)) == 2
     pixels_of(in_use)
     pixels_of(other)
     assert len(list(folder.glob("*.fastseg"))) == 2
 
 
-def test_draft_taken_for_an_orphan_before_it_was_locked_is_made_again(
+def test_temporary_file_that_is_removed_before_it_is_locked_is_made_again(
     make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, quicker = cache_module.fcntl.flock, []
+    original, removed = cache_module.fcntl.flock, []
 
     def flock(file: Any, operation: int) -> None:
-        if not quicker and operation == cache_module.fcntl.LOCK_EX:
-            quicker.append(os.unlink(file.name))
+        if not removed and operation == cache_module.fcntl.LOCK_EX:
+            removed.append(os.unlink(file.name))
         original(file, operation)
 
     monkeypatch.setattr(cache_module.fcntl, "flock", flock)
     loader = make()
-    assert quicker == [None]
-    assert len(drafts(folder)) == 1
+    assert removed == [None]
+    assert len(temporary_files(folder)) == 1
     assert pixels_of(loader) == pixels_of(make(cache="off"))
     assert published(folder).exists()
 
 
-def test_files_of_others_stay_as_they_are(make: Callable[..., Loader], folder: Path, own_pairs: Pairs) -> None:
+def test_other_files_stay_as_they_are(make: Callable[..., Loader], folder: Path, own_pairs: Pairs) -> None:
     expected = pixels_of(make())
     name = published(folder).name
     others = {
@@ -442,7 +448,7 @@ def test_files_of_others_stay_as_they_are(make: Callable[..., Loader], folder: P
     for other, data in others.items():
         (folder / other).write_bytes(data)
     (folder / f"{name.split('-')[0]}-4.fastseg").mkdir()
-    os.utime(own_pairs.image_path(0), ns=(0, 1))  # so that every file is looked at
+    os.utime(own_pairs.image_path(0), ns=(0, 1))  # so that every file is read
     assert pixels_of(make()) == expected
     assert {path.name for path in folder.iterdir()} == {*others, name, f"{name.split('-')[0]}-4.fastseg"}
     assert all((folder / other).read_bytes() == data for other, data in others.items())
@@ -465,7 +471,7 @@ def test_files_of_others_stay_as_they_are(make: Callable[..., Loader], folder: P
     ],
 )
 def test_corrupt_file_is_rebuilt(
-    make: Callable[..., Loader], folder: Path, decoded: list[int], corrupt: Callable[[bytes], bytes]
+    make: Callable[..., Loader], folder: Path, decoded: list[str], corrupt: Callable[[bytes], bytes]
 ) -> None:
     expected = pixels_of(make())
     data = published(folder).read_bytes()
@@ -478,14 +484,11 @@ def test_corrupt_file_is_rebuilt(
     assert len(decoded) == 12
 
 
-def test_folder_that_cannot_be_written_is_refused(make: Callable[..., Loader], tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_folder_that_cannot_be_written_is_refused(make: Callable[..., Loader], tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    for place, reason in [("file", "File exists"), ("file/below", "Not a directory")]:
-        with pytest.raises(ConfigError) as error:
-            make(cache_dir=str(tmp_path / place))
-        assert str(error.value) == (
-            f"cache_dir: {tmp_path / place} cannot be written ({reason}). Give another folder, or cache=off."
-        )
+    with pytest.raises(OutputError, match=rf"{tmp_path / place}: .*cache_dir.*cache=off"):
+        make(cache_dir=str(tmp_path / place))
 
 
 def test_folder_without_permission_is_refused(make: Callable[..., Loader], tmp_path: Path) -> None:
@@ -493,25 +496,25 @@ def test_folder_without_permission_is_refused(make: Callable[..., Loader], tmp_p
     user = os.geteuid()
     os.seteuid(user or 65534)  # root may write everywhere
     try:
-        with pytest.raises(ConfigError, match=r"locked cannot be written \(Permission denied\)\. Give another folder"):
+        with pytest.raises(OutputError, match=r"locked: .*Permission denied.*cache_dir"):
             make(cache_dir=str(tmp_path / "locked"))
     finally:
         os.seteuid(user)
 
 
-def test_full_disk_is_met_before_the_epoch(
+def test_full_disk_is_detected_before_the_epoch(
     make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def posix_fallocate(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", posix_fallocate)
-    with pytest.raises(ConfigError, match=r"cache cannot be written \(No space left on device\)\. Give another folder"):
+    with pytest.raises(OutputError, match=r"cache: .*No space left on device.*Make room"):
         make()
     assert list(folder.iterdir()) == []
 
 
-def test_file_that_cannot_be_published_costs_the_file_not_the_run(
+def test_run_continues_if_its_file_cannot_be_published(
     make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = pixels_of(make(cache="off"))
@@ -524,11 +527,11 @@ def test_file_that_cannot_be_published_costs_the_file_not_the_run(
     for _ in range(3):
         assert pixels_of(loader) == expected
     (line,) = [line for line in caplog.messages if "cannot be written" in line]
-    assert line.endswith("cannot be written (Input/output error); the next run decodes again")
+    assert "Input/output error" in line
     assert list(folder.iterdir()) == []
 
 
-def test_run_that_maps_a_file_keeps_it_when_another_replaces_it(make: Callable[..., Loader], own_pairs: Pairs) -> None:
+def test_run_keeps_the_file_it_maps_when_another_replaces_it(make: Callable[..., Loader], own_pairs: Pairs) -> None:
     pixels_of(make())
     reader = make()
     before = pixels_of(reader)
@@ -539,7 +542,9 @@ def test_run_that_maps_a_file_keeps_it_when_another_replaces_it(make: Callable[.
     assert pixels_of(make()) == after
 
 
-def test_cache_folder_of_the_user(make: Callable[..., Loader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_in_the_home_folder(
+    make: Callable[..., Loader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     pixels_of(make(cache_dir=""))
@@ -551,7 +556,7 @@ def test_cache_folder_of_the_user(make: Callable[..., Loader], tmp_path: Path, m
     assert len(list((tmp_path / "xdg" / "fastseg").iterdir())) == 1
 
 
-# Which one
+# The choice of the kind
 
 
 SIZE = 12 * 16 * 24 * 4
@@ -567,7 +572,7 @@ SIZE = 12 * 16 * 24 * 4
         (0, 0, "off"),
     ],
 )
-def test_auto_takes_the_fastest_that_holds_it_in_half_the_free_space(
+def test_auto_chooses_the_fastest_with_twice_the_space(
     make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     memory: int, disk: int, chosen: str,
 ) -> None:  # fmt: skip
@@ -575,7 +580,7 @@ def test_auto_takes_the_fastest_that_holds_it_in_half_the_free_space(
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     with caplog.at_level(logging.INFO):
         loader = make(cache="auto")
-    assert sum(line.startswith(f"cache: {chosen} (0 MiB fit") for line in caplog.messages) == 1
+    assert sum(line.startswith(f"cache: {chosen} (0 MiB") for line in caplog.messages) == 1
     assert (type(loader.cache).__name__ if loader.cache else None) == {
         "memory": "Cache", "disk": "DiskCache", "off": None,
     }[chosen]  # fmt: skip
@@ -591,7 +596,7 @@ def test_auto_does_not_choose_a_disk_that_cannot_be_written(
     assert make(cache="auto").cache is None
 
 
-def test_free_memory_is_that_of_the_machine_within_the_limit_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_free_memory_is_within_the_limits_of_the_machine_and_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 0 < cache_module._free_memory() <= pages
     for limit, free in [("1048576\n", 2**20), ("max\n", None)]:
@@ -599,12 +604,12 @@ def test_free_memory_is_that_of_the_machine_within_the_limit_of_the_container(mo
         assert cache_module._free_memory() == free if free else cache_module._free_memory() > 2**20
 
 
-def test_memory_that_is_not_there_is_refused(make: Callable[..., Loader]) -> None:
-    with pytest.raises(ConfigError, match=r"^cache: memory has no room for the \d+ MiB of 12 pairs\. Use cache=disk"):
+def test_too_little_memory_is_refused(make: Callable[..., Loader]) -> None:
+    with pytest.raises(ConfigError, match=r"^cache: memory .* 12 pairs.*cache=disk"):
         make(cache="memory", height=2**22, width=2**22)
 
 
-def test_cache_takes_no_part_of_a_batch_by_reference() -> None:
+def test_cache_copies_batches() -> None:
     cache = cache_module.Cache(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.zeros(3, 2, 2, dtype=torch.uint8))
     batch = Batch(torch.ones(2, 2, 2, 3, dtype=torch.uint8), torch.ones(2, 2, 2, dtype=torch.uint8), np.array([2, 0]))
     cache.put(batch)
@@ -616,7 +621,7 @@ def test_cache_takes_no_part_of_a_batch_by_reference() -> None:
     assert cache.gather(np.array([2])).images.unique().tolist() == [1]
 
 
-def test_threads_that_load_at_once_do_not_disturb_each_other(make: Callable[..., Loader], folder: Path) -> None:
+def test_concurrent_threads_do_not_disturb_each_other(make: Callable[..., Loader], folder: Path) -> None:
     expected = pixels_of(make(cache="off"))
     got: list[dict[int, tuple[bytes, bytes]]] = []
     threads = [threading.Thread(target=lambda: got.append(pixels_of(make())), daemon=True) for _ in range(4)]

@@ -1,4 +1,4 @@
-"""check: each fault, planted in a data set that is otherwise good, is found and named; what is no fault is not."""
+"""check: every fault that is planted in a good data set is found and named, and nothing else is."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from PIL import Image, ImageFilter
 
 import fastseg
 from fastseg.cli import main
-from fastseg.quality import duplicates as copies
+from fastseg.quality import duplicates
 from fastseg.quality.duplicates import MAX_DISTANCE, find_near_duplicates
 from tests.conftest import write_pair
 
@@ -21,7 +21,7 @@ CARS = {"train": "abcdef", "val": "gh"}
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """train_* of six cars and val_* of two, a view each; 240x160."""
+    """train_* of six cars and val_* of two, one view each, 240x160."""
     for split, cars in CARS.items():
         for car in cars:
             write_pair(tmp_path / split, f"{car}_01", WIDTH, HEIGHT, seed=ord(car))
@@ -32,7 +32,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def found(data: Path, severity: str, **options) -> dict[tuple[str, str], list[str]]:
-    """Names of the files of every finding of a severity, by what and where it is."""
+    """File names of all findings of a severity, by (what, where)."""
     findings = fastseg.check(data, **options).findings
     return {
         (finding.what, finding.where): [Path(example.file).name for example in finding.files]
@@ -42,9 +42,7 @@ def found(data: Path, severity: str, **options) -> dict[tuple[str, str], list[st
 
 
 def notes(data: Path, what: str) -> list[str]:
-    return [
-        example.note for finding in fastseg.check(data).findings if finding.what == what for example in finding.files
-    ]
+    return [file.note for finding in fastseg.check(data).findings if finding.what == what for file in finding.files]
 
 
 def run(*arguments: object) -> int:
@@ -54,7 +52,7 @@ def run(*arguments: object) -> int:
 
 
 def copy_pair(data: Path, source: str, target: str) -> None:
-    """Pair `split/stem` once more under another name."""
+    """Copy the pair `split/stem` to another name."""
     (split, stem), (new_split, new_stem) = source.split("/"), target.split("/")
     shutil.copy(data / f"{split}_images/{stem}.jpg", data / f"{new_split}_images/{new_stem}.jpg")
     shutil.copy(data / f"{split}_masks/{stem}_mask.gif", data / f"{new_split}_masks/{new_stem}_mask.gif")
@@ -93,13 +91,12 @@ def test_truncated_file(name, data):
     assert "truncated" in notes(data, "files that cannot be decoded")[0]
 
 
-def test_damage_that_a_header_does_not_show(data):
-    """The file has its header and its end; what is between is not a picture any more."""
+def test_damage_between_the_header_and_the_end_of_a_file(data):
     path = data / "train_images/b_01.jpg"
     whole = path.read_bytes()
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + whole[-2:])
-    fastseg.data.decode.check_readable(path.read_bytes())  # no complaint
+    fastseg.data.decode.check_readable(path.read_bytes())  # raises nothing
     assert found(data, "error") == {("files that cannot be decoded", "train"): ["b_01.jpg"]}
 
 
@@ -115,7 +112,7 @@ def test_mask_without_image(data):
     assert run(data, "--strict") == 1
 
 
-def test_a_mask_without_image_is_decoded_too(data):
+def test_mask_without_image_is_decoded(data):
     (data / "val_images/g_01.jpg").unlink()
     (data / "val_masks/g_01_mask.gif").write_bytes(b"GIF89a")
     assert found(data, "error") == {("files that cannot be decoded", "val"): ["g_01_mask.gif"]}
@@ -141,9 +138,8 @@ def test_mask_of_another_size(data):
 def test_mask_of_many_values(data):
     soft = Image.fromarray(mask_values(data, "e_01")).filter(ImageFilter.GaussianBlur(2))
     replace_mask(data, "e_01", np.asarray(soft))
-    values = len(np.unique(np.asarray(soft)))
-    assert found(data, "error") == {("masks of more than two values", "train"): ["e_01_mask.png"]}
-    assert notes(data, "masks of more than two values") == [f"a mask must have two values; found {values}"]
+    assert found(data, "error") == {("masks with more than two values", "train"): ["e_01_mask.png"]}
+    assert f"found {len(np.unique(np.asarray(soft)))}" in notes(data, "masks with more than two values")[0]
 
 
 @pytest.mark.parametrize(("value", "what"), [(0, "empty masks"), (255, "masks that are all foreground")])
@@ -153,7 +149,7 @@ def test_mask_of_one_value(value, what, data):
 
 
 @pytest.mark.parametrize("value", [0, 255])
-def test_a_single_other_pixel_makes_a_mask_of_two_values(value, data):
+def test_single_pixel_of_the_other_value_counts(value, data):
     values = np.full((HEIGHT, WIDTH), value, np.uint8)
     values[77, 133] = 255 - value
     replace_mask(data, "f_01", values)
@@ -163,7 +159,7 @@ def test_a_single_other_pixel_makes_a_mask_of_two_values(value, data):
 def test_foreground_is_that_of_numpy(data):
     shares = [float((mask_values(data, f"{car}_01") > 0).mean()) for car in CARS["train"]]
     low, high, middle = min(shares), max(shares), sorted(shares)[3]
-    expected = f"foreground is {low:.1%} to {high:.1%} of a mask, {middle:.1%} in the median"
+    expected = f"foreground covers {low:.1%} to {high:.1%} of a mask, median {middle:.1%}"
     assert (expected, "train") in found(data, "info")
 
 
@@ -174,61 +170,60 @@ def test_sizes_are_listed(data):
             path.rename(data / f"val_{part}" / path.name)
         (data / part).rmdir()
     assert found(data, "info")["images of 2 sizes", "val"] == ["g_01.jpg", "i_01.jpg"]
-    assert notes(data, "images of 2 sizes") == ["240x160, as 2 images are", "120x80, as 1 images are"]
+    assert notes(data, "images of 2 sizes") == ["240x160, 2 of the images", "120x80, 1 of the images"]
 
 
-def test_same_file_twice_in_a_set_and_in_both(data):
+def test_duplicate_files_within_a_set_and_across_the_split(data):
     copy_pair(data, "train/a_01", "train/x_01")
     copy_pair(data, "train/b_01", "val/y_01")
-    assert found(data, "warning") == {("images twice", "train"): ["x_01.jpg"]}
-    between = ("validation images that are training images", "train, val")
+    assert found(data, "warning") == {("duplicate images", "train"): ["x_01.jpg"]}
+    between = ("validation images that are also training images", "train, val")
     assert found(data, "error") == {between: ["y_01.jpg"]}
     assert run(data) == 1
 
 
 @pytest.mark.parametrize(("scale", "quality"), [(1, 20), (2, 50), (3, 40)])
-def test_reencoded_and_resized_copy_across_the_split(scale, quality, data):
+def test_near_duplicate_across_the_split(scale, quality, data):
     copy_pair(data, "train/b_01", "val/y_01")
     size = (WIDTH // scale, HEIGHT // scale)
     read_picture(data / "train_images/b_01.jpg").resize(size).save(data / "val_images/y_01.jpg", quality=quality)
     mask = read_picture(data / "val_masks/y_01_mask.gif", "L").resize(size, Image.Resampling.NEAREST)
     mask.convert("1").save(data / "val_masks/y_01_mask.gif")
-    between = ("validation images that look like a training image", "train, val")
+    between = ("validation images that nearly duplicate a training image", "train, val")
     assert found(data, "warning") == {between: ["y_01.jpg"]}
     assert f"looks like {data / 'train_images/b_01.jpg'} (" in notes(data, between[0])[0]
-    assert found(data, "warning", copies=False) == {}
+    assert found(data, "warning", duplicates=False) == {}
 
 
-def test_copy_that_looks_alike_within_a_set(data):
+def test_near_duplicate_within_a_set(data):
     copy_pair(data, "train/b_01", "train/y_01")
     read_picture(data / "train_images/b_01.jpg").save(data / "train_images/y_01.jpg", quality=30)
-    assert found(data, "warning") == {("images that look alike", "train"): ["y_01.jpg"]}
+    assert found(data, "warning") == {("near-duplicate images", "train"): ["y_01.jpg"]}
 
 
-def test_views_of_one_car_are_no_copies_of_each_other(tmp_path):
-    """Sixteen views of each of two Carvana-like cars, which also differ from one another."""
+def test_views_of_one_car_are_no_near_duplicates(tmp_path):
     fastseg.generate(tmp_path, cars=2, views=16, width=480, height=320, workers=1)
     assert found(tmp_path, "warning") == {}
 
 
-def test_car_on_both_sides(data):
+def test_car_in_both_sets(data):
     (data / "val_images/g_01.jpg").rename(data / "val_images/a_02.jpg")
     (data / "val_masks/g_01_mask.gif").rename(data / "val_masks/a_02_mask.gif")
-    between = ("validation images of a car in training", "train, val")
+    between = ("validation images of a car that is also in training", "train, val")
     assert found(data, "warning") == {between: ["a_02.jpg"]}
     assert notes(data, between[0]) == ["training has a_01.jpg"]
 
 
 @pytest.mark.parametrize("num_originals", [None, 90])
-def test_find_copies_is_brute_force_in_chunks(num_originals, monkeypatch):
-    monkeypatch.setattr(copies, "CHUNK", 32)
+def test_find_near_duplicates_equals_brute_force(num_originals, monkeypatch):
+    monkeypatch.setattr(duplicates, "CHUNK", 32)
     rng = np.random.default_rng(0)
     hashes = rng.random((100, 256)) < 0.5
     originals = None if num_originals is None else rng.random((num_originals, 256)) < 0.5
     known = hashes if originals is None else originals
-    for copy, original, flips in ((70, 3, MAX_DISTANCE), (99, 5, 0), (40, 39, MAX_DISTANCE + 1)):
-        hashes[copy] = known[original]
-        hashes[copy, :flips] ^= True
+    for duplicate, original, flips in ((70, 3, MAX_DISTANCE), (99, 5, 0), (40, 39, MAX_DISTANCE + 1)):
+        hashes[duplicate] = known[original]
+        hashes[duplicate, :flips] ^= True
     expected = []
     for i in range(100):
         distances = [(int((hashes[i] != known[j]).sum()), j) for j in range(i if originals is None else len(known))]
@@ -237,9 +232,11 @@ def test_find_copies_is_brute_force_in_chunks(num_originals, monkeypatch):
     assert find_near_duplicates(hashes, originals) == expected == [(70, 3, MAX_DISTANCE), (99, 5, 0)]
 
 
-def test_find_copies_of_one_and_of_none():
-    assert find_near_duplicates(np.zeros((1, 256), bool)) == []
-    assert find_near_duplicates(np.zeros((0, 256), bool)) == []
+@pytest.mark.parametrize("count", [0, 1])
+def test_find_near_duplicates_of_one_and_of_none(count):
+    hashes = np.zeros((count, 256), bool)
+    assert find_near_duplicates(hashes) == []
+    assert find_near_duplicates(hashes, hashes[:0]) == []
 
 
 def test_json_names_every_file(data, tmp_path):
@@ -254,7 +251,7 @@ def test_json_names_every_file(data, tmp_path):
     assert report["sets"]["train"]["pairs"] == 2
 
 
-def test_folders_may_be_named(data, tmp_path):
+def test_folder_layouts(data, tmp_path):
     names = [data / f"{split}_{part}" for split in ("train", "val") for part in ("images", "masks")]
     assert {*fastseg.check(*names).sets} == {"train", "val"}
     assert {*fastseg.check(*names[:2]).sets} == {"all"}
@@ -265,18 +262,35 @@ def test_folders_may_be_named(data, tmp_path):
     assert {*fastseg.check(tmp_path).sets} == {"all"}
 
 
-def test_what_cannot_be_checked_ends_with_status_2(data, tmp_path, capsys, monkeypatch):
-    (tmp_path / "nothing").mkdir()
-    shutil.rmtree(data / "val_masks")
-    for arguments, sentence in (
-        ([data], f"{data / 'val_masks'}: no such folder of masks"),
-        ([tmp_path / "nothing"], f"{tmp_path / 'nothing'}: must hold train_images, train_masks"),
-        (["a", "b", "c"], "check: must be given one folder"),
-        ([data, "--num-workers", -1], "num_workers: must be at least 0; got '-1'"),
-    ):
-        assert run(*arguments) == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith(f"fastseg: {sentence}")
+def test_same_folders_as_both_sets(data):
+    folders = [data / "train_images", data / "train_masks"]
+    errors = {finding.what: len(finding.files) for finding in fastseg.check(*folders, *folders).findings[:1]}
+    assert errors == {"validation images that are also training images": 6}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "place", "remedy"),
+    [
+        (["."], "val_masks", "Give the folder"),
+        (["nothing"], "nothing", "fastseg check IMAGES MASKS"),
+        (["a", "b", "c"], "folders", "--help"),
+        ([".", "--num-workers", -1], "num_workers", "default"),
+    ],
+)
+def test_errors_name_place_and_remedy(arguments, place, remedy, data, capsys, monkeypatch):
+    monkeypatch.chdir(data)
+    Path("nothing").mkdir()
+    shutil.rmtree("val_masks")
+    assert run(*arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.split(": ")[1].endswith(place)
+    assert remedy in line
+
+
+def test_without_imagehash(data, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "imagehash", None)
-    assert run(data / "train_images", data / "train_masks") == 2
-    assert "pip install 'fastseg-dali[check]'" in capsys.readouterr().err
-    assert run(data / "train_images", data / "train_masks", "--no-copies") == 0
+    assert run(data) == 2
+    error = capsys.readouterr().err
+    assert "fastseg-dali[check]" in error
+    assert "--no-duplicates" in error
+    assert run(data, "--no-duplicates") == 0

@@ -1,4 +1,4 @@
-"""decode.py against Pillow and NumPy: what a file shows, averaged in float64 over the cells of the sampling grid."""
+"""decode.py against Pillow and NumPy: displayed pixels, averaged in float64 over the cells of the sampling grid."""
 
 import io
 import subprocess
@@ -50,7 +50,7 @@ def draw_photo(height: int, width: int, seed: int = 0, grain: float = 2.0) -> np
 
 
 def draw_disc(height: int, width: int) -> np.ndarray:
-    """(H, W) bool: nearer to the left and the top, so that every turn and flip shows."""
+    """(H, W) bool: off the centre to the left and the top, so that every turn and flip is detected."""
     y, x = np.mgrid[:height, :width]
     return (x - 0.4 * width) ** 2 + (y - 0.35 * height) ** 2 < (0.25 * min(height, width)) ** 2
 
@@ -148,7 +148,7 @@ def test_texture_is_averaged_not_sampled() -> None:
     expected = expected_cells(shown_by_pillow(data), 160, 240)
     assert mean_error(decoded_image(data, 160, 240), expected) < 0.8
     sampled = shown_by_pillow(data)[4::8, 4::8]
-    assert mean_error(sampled, expected) > 10  # so the bound above is a statement
+    assert mean_error(sampled, expected) > 10  # proof that the bound above detects sampling
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_jpeg_is_decoded_at_the_scale_nearest_above_the_target(
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_honoured_and_the_mask_stays_aligned(orientation: int) -> None:
-    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transposition that stores what is to be shown
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transposition from displayed to stored pixels
     for height, width in [(240, 320), (239, 317)]:  # whole blocks of 8, and not
         shown, disc = draw_photo(height, width), draw_disc(height, width)
         stored = Image.fromarray(shown)
@@ -204,7 +204,7 @@ def test_exif_orientation_is_honoured_and_the_mask_stays_aligned(orientation: in
                 assert (dark == (coverage > 127)).mean() > 0.97, (name, target)
 
 
-def test_exif_is_found_behind_other_segments() -> None:
+def test_exif_is_found_after_other_segments() -> None:
     data = encode(draw_photo(40, 60), orientation=6)
     exif = data.index(b"\xff\xe1")
     block = b"\xff\xed" + (60_002).to_bytes(2, "big") + bytes(60_000)  # as ImageMagick writes a Photoshop block first
@@ -259,7 +259,7 @@ def test_other_formats_decode(kind: str, mode: str) -> None:
         assert mean_error(decoded_image(data, *target), expected_cells(shown_by_pillow(data), *target)) < 0.51
 
 
-def test_transparency_shows_what_is_behind_it_without_a_warning() -> None:
+def test_transparency_is_ignored_without_a_warning() -> None:
     photo = draw_photo(64, 64)
     for alpha in (0, 128, 255):
         data = encode(np.dstack([photo, np.full((64, 64), alpha, np.uint8)]), "PNG")
@@ -280,7 +280,7 @@ def test_sixteen_bits_of_grey_become_eight() -> None:
 
 
 def mask_files(mask: np.ndarray) -> dict[str, bytes]:
-    """One mask in every way that people store it."""
+    """One mask in the formats in which people store masks."""
     bright = mask.astype(np.uint8)
     palette = Image.fromarray(bright)
     palette.putpalette([0, 0, 0, 128, 0, 0])
@@ -343,8 +343,9 @@ def test_mask_of_three_values_is_refused() -> None:
     grey = np.zeros((40, 60), np.uint8)
     grey[:10], grey[10:20] = 100, 200
     for data in (encode(grey, "PNG"), encode(grey.astype(np.uint16) * 200, "PNG"), encode(grey, "GIF")):
-        with pytest.raises(DataError, match="a mask must have two values; found 3"):
+        with pytest.raises(DataError, match=r"two values.* 3$") as caught:
             decoded_mask(data)
+        assert caught.value.kind == "values"
 
 
 def test_mask_follows_its_own_orientation() -> None:
@@ -363,7 +364,7 @@ def test_gif_size_counts_a_frame_beyond_the_canvas_as_pillow_does() -> None:
 def test_stray_bytes_at_the_end_do_no_harm() -> None:
     data = encode(draw_photo(80, 120))
     expected = decoded_image(data, 10, 15)
-    for strayed in (data + bytes(3000), data[:-2] + bytes(5) + data[-2:]):  # behind the end; before its marker
+    for strayed in (data + bytes(3000), data[:-2] + bytes(5) + data[-2:]):  # after the end, and before its marker
         assert np.array_equal(decoded_image(strayed, 10, 15), expected)
         assert check_readable(strayed) == (80, 120)
 
@@ -411,13 +412,13 @@ def test_damage_raises_nothing_but_data_error(name: str) -> None:
                 data[int(rng.integers(min(64, len(data))))] = int(rng.integers(256))
         for read in read_in_every_way(bytes(data)):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's about EXIF; they stop nothing
+                warnings.simplefilter("ignore")  # Pillow's about EXIF
                 try:
                     read()
                 except DataError as error:
                     refused += 1
-                    assert "\n" not in str(error)  # noqa: PT017 (an error is allowed, not demanded)
-    assert refused > 50  # the damage is damage
+                    assert "\n" not in str(error)  # noqa: PT017 (an error is allowed, not expected)
+    assert refused > 50
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -436,21 +437,17 @@ def test_half_a_file_is_refused(name: str) -> None:
 
 def test_error_messages() -> None:
     jpeg = FILES["jpeg"]()
-    cases = [
-        (b"", "is empty (0 bytes)"),
-        (b"<!doctype html>", "is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)"),
-        (b"\xff\xd8", "is no image that can be read (JPEG, PNG, BMP, WebP; masks also GIF)"),
-        (jpeg[: len(jpeg) // 2], "is a damaged or truncated JPEG (Premature end of JPEG file)"),
-    ]
-    for data, message in cases:
-        with pytest.raises(DataError) as error:
+    no_image = "no image.*JPEG, PNG, BMP, WebP"
+    cases = [(b"", "empty"), (b"<!doctype html>", no_image), (b"\xff\xd8", no_image), (jpeg[:1000], "truncated JPEG")]
+    for data, keyword in cases:
+        with pytest.raises(DataError, match=f"^is .*{keyword}") as caught:
             decode_image(data, np.empty((10, 15, 3), np.uint8))
-        assert str(error.value) == message
-    with pytest.raises(DataError, match=r"is a truncated JPEG \(its \d+ bytes have no end-of-image marker\)"):
+        assert caught.value.kind == "unreadable"
+    with pytest.raises(DataError, match=f"truncated JPEG.* {len(jpeg) - 100} bytes"):
         check_readable(jpeg[:-100])
 
 
-def test_a_jpeg_with_a_film_behind_its_end_is_readable() -> None:
+def test_a_jpeg_with_a_video_after_its_end_is_readable() -> None:
     jpeg = FILES["jpeg"]()
     assert check_readable(jpeg + bytes(100_000)) == check_readable(jpeg)
 
@@ -472,9 +469,9 @@ def test_no_other_program_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"started {args}")
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    postscript = encode(draw_photo(60, 80), "EPS")  # Pillow would hand it to Ghostscript, whatever its name
+    postscript = encode(draw_photo(60, 80), "EPS")  # Pillow passes it to Ghostscript, whatever its name
     for read in read_in_every_way(postscript):
-        with pytest.raises(DataError, match="is no image that can be read"):
+        with pytest.raises(DataError, match="no image"):
             read()
 
 
@@ -489,7 +486,7 @@ def test_dali_gets_jpegs_as_they_are_and_everything_else_as_pixels() -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_full_size_is_what_pillow_shows(orientation):
-    """A JPEG whose sides no DCT block divides, and its masks, at their own size and turned as EXIF says."""
+    """A JPEG whose sides are not multiples of a DCT block, and its masks, at full size and turned by EXIF."""
     data = encode(draw_photo(61, 83), orientation=orientation, subsampling=0)
     shown = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
     assert np.array_equal(decode_full_photo(data), shown)

@@ -1,4 +1,4 @@
-"""HostDecoder and DaliDecoder: the same batches of the same files, whatever happens to the files meanwhile."""
+"""HostDecoder and DaliDecoder: the same batches of the same files, also while files break."""
 
 import gc
 import io
@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def assert_same_pictures(got: tuple[Any, ...], expected: tuple[Any, ...], tolera
 
 
 def run_within(seconds: float, work: Callable[[], object]) -> None:
-    """Fail, rather than wait for ever, where `work` hangs."""
+    """Run `work`, and fail if it hangs."""
     outcome: list[BaseException | None] = []
 
     def run() -> None:
@@ -80,12 +81,12 @@ def no_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: DaliDecoder, batches: object, reason: str) -> Iterator[Batch]:
         raise AssertionError(f"DALI stopped: {reason}")
 
-    monkeypatch.setattr(DaliDecoder, "_on_host", refuse)
+    monkeypatch.setattr(DaliDecoder, "_decode_on_host", refuse)
 
 
 @pytest.fixture(scope="module")
 def varied(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pairs, list[np.ndarray], list[np.ndarray]]:
-    """Every kind of file that there is, smooth and textured, with what each shows: pairs, photos, masks."""
+    """Every format, smooth and textured: pairs, and the displayed pixels of their photos and masks."""
     folder = tmp_path_factory.mktemp("varied")
     (folder / "images").mkdir()
     (folder / "masks").mkdir()
@@ -129,7 +130,7 @@ def test_host_gives_area_averages(varied: Any, size: tuple[int, int]) -> None:
     images, coverage, indices = decode_all(HostDecoder(pairs, *size), split(range(len(pairs)), 5))
     assert indices == list(range(len(pairs)))
     for index, name in enumerate(pairs.images):
-        # In a texture, cells that cut through pixels of the scaled JPEG differ.
+        # In textures, cells whose edges cut through pixels of the scaled JPEG differ.
         tolerance = 4.0 if "textured" in name or "chroma" in name else 1.5
         assert mean_error(images[index], expected_cells(photos[index], *size)) < tolerance, name
         assert mean_error(coverage[index], 255 * expected_cells(masks[index], *size)) < 0.5, name
@@ -195,7 +196,7 @@ def test_dali_agrees_with_pillow_on_carvana_like_pictures(tmp_path: Path) -> Non
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.usefixtures("no_fallback")
 class TestBatches:
-    """What every decoder promises about the batches it yields."""
+    """Properties of the batches of every decoder."""
 
     def test_batches_come_in_order_with_a_smaller_last_one(self, pairs: Pairs, decoder: type[Decoder]) -> None:
         order = np.random.default_rng(1).permutation(12)[:11]
@@ -213,7 +214,7 @@ class TestBatches:
     def test_decoder_is_used_again_for_every_epoch(self, pairs: Pairs, decoder: type[Decoder]) -> None:
         reused = decoder(pairs, 16, 24)
         rng = np.random.default_rng(2)
-        for size in (5, 5, 2, 12, 7):  # the batch may grow
+        for size in (5, 5, 2, 12, 7):  # the batch size may grow
             batches = split(rng.permutation(12), size)
             images, masks, indices = decode_all(reused, batches)
             fresh = decode_all(decoder(pairs, 16, 24), batches)
@@ -245,7 +246,7 @@ class TestBatches:
         got += [batch.indices.tolist() for batch in second]
         assert got == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
-    def test_batches_of_nothing(self, pairs: Pairs, decoder: type[Decoder]) -> None:
+    def test_empty_batches(self, pairs: Pairs, decoder: type[Decoder]) -> None:
         nothing = np.array([], np.int64)
         batches = [nothing, np.array([3, 1]), nothing, np.array([2]), nothing]
         decoded = list(decoder(pairs, 16, 24).decode(batches))
@@ -296,108 +297,116 @@ def test_host_memory_does_not_grow_with_the_data(pairs: Pairs) -> None:
             most = max(most, count_live())
     assert asked == 200
     assert host.BATCHES_AHEAD <= 4
-    assert 0 < most <= host.BATCHES_AHEAD + 1  # those ahead and the one in the caller's hands
+    assert 0 < most <= host.BATCHES_AHEAD + 1  # the batches ahead and the caller's
 
 
 def test_leaving_early_drops_what_is_queued(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     decoded = []
+    left = threading.Event()
 
-    def decode_pair(pairs: Pairs, index: int, *rest: Any) -> None:
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+            left.set()
+            super().shutdown(wait=wait, cancel_futures=cancel_futures)
+
+    def decode_pair(self: HostDecoder, index: int, *_: Any) -> int:
         decoded.append(index)
-        while index == 4 and not batches.gi_running:  # until the caller leaves
-            time.sleep(0.001)
-        time.sleep(0.02)
+        assert index < 4 or left.wait(60)
+        return index
 
-    monkeypatch.setattr(host, "decode_pair", decode_pair)
+    monkeypatch.setattr(host, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(HostDecoder, "_decode_pair", decode_pair)
     batches = HostDecoder(pairs, 16, 24, num_workers=1).decode(split(range(12), 4))
     next(batches)
     batches.close()
-    assert 4 <= len(decoded) <= 6
+    assert decoded in ([0, 1, 2, 3], [0, 1, 2, 3, 4])
 
 
-def test_threads_decode_side_by_side(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_decode_in_parallel(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
     all_there = threading.Barrier(3)
-    monkeypatch.setattr(host, "decode_pair", lambda *_: all_there.wait(30))
+    monkeypatch.setattr(HostDecoder, "_decode_pair", lambda *_: all_there.wait(60))
     assert len(list(HostDecoder(pairs, 16, 24, num_workers=3).decode(split(range(12), 6)))) == 2
 
 
-# Files that break after they were checked. Each takes the image and the mask of the pair.
+# Files that break after the check before training. Each function takes the image and the mask of the pair and returns a
+# pattern for the message.
 
 
 def remove_image(image: Path, mask: Path) -> str:
     image.unlink()
-    return r"images/car1_02.jpg: cannot be read \(No such file or directory\)"
+    return "images/car1_02.jpg: cannot be read"
 
 
 def remove_mask(image: Path, mask: Path) -> str:
     mask.unlink()
-    return r"masks/car1_02_mask.gif: cannot be read \(No such file or directory\)"
+    return "masks/car1_02_mask.gif: cannot be read"
 
 
 def empty_image(image: Path, mask: Path) -> str:
     image.write_bytes(b"")
-    return r"images/car1_02.jpg: is empty \(0 bytes\)"
+    return "images/car1_02.jpg: is empty"
 
 
 def empty_mask(image: Path, mask: Path) -> str:
     mask.write_bytes(b"")
-    return r"masks/car1_02_mask.gif: is empty \(0 bytes\)"
+    return "masks/car1_02_mask.gif: is empty"
 
 
 def cut_image(image: Path, mask: Path) -> str:
     image.write_bytes(image.read_bytes()[: image.stat().st_size // 2])
-    return r"images/car1_02.jpg: is a (damaged or )?truncated JPEG"
+    return "images/car1_02.jpg: .*truncated JPEG"
 
 
 def lose_tables(image: Path, mask: Path) -> str:
-    """Begin and end are as they should be: only who decodes it sees that the quantisation tables are not there."""
+    """Delete the quantisation tables: only decoding detects it."""
     data = image.read_bytes()
     start, end = data.index(b"\xff\xdb"), data.index(b"\xff\xc0")
     image.write_bytes(data[:start] + data[end:])
-    return r"images/car1_02.jpg: is a damaged or truncated JPEG"
+    return "images/car1_02.jpg: .*damaged"
 
 
 def overwrite_image(image: Path, mask: Path) -> str:
     image.write_text("<!doctype html><title>404</title>")
-    return r"images/car1_02.jpg: is no image that can be read"
+    return "images/car1_02.jpg: is no image"
 
 
 def shrink_image(image: Path, mask: Path) -> str:
     image.write_bytes(encode(draw_photo(32, 48)))
-    return r"masks/car1_02_mask.gif: must have its image's size, 48x32; it has 96x64"
+    return "masks/car1_02_mask.gif: .*image's size.* 48x32.* 96x64"
 
 
 def resize_mask(image: Path, mask: Path) -> str:
     mask.write_bytes(encode(draw_disc(64, 90), "GIF"))
-    return r"masks/car1_02_mask.gif: must have its image's size, 96x64; it has 90x64"
+    return "masks/car1_02_mask.gif: .*image's size.* 96x64.* 90x64"
 
 
 def damage_mask(image: Path, mask: Path) -> str:
     data = bytearray(mask.read_bytes())
     data[len(data) // 2 :] = b"\xff" * (len(data) - len(data) // 2)
     mask.write_bytes(data)
-    return r"masks/car1_02_mask.gif: GIF .*(damaged|truncated)"
+    return "masks/car1_02_mask.gif: is a (damaged|truncated) GIF"
 
 
 def cut_mask(image: Path, mask: Path) -> str:
     mask.write_bytes(mask.read_bytes()[:-30])
-    return r"masks/car1_02_mask.gif: GIF .*truncated"
+    return "masks/car1_02_mask.gif: is a truncated GIF"
 
 
 def colour_mask(image: Path, mask: Path) -> str:
     mask.write_bytes(encode(np.arange(64 * 96, dtype=np.uint8).reshape(64, 96), "GIF"))
-    return r"masks/car1_02_mask.gif: a mask must have two values; found 256"
+    return "masks/car1_02_mask.gif: .*two values.* 256"
 
 
 DAMAGE = [
     remove_image, remove_mask, empty_image, empty_mask, cut_image, lose_tables, overwrite_image, shrink_image,
     resize_mask, damage_mask, cut_mask, colour_mask,
 ]  # fmt: skip
+KINDS = {shrink_image: "size", resize_mask: "size", colour_mask: "values"}  # of the error; the others: unreadable
 BROKEN = 5  # car1_02
 
 
 def copy_pairs(pairs_dir: Path, folder: Path) -> Pairs:
-    """The shared pairs once more, for a test that breaks them."""
+    """A copy of the shared pairs, for a test that breaks them."""
     shutil.copytree(pairs_dir, folder / "pairs")
     return find_pairs(folder / "pairs" / "images", folder / "pairs" / "masks")
 
@@ -419,13 +428,13 @@ def test_broken_file_is_named(own_pairs: Pairs, decoder: type[Decoder], damage: 
     good = {path: path.read_bytes() for path in Path(own_pairs.image_dir).parent.rglob("*.*")}
     message = breaks(damage, own_pairs)
     seen = []
-    remedy = r'\. Replace the file, or pass bad_samples="skip" to leave it out\.$'
-    with pytest.raises(DataError, match=f"{message}.*{remedy}"):
+    with pytest.raises(DataError, match=f'{message}.*Replace.*bad_samples="skip"') as caught:
         seen.extend(batch.indices.tolist() for batch in reused.decode(split(range(12), 2)))
-    assert seen == [[0, 1], [2, 3]]  # what came before is not lost
+    assert caught.value.kind == KINDS.get(damage, "unreadable")
+    assert seen == [[0, 1], [2, 3]]  # the batches before are not lost
     for path, data in good.items():
         path.write_bytes(data)
-    again = decode_all(reused, split(range(12), 4))  # mended, the same decoder goes on
+    again = decode_all(reused, split(range(12), 4))  # with the files restored, the decoder works again
     assert np.array_equal(again[0], intact[0])
     assert np.array_equal(again[1], intact[1])
 
@@ -463,25 +472,25 @@ def test_broken_neighbours_and_a_broken_last_pair(own_pairs: Pairs, decoder: typ
 
 @pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("damage", [remove_image, lose_tables, damage_mask])
-def test_nothing_left_is_an_error_and_no_hang(
+def test_only_broken_pairs_are_an_error_and_no_hang(
     own_pairs: Pairs, decoder: type[Decoder], damage: Callable[[Path, Path], str]
 ) -> None:
     for index in range(12):
         breaks(damage, own_pairs, index)
     reused = decoder(own_pairs, 16, 24, bad=BadSamples(own_pairs, "skip"), num_workers=4)
     for _ in range(2):
-        with pytest.raises(DataError, match="images: not one of its 12 pairs can be used"):
+        with pytest.raises(DataError, match=r"images: none .*12 pairs.*Replace"):
             run_within(60, lambda: decode_all(reused, split(range(12), 3)))
 
 
-def test_pair_that_many_threads_meet_is_named_once(pairs: Pairs, caplog: pytest.LogCaptureFixture) -> None:
+def test_pair_that_several_threads_report_is_logged_once(pairs: Pairs, caplog: pytest.LogCaptureFixture) -> None:
     class SlowError(DataError):
-        def __str__(self) -> str:  # the others report it before the first has done
+        def __str__(self) -> str:  # the other threads report it before the first has finished
             time.sleep(0.05)
             return "it broke"
 
     bad = BadSamples(pairs, "skip")
-    threads = [threading.Thread(target=bad.report, args=(BROKEN, SlowError())) for _ in range(4)]
+    threads = [threading.Thread(target=bad.report, args=(BROKEN, SlowError(""))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -491,17 +500,17 @@ def test_pair_that_many_threads_meet_is_named_once(pairs: Pairs, caplog: pytest.
 
 
 @pytest.mark.dali
-def test_one_bad_sample_breaks_a_pipeline_and_training_goes_on(
+def test_one_bad_sample_breaks_a_pipeline_and_decoding_continues(
     own_pairs: Pairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = []
-    original = DaliDecoder._on_host
+    original = DaliDecoder._decode_on_host
 
-    def on_host(self: DaliDecoder, batches: list[Indices], reason: str) -> Iterator[Batch]:
+    def decode_on_host(self: DaliDecoder, batches: list[Indices], reason: str) -> Iterator[Batch]:
         broken.append(len(batches))
         return original(self, batches, reason)
 
-    monkeypatch.setattr(DaliDecoder, "_on_host", on_host)
+    monkeypatch.setattr(DaliDecoder, "_decode_on_host", decode_on_host)
     for index in (2, 7):
         breaks(lose_tables, own_pairs, index)
     found = {}
@@ -511,27 +520,27 @@ def test_one_bad_sample_breaks_a_pipeline_and_training_goes_on(
         found[decoder] = decode_all(decoder(own_pairs, 16, 24, bad=bad), batches), bad.found.keys()
     assert_same_pictures(found[DaliDecoder][0], found[HostDecoder][0])
     assert found[DaliDecoder][1] == found[HostDecoder][1] == {2, 7}
-    assert 1 <= len(broken) <= 2  # the host found both; after that DALI was never given them again
+    assert 1 <= len(broken) <= 2  # the host found both; DALI never got them again
 
 
 @pytest.mark.dali
-def test_iterator_that_another_has_replaced_says_so(pairs: Pairs) -> None:
+def test_iterator_that_a_later_one_replaced_raises(pairs: Pairs) -> None:
     decoder = DaliDecoder(pairs, 16, 24)
     first = decoder.decode(split(range(12), 2))
     next(first)
     second = decoder.decode(split(range(12), 2))
     next(second)
-    with pytest.raises(RuntimeError, match="this iterator ended when a later one began"):
+    with pytest.raises(RuntimeError, match="iterator ended"):
         next(first)
     assert [batch.indices.tolist() for batch in second] == [[2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
 
 
 @pytest.mark.dali
-def test_host_stands_in_for_dali_and_says_so(
+def test_host_decodes_what_dali_cannot_and_logs_it(
     pairs: Pairs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     original = dali.as_dali_input
-    monkeypatch.setattr(dali, "as_dali_input", lambda *photo: (b"what DALI cannot read", *original(*photo)[1:]))
+    monkeypatch.setattr(dali, "as_dali_input", lambda *photo: (b"no image", *original(*photo)[1:]))
     bad = BadSamples(pairs, "raise")
     got = decode_all(DaliDecoder(pairs, 16, 24, bad=bad), split(range(12), 4))
     assert_same_pictures(got, decode_all(HostDecoder(pairs, 16, 24), split(range(12), 4)), tolerance=0.001)

@@ -1,4 +1,4 @@
-"""Exported files as others read them: in processes that know nothing of fastseg, against the network itself."""
+"""Exported files, read in processes without fastseg and compared with the network."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ SHAPE = (32, 48, 3)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """best.pt, and what `fastseg export` and `fastseg.export` make of it."""
+    """The folder of best.pt and of its exports."""
     folder = tmp_path_factory.mktemp("export")
     write_checkpoint(folder / "best.pt")
     return folder
@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
 def run_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done
@@ -42,7 +42,7 @@ def run_process(folder: Path, *command: str) -> subprocess.CompletedProcess[str]
 
 @pytest.fixture(scope="module")
 def onnx_export(folder):
-    """`fastseg export` to ONNX, in a process that shows every warning."""
+    """`fastseg export` to ONNX, in a process that prints every warning."""
     command = ["export", "--checkpoint", "best.pt", "--out", "net.onnx"]
     return run_process(folder, "-W", "always", "-m", "fastseg", *command)
 
@@ -58,7 +58,7 @@ def photos(batch: int) -> np.ndarray:
 
 def eager(folder: Path, images: np.ndarray) -> np.ndarray:
     probabilities = fastseg.load(folder / "best.pt")(torch.from_numpy(images)).numpy()
-    assert probabilities.std() > 0.2  # or agreement would mean little
+    assert probabilities.std() > 0.2  # nearly constant outputs would agree in any case
     return probabilities
 
 
@@ -86,7 +86,7 @@ def test_onnx_runtime_alone_agrees_with_the_network(folder, onnx_export, batch):
 
 
 def test_example_in_the_docstring_writes_a_mask(folder, onnx_export):
-    """Its lines as they stand, but for the file's name and the scale of this smaller network."""
+    """The lines of the docstring, with this network's file name."""
     lines = [line[4:] for line in exporting.__doc__.splitlines() if line.startswith("    ") and "fastseg" not in line]
     code = "\n".join(lines).replace("carvana.onnx", "net.onnx")
     assert len(lines) == 6
@@ -102,18 +102,19 @@ def test_example_in_the_docstring_writes_a_mask(folder, onnx_export):
     assert len(np.unique(mask)) == 2
 
 
-def test_onnx_file_says_what_it_takes_gives_and_comes_from(folder, onnx_export):
+def test_onnx_file_describes_input_output_and_origin(folder, onnx_export):
     model = onnx.load(folder / "net.onnx")
-    (taken,), (given,) = model.graph.input, model.graph.output
+    (images,), (probabilities,) = model.graph.input, model.graph.output
     shapes = [
-        [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim] for value in (taken, given)
+        [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+        for value in (images, probabilities)
     ]
-    assert (taken.name, taken.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
-    assert (given.name, given.type.tensor_type.elem_type) == ("probabilities", onnx.TensorProto.FLOAT)
+    assert (images.name, images.type.tensor_type.elem_type) == ("images", onnx.TensorProto.UINT8)
+    assert (probabilities.name, probabilities.type.tensor_type.elem_type) == ("probabilities", onnx.TensorProto.FLOAT)
     assert shapes == [["batch", *SHAPE], ["batch", *SHAPE[:2]]]
-    about = {entry.key: entry.value for entry in model.metadata_props}
-    assert about["fastseg_version"] == fastseg.__version__
-    assert fastseg.Config(**json.loads(about["config"])) == fastseg.load(folder / "best.pt").config
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert metadata["fastseg_version"] == fastseg.__version__
+    assert fastseg.Config(**json.loads(metadata["config"])) == fastseg.load(folder / "best.pt").config
     assert [path.name for path in folder.iterdir() if path.name.startswith(("net", ".net"))] == ["net.onnx"]
 
 
@@ -125,31 +126,31 @@ def test_torch_program_needs_only_torch(folder, torch_export):
         np.save(folder / f"images{batch}.npy", photos(batch))
     code = (
         "import sys, json, numpy as np, torch\n"
-        "about = {'config': '', 'fastseg_version': ''}\n"
-        "network = torch.export.load('net.pt2', extra_files=about).module()\n"
+        "metadata = {'config': '', 'fastseg_version': ''}\n"
+        "network = torch.export.load('net.pt2', extra_files=metadata).module()\n"
         "for batch in (1, 5):\n"
         "    images = torch.from_numpy(np.load(f'images{batch}.npy'))\n"
         "    np.save(f'probabilities{batch}.npy', network(images).numpy())\n"
         "assert 'fastseg' not in sys.modules\n"
-        "print(json.dumps(about))\n"
+        "print(json.dumps(metadata))\n"
     )
-    about = json.loads(run_process(folder, "-c", code).stdout)
+    metadata = json.loads(run_process(folder, "-c", code).stdout)
     for batch in (1, 5):
         probabilities = np.load(folder / f"probabilities{batch}.npy")
         np.testing.assert_allclose(probabilities, eager(folder, photos(batch)), atol=1e-4, rtol=0)
-    assert about["fastseg_version"] == fastseg.__version__
-    assert fastseg.Config(**json.loads(about["config"])) == fastseg.load(folder / "best.pt").config
+    assert metadata["fastseg_version"] == fastseg.__version__
+    assert fastseg.Config(**json.loads(metadata["config"])) == fastseg.load(folder / "best.pt").config
 
 
 def test_safetensors_hold_the_same_weights_and_load_again(folder):
-    made = fastseg.export(folder / "best.pt", folder / "weights.bin", "safetensors")
-    assert made == {"format": "safetensors", "bytes": (folder / "weights.bin").stat().st_size, "max_difference": 0}
+    exported = fastseg.export(folder / "best.pt", folder / "weights.bin", "safetensors")
+    assert exported == {"format": "safetensors", "bytes": (folder / "weights.bin").stat().st_size, "max_difference": 0}
     with safe_open(folder / "weights.bin", framework="np") as file:
         assert file.metadata()["fastseg_version"] == fastseg.__version__
-        held = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     expected = torch.load(folder / "best.pt", weights_only=True)["model"]
-    assert held.keys() == expected.keys()
-    assert all(np.array_equal(held[key], expected[key].numpy()) for key in held)
+    assert weights.keys() == expected.keys()
+    assert all(np.array_equal(weights[key], expected[key].numpy()) for key in weights)
     again = fastseg.load(folder / "weights.bin")
     assert again.config == fastseg.load(folder / "best.pt").config
     assert np.array_equal(again(torch.from_numpy(photos(2))).numpy(), eager(folder, photos(2)))
@@ -178,63 +179,44 @@ def test_files_hold_no_source_lines_of_this_machine(folder, onnx_export, torch_e
             assert place.encode() not in data
 
 
-def test_file_that_differs_is_not_kept(folder, tmp_path, monkeypatch):
+def test_file_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     out, before = tmp_path / "net.pt2", b"the file before"
     out.write_bytes(before)
     other = fastseg.load(write_checkpoint(tmp_path / "other.pt", seed=1))
-    as_it_is = exporting._to_torch
-    monkeypatch.setattr(exporting, "_to_torch", lambda segmenter: as_it_is(other))
-    with pytest.raises(
-        fastseg.FastsegError, match=r"net\.pt2: must give the network's probabilities within 0\.0001; th"
-    ):
+    to_torch = exporting._to_torch
+    monkeypatch.setattr(exporting, "_to_torch", lambda segmenter: to_torch(other))
+    with pytest.raises(fastseg.FastsegError, match=r"net\.pt2: .*differ by .*another format"):
         fastseg.export(folder / "best.pt", out)
     assert out.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir()} == {"net.pt2", "other.pt"}
 
 
-def test_network_of_nan_is_not_kept(tmp_path):
+def test_network_of_nan_is_not_written(tmp_path):
     state = torch.load(write_checkpoint(tmp_path / "best.pt"), weights_only=True)
     state["model"]["head.bias"][:] = torch.nan
     torch.save(state, tmp_path / "best.pt")
-    with pytest.raises(fastseg.FastsegError, match="they differ by nan"):
+    with pytest.raises(fastseg.FastsegError, match="differ by nan"):
         fastseg.export(tmp_path / "best.pt", tmp_path / "net.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["best.pt"]
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    with pytest.raises(SystemExit, match="2"):
-        main(["export", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.count("\n") == 1
-    return err.removeprefix("fastseg: ").removesuffix("\n")
-
-
-def test_refusals(folder, tmp_path, capsys, monkeypatch):
-    checkpoint = ("--checkpoint", folder / "best.pt")
-    assert refusal(capsys, *checkpoint, "--out", "net.pb") == (
-        "out: must end in .onnx, .pt2 or .safetensors; got net.pb. Give such a name, or a format with it."
-    )
-    assert refusal(capsys, *checkpoint, "--out", "net.onnx", "--format", "tflite") == (
-        "format: must be onnx, torch or safetensors; got 'tflite'. Give one of these."
-    )
-    out = tmp_path / "nowhere" / "net.safetensors"
-    assert refusal(capsys, *checkpoint, "--out", out) == (
-        f"out: {out} cannot be written (No such file or directory). Give another file."
-    )
-    assert refusal(capsys, "--checkpoint", tmp_path / "best.pt", "--out", tmp_path / "net.onnx") == (
-        f"{tmp_path}/best.pt: cannot be read (No such file or directory). Name an existing checkpoint."
-    )
+def test_refusals(folder, tmp_path, cli, monkeypatch):
+    """Each refusal names a file or field and leaves no file."""
+    best, nowhere = folder / "best.pt", tmp_path / "nowhere" / "net.safetensors"
+    for checkpoint, out, format, subject, words in (
+        (best, "net.pb", [], "out: ", [".safetensors", "net.pb", "format"]),
+        (best, "net.onnx", ["--format", "tflite"], "format: ", ["safetensors", "'tflite'"]),
+        (best, nowhere, [], f"{nowhere}: ", ["No such file", "another place"]),
+        (tmp_path / "best.pt", tmp_path / "net.onnx", [], f"{tmp_path}/best.pt: ", ["existing checkpoint"]),
+    ):
+        cli("export", "--checkpoint", checkpoint, "--out", out, *format).assert_refused(subject, *words)
+    arguments = ("export", "--checkpoint", best, "--out", tmp_path / "net.onnx")
     with monkeypatch.context() as patch:
         patch.setattr(exporting, "MAX_ONNX_BYTES", 1000)
-        assert refusal(capsys, *checkpoint, "--out", tmp_path / "net.onnx").startswith(
-            f"{folder}/best.pt: must have less than 2 GiB of weights for an ONNX file; it has "
-        )
+        cli(*arguments).assert_refused(f"{best}: ", "2 GiB", ".safetensors")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
-        assert refusal(capsys, *checkpoint, "--out", tmp_path / "net.onnx") == (
-            "format: onnx needs the packages onnx and onnxscript. Run pip install 'fastseg-dali[export]'."
-        )
+        cli(*arguments).assert_refused("format: ", "onnxscript", "fastseg-dali[export]")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,12 +224,12 @@ def test_without_onnxruntime_the_file_is_checked_but_not_compared(folder, onnx_e
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.setattr(exporting, "_to_onnx", lambda segmenter: (folder / "net.onnx").read_bytes())
     with caplog.at_level(logging.INFO):
-        made = fastseg.export(folder / "best.pt", tmp_path / "net.onnx")
-    assert made["max_difference"] is None
-    assert caplog.messages == [
-        f"{tmp_path}/net.onnx: was not compared with the network, because onnxruntime is not installed"
-    ]
-    monkeypatch.setattr(exporting, "_to_onnx", lambda segmenter: b"no ONNX")
-    with pytest.raises(fastseg.FastsegError, match=r"other\.onnx: cannot be made by torch .* \(ValidationError: "):
+        exported = fastseg.export(folder / "best.pt", tmp_path / "net.onnx")
+    assert exported["max_difference"] is None
+    (message,) = caplog.messages
+    assert message.startswith(f"{tmp_path}/net.onnx: ")
+    assert "onnxruntime" in message
+    monkeypatch.setattr(exporting, "_to_onnx", lambda segmenter: b"not an ONNX file")
+    with pytest.raises(fastseg.FastsegError, match=r"other\.onnx: .*ValidationError.*Update"):
         fastseg.export(folder / "best.pt", tmp_path / "other.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]

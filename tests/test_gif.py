@@ -1,4 +1,4 @@
-"""gif.py against Pillow, against damaged files, and with each access to memory checked."""
+"""gif.py against Pillow, on damaged files, and with every memory access checked."""
 
 import io
 import os
@@ -14,7 +14,8 @@ from numba import njit
 from PIL import Image, ImageDraw
 
 from fastseg.data import gif
-from fastseg.data.gif import as_uint8, decode_binary, decode_gif, decode_indices, parse_gif
+from fastseg.data.gif import decode_gif_mask
+from fastseg.data.resample import sample_mask
 from fastseg.errors import DataError
 
 IDENTITY = np.arange(256, dtype=np.uint8)
@@ -48,7 +49,7 @@ def encode_lzw(
                 break
             code, stop = longer, stop + 1
         emit(code)
-        # What a decoder does on reading this code: it completes the entry of the code before.
+        # A decoder that reads this code completes the entry of the code before.
         if since_clear > 0 and next_code < 4096:
             if next_code == (1 << width) - 1 and width < 12:
                 width += 1
@@ -85,7 +86,7 @@ def build_gif(
     use_table: bool = True,
     end: bool = True,
 ) -> bytes:
-    """A GIF of one frame; `before` stands in front of the image, `block` bytes of pixels are in a sub-block."""
+    """A GIF of one frame; `before` precedes the image, and a sub-block has `block` bytes of pixels."""
     height, width = indices.shape
 
     def flag(colours: bytes | None) -> int:
@@ -111,7 +112,7 @@ def random_indices(rng: np.random.Generator, width: int, height: int, num_colour
 
 
 def random_gif(rng: np.random.Generator, max_side: int = 60) -> bytes:
-    """Every option of build_gif at random, most of them at values that Pillow does not write."""
+    """A GIF with random options of build_gif, most of which Pillow never writes."""
     width, height = rng.integers(1, max_side + 1, 2).tolist()
     code_size = int(rng.integers(1, 9))
     palette = rng.integers(0, 256, 3 << rng.integers(1, 9)).astype(np.uint8).tobytes()
@@ -140,6 +141,23 @@ def pillow_indices(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)))
 
 
+def parse(data: bytes) -> gif._Header:
+    return gif._parse_header(np.asarray(bytearray(data)))
+
+
+def decode_indices(data: bytes) -> np.ndarray | None:
+    """(H, W) palette indices, by the compiled functions that decode masks; None if the file is refused."""
+    header, used = parse(data), np.zeros(256, np.uint8)
+    if not data.startswith((b"GIF87a", b"GIF89a")) or header.status != gif.OK:
+        return None
+    status, count, indices = gif._decode_frame(np.asarray(bytearray(data)), header, IDENTITY, used)
+    assert 0 <= count <= header.frame_width * header.frame_height
+    if status != gif.OK:
+        return None
+    assert np.array_equal(np.flatnonzero(used), np.unique(indices))
+    return indices
+
+
 def test_agrees_with_pillow_on_its_own_files():
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -154,21 +172,19 @@ def test_agrees_with_pillow_on_its_own_files():
         frames[0].save(
             file, "GIF", save_all=True, append_images=frames[1:], interlace=int(rng.integers(2)), optimize=False
         )
-        indices, palette = decode_gif(file.getvalue())
+        indices = decode_indices(file.getvalue())
         assert np.array_equal(indices, np.array(frames[0]))
         assert np.array_equal(indices, pillow_indices(file.getvalue()))
-        assert np.array_equal(palette[indices], Image.open(file).convert("RGB"))
 
 
 def test_agrees_with_pillow_on_files_it_does_not_write():
     rng = np.random.default_rng(1)
     for _ in range(600):
         data = random_gif(rng)
-        assert np.array_equal(decode_gif(data)[0], pillow_indices(data)), data.hex()
+        assert np.array_equal(decode_indices(data), pillow_indices(data)), data.hex()
 
 
-def test_encoder_of_these_tests_is_one():
-    """Shorter than its pixels, and without the clear code that the deferred clear does not have."""
+def test_the_encoder_of_these_tests_compresses_and_fills_its_table():
     zeros = np.zeros((300, 300), np.uint8)
     assert len(build_gif(zeros, code_size=2, palette=None)) < 800
     noise = np.random.default_rng(2).integers(0, 255, 60_000).astype(np.uint8)
@@ -181,26 +197,17 @@ def test_encoder_of_these_tests_is_one():
 def test_full_table_waits_for_a_clear_code(code_size: int, clear_every: int):
     noise = np.random.default_rng(3).integers(0, 1 << code_size, (150, 200)).astype(np.uint8)
     data = build_gif(noise, code_size=code_size, clear_every=clear_every)
-    assert np.array_equal(decode_gif(data)[0], noise)
+    assert np.array_equal(decode_indices(data), noise)
     assert np.array_equal(pillow_indices(data), noise)
 
 
 def test_codes_that_use_their_own_entry():
-    """A frame of one colour is nothing but such codes: strings of 1, 2, 3, ... pixels."""
+    """Almost every code of a uniform frame is of this kind: strings of 1, 2, 3, ... pixels."""
     for size in [(1, 1), (1, 2), (1, 3), (7, 9), (300, 500)]:
-        assert not decode_gif(build_gif(np.zeros(size, np.uint8), code_size=2))[0].any()
+        zeros = np.zeros(size, np.uint8)
+        assert np.array_equal(decode_indices(build_gif(zeros, code_size=2)), zeros)
     pattern = np.tile(np.array([0, 1, 0, 0, 1, 0], np.uint8), 5000).reshape(100, 300)
-    assert np.array_equal(decode_gif(build_gif(pattern, code_size=2))[0], pattern)
-
-
-def test_used_indices_are_those_of_the_canvas():
-    rng = np.random.default_rng(4)
-    for _ in range(200):
-        data = as_uint8(random_gif(rng))
-        header, used = parse_gif(data), np.zeros(256, np.uint8)
-        canvas = np.empty(header.width * header.height, np.uint8)
-        assert decode_indices(data, header, IDENTITY, canvas, used)[0] == gif.OK
-        assert np.array_equal(np.flatnonzero(used), np.unique(canvas))
+    assert np.array_equal(decode_indices(build_gif(pattern, code_size=2)), pattern)
 
 
 def carvana_like_mask() -> np.ndarray:
@@ -224,13 +231,9 @@ def test_carvana_sized_masks_are_the_brighter_colour(colours: tuple[int, ...], i
     image.putpalette(colours)
     file = io.BytesIO()
     image.save(file, "GIF", interlace=interlace, optimize=False)
-    data = as_uint8(file.getvalue())
-    header = parse_gif(data)
-    mask = np.empty(header.width * header.height, np.uint8)
-    assert decode_binary(data, header, mask) == (gif.OK, mask.size)
-    grey = np.array(Image.open(file).convert("RGBA").convert("RGB").convert("L"))  # through colours, not indices
-    assert header.interlaced == interlace
-    assert np.array_equal(mask.reshape(grey.shape), grey == grey.max())
+    assert parse(file.getvalue()).interlaced == interlace
+    grey = np.array(Image.open(file).convert("RGBA").convert("RGB").convert("L"))  # by colours, not indices
+    assert np.array_equal(decode_gif_mask(file.getvalue()), grey == grey.max())
 
 
 def test_masks_of_any_palette():
@@ -238,18 +241,16 @@ def test_masks_of_any_palette():
     num_refused = 0
     for _ in range(400):
         data = random_gif(rng, max_side=12)
-        header = parse_gif(as_uint8(data))
-        mask = np.empty(header.width * header.height, np.uint8)
-        status, detail = decode_binary(as_uint8(data), header, mask)
-        colours = np.array(Image.open(io.BytesIO(data)).convert("RGB"), np.int64).reshape(-1, 3)
-        grey = colours @ [19595, 38470, 7471]  # Rec. 601, of 65536
-        lumas = np.unique(grey)
+        colours = np.array(Image.open(io.BytesIO(data)).convert("RGB"), np.int64)
+        luma = colours @ [19595, 38470, 7471]  # Rec. 601, in 1 / 65536
+        lumas = np.unique(luma)
         if len(lumas) > 2:
-            assert (status, detail) == (gif.NOT_BINARY, len(lumas))
             num_refused += 1
+            with pytest.raises(DataError, match=rf"two values.* {len(lumas)}$") as caught:
+                decode_gif_mask(data)
+            assert caught.value.kind == "values"
         else:
-            assert status == gif.OK
-            assert np.array_equal(mask, (grey == lumas[-1]) & (grey > 0))
+            assert np.array_equal(decode_gif_mask(data), (luma == lumas[-1]) & (luma > 0))
     assert 100 < num_refused < 300
 
 
@@ -266,65 +267,43 @@ def with_codes(codes: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("data", "keyword"),
     [
-        (b"", "not a GIF (it starts with b'', not with GIF87a or GIF89a)"),
-        (b"\xff\xd8\xff\xe0JFIF", "not a GIF (it starts with b'\\xff\\xd8\\xff\\xe0JF', not with GIF87a or GIF89a)"),
-        (b"GIF88a" + GOOD[6:], "not a GIF (it starts with b'GIF88a', not with GIF87a or GIF89a)"),
-        (GOOD[:10], "GIF ends before its first image begins; it is truncated"),
-        (GOOD[:IMAGE_AT], "GIF ends before its first image begins; it is truncated"),
-        (GOOD[: LZW_AT - 1], "GIF ends before its first image begins; it is truncated"),
-        (GOOD[:IMAGE_AT] + b";", "GIF has no image in it"),
-        (
-            GOOD[:IMAGE_AT] + b",\0\0\0\0\4\0\0\0\0" + GOOD[LZW_AT - 1 :],
-            "GIF has an image of 4 x 0 pixels; both must be above 0",
-        ),
-        (GOOD[:LZW_AT], "GIF claims 12 pixels, more than a file of 72 bytes can hold; it is truncated"),
-        (GOOD[: LZW_AT + 3], "GIF ends before its last pixel (0 of 12); it is truncated"),
-        (with_codes([16, 1, 2, 3, 17]), "GIF ends before its last pixel (3 of 12); it is truncated"),
-        (with_codes([16, 1, 18, 18, 17]), "GIF ends before its last pixel (5 of 12); it is truncated"),
-        (with_codes([18]), "GIF has an impossible LZW code after pixel 0 of 12; it is damaged"),
-        (with_codes([16, 1, 18, 20]), "GIF has an impossible LZW code after pixel 3 of 12; it is damaged"),
-        (with_codes([16, 1, 18, 16, 18]), "GIF has an impossible LZW code after pixel 3 of 12; it is damaged"),
-        (
-            GOOD[: LZW_AT - 1] + b"\x09" + GOOD[LZW_AT:],
-            "GIF has an LZW code size of 9 bits, which must be 1 to 8; it is damaged",
-        ),
-        (
-            GOOD[:6] + b"\xff\xff\xff\xff" + GOOD[10:],
-            "GIF claims 65535 x 65535 pixels, above the limit of 2**28; it is damaged",
-        ),
-        (
-            GOOD[: IMAGE_AT + 5] + b"\0\x40\0\x40" + GOOD[IMAGE_AT + 9 :],
-            f"GIF claims 268435456 pixels, more than a file of {len(GOOD)} bytes can hold; it is truncated",
-        ),
+        (b"", "no GIF"),
+        (b"\xff\xd8\xff\xe0JFIF", "no GIF"),
+        (b"GIF88a" + GOOD[6:], "no GIF"),
+        (GOOD[:6], "truncated"),
+        (GOOD[:10], "truncated"),
+        (GOOD[:IMAGE_AT], "truncated"),
+        (GOOD[: LZW_AT - 1], "truncated"),
+        (GOOD[:LZW_AT], "truncated"),
+        (GOOD[: LZW_AT + 3], "truncated.* 0 pixels"),
+        (with_codes([16, 1, 2, 3, 17]), "truncated.* 3 pixels"),
+        (with_codes([16, 1, 18, 18, 17]), "truncated.* 5 pixels"),
+        (GOOD[: IMAGE_AT + 5] + b"\0\x40\0\x40" + GOOD[IMAGE_AT + 9 :], "truncated"),  # 2**28 pixels
+        (GOOD[:IMAGE_AT] + b";", "without an image"),
+        (GOOD[:IMAGE_AT] + b",\0\0\0\0\4\0\0\0\0" + GOOD[LZW_AT - 1 :], "damaged"),  # 4 x 0 pixels
+        (GOOD[: LZW_AT - 1] + b"\x09" + GOOD[LZW_AT:], "damaged"),  # LZW code size
+        (with_codes([18]), "damaged"),
+        (with_codes([16, 1, 18, 20]), "damaged"),
+        (with_codes([16, 1, 18, 16, 18]), "damaged"),
+        (GOOD[:6] + b"\xff\xff\xff\xff" + GOOD[10:], r"2\*\*28"),  # a canvas of 65535 x 65535
     ],
-    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_error_messages(data: bytes, message: str):
-    with pytest.raises(DataError) as caught:
-        decode_gif(data)
-    assert str(caught.value) == message
-
-
-def test_every_status_has_a_message():
-    header = parse_gif(as_uint8(GOOD))
-    for status in range(1, gif.WRONG_BUFFER + 1):
-        assert "{" not in str(gif.gif_error(as_uint8(GOOD), header, status, 3))
-    assert decode_indices(as_uint8(GOOD), header, IDENTITY, np.empty(11, np.uint8), np.zeros(256, np.uint8)) == (
-        gif.WRONG_BUFFER,
-        0,
-    )
+def test_error_messages(data: bytes, keyword: str):
+    with pytest.raises(DataError, match=f"^is .*{keyword}") as caught:
+        decode_gif_mask(data)
+    assert caught.value.kind == "unreadable"
 
 
 def damaged_gifs(count: int) -> Iterator[tuple[bytes, int]]:
-    """Small GIFs with bytes changed, cut off, put in or left out, and the offset of the first damage."""
+    """Small GIFs with bytes changed, cut off, inserted or deleted, and the offset of the first damage."""
     rng = np.random.default_rng(7)
     sources = [random_gif(rng, max_side=24) for _ in range(200)] + [GOOD]
     for _ in range(count):
         data = bytearray(sources[rng.integers(len(sources))])
-        # Half of the damage to the pixels, half to what stands before them, where the sizes are.
-        pixels_at = parse_gif(as_uint8(data)).lzw_start
+        # Half of the damage is to the pixels, half to the headers before them, which hold the sizes.
+        pixels_at = parse(data).lzw_start
         low, high = (pixels_at, len(data)) if rng.integers(2) else (0, pixels_at + 1)
         first = len(data)
         for _ in range(int(rng.integers(1, 4))):
@@ -346,54 +325,51 @@ def damaged_gifs(count: int) -> Iterator[tuple[bytes, int]]:
         yield bytes(data), first
 
 
-def decode_guarded(data: bytes) -> str:
-    """Decodes into a buffer between two guards and returns "refused" or "decoded", or "large" if it is not tried."""
-    file = as_uint8(data)
-    header = parse_gif(file)
-    if header.status != gif.OK:
-        return "refused"
-    size = header.width * header.height
-    if size > 2**18:  # a forged canvas: only slow; test_error_messages has the limit
+def decode_damaged(data: bytes) -> str:
+    """Decode and return "refused", "decoded", or "large" for a forged canvas that would only take long."""
+    header = parse(data)
+    if header.width * header.height > 2**18:
         return "large"
-    guarded = np.full(size + 128, 0xA5, np.uint8)
-    canvas = guarded[64 : size + 64]
-    status, written = decode_indices(file, header, IDENTITY, canvas, np.zeros(256, np.uint8))
-    assert (guarded[:64] == 0xA5).all()
-    assert (guarded[size + 64 :] == 0xA5).all()
-    assert 0 <= written <= header.frame_width * header.frame_height
-    if status == gif.OK:
-        assert np.array_equal(decode_gif(data)[0].ravel(), canvas)
-        return "decoded"
-    assert status in (gif.BAD_CODE, gif.CUT_PIXELS)
-    with pytest.raises(DataError):
-        decode_gif(data)
-    return "refused"
+    if decode_indices(data) is None:
+        with pytest.raises(DataError):
+            decode_gif_mask(data)
+        return "refused"
+    try:
+        mask = decode_gif_mask(data)
+    except DataError as error:
+        assert error.kind == "values"  # noqa: PT017 (an error is allowed, not expected)
+    else:
+        for mode in ("area", "nearest"):
+            sample_mask(mask, np.empty((1 + len(data) % 9, 1 + len(data) % 11), np.uint8), mode)
+    return "decoded"
 
 
-def test_damaged_files_are_refused_or_decoded_within_bounds():
-    outcomes = [decode_guarded(data) for data, _ in damaged_gifs(10_000)]
+def assert_outcomes(outcomes: list[str]) -> None:
+    assert len(outcomes) == 10_000
     assert outcomes.count("refused") > 5000
     assert outcomes.count("decoded") > 1500
 
 
-def test_damaged_pixels_come_out_as_in_pillow():
+def test_damaged_files_are_refused_or_decoded():
+    assert_outcomes([decode_damaged(data) for data, _ in damaged_gifs(10_000)])
+
+
+def test_damaged_pixels_are_decoded_as_by_pillow():
     num_compared = 0
     for data, first in damaged_gifs(10_000):
-        header = parse_gif(as_uint8(data))
+        header = parse(data)
         if header.status != gif.OK or first < header.lzw_start or header.width * header.height > 2**18:
             continue
-        try:
-            indices = decode_gif(data)[0]
-        except DataError:
-            continue
-        assert np.array_equal(indices, pillow_indices(data)), data.hex()
-        num_compared += 1
+        indices = decode_indices(data)
+        if indices is not None:
+            assert np.array_equal(indices, pillow_indices(data)), data.hex()
+            num_compared += 1
     assert num_compared > 300
 
 
 @njit
 def copy_by_index(target, target_start, source, source_start, count):
-    """Stands in for memcpy below: a negative index would wrap around, and an overlap is what memcpy must not get."""
+    """Replaces memcpy below. It refuses negative indices, which would wrap around, and overlaps, as memcpy requires."""
     if target_start < 0 or source_start < 0:
         raise IndexError("negative")
     if target.ctypes.data == source.ctypes.data and abs(target_start - source_start) < count:
@@ -403,14 +379,11 @@ def copy_by_index(target, target_start, source, source_start, count):
 
 
 def run_with_bounds_checks() -> None:
-    """Run by the test below in a process of its own, before anything is compiled."""
-    from fastseg.data import resample
-
-    # numba checks indices, not the pointers of memcpy: so the copy is done by index here. Compiled functions look
-    # their globals up when they are compiled.
+    """The test below runs this in a process of its own, before anything is compiled."""
+    # numba checks indices, not memcpy's pointers, so the copy is by index here. Compilation looks up the globals.
     gif._memcpy = copy_by_index
     buffer = np.zeros(8, np.uint8)
-    # Proof that both would be seen.
+    # Proof that both kinds of errors are detected.
     with pytest.raises(IndexError):
         gif._uint16(buffer[:1], 0)
     with pytest.raises(IndexError):
@@ -418,32 +391,19 @@ def run_with_bounds_checks() -> None:
     with pytest.raises(ValueError, match="overlap"):
         copy_by_index(buffer, 2, buffer, 0, 3)
     noise = np.random.default_rng(8).integers(0, 256, (90, 100)).astype(np.uint8)
-    assert np.array_equal(decode_gif(build_gif(noise))[0], noise)  # its table is full, unlike those of small files
-    outcomes = []
-    for index, (data, _) in enumerate(damaged_gifs(10_000)):
-        outcomes.append(decode_guarded(data))
-        if outcomes[-1] == "large":
-            continue
-        try:
-            resample.mask_from_gif(data, 1 + index % 9, 1 + index % 11, ("area", "nearest")[index % 2])
-        except DataError:
-            continue
-    print(*(outcomes.count(outcome) for outcome in ("refused", "decoded", "large")))
+    assert np.array_equal(decode_indices(build_gif(noise)), noise)  # a full table, which small files do not have
+    assert_outcomes([decode_damaged(data) for data, _ in damaged_gifs(10_000)])
 
 
-def test_damaged_files_with_each_access_checked(tmp_path: Path):
+def test_damaged_files_with_every_access_checked(tmp_path: Path):
     root = Path(gif.__file__).parents[2]
     environment = {
         **os.environ,
         "NUMBA_BOUNDSCHECK": "1",
         "NUMBA_CACHE_DIR": str(tmp_path),
-        "NUMBA_OPT": "1",  # compiles a little faster
+        "NUMBA_OPT": "1",  # compiles faster
         "PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)]),
     }
     command = [sys.executable, "-c", "import test_gif; test_gif.run_with_bounds_checks()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    refused, decoded, large = map(int, done.stdout.split())
-    assert refused > 5000
-    assert decoded > 1500
-    assert refused + decoded + large == 10_000

@@ -1,6 +1,6 @@
-"""What only a GPU can show: nothing torn, nothing that grows, and one result whatever the arithmetic.
+"""Tests that need a GPU: correct batches under load, constant memory use, and the same result in every dtype.
 
-Skipped without one. `make gpu-check` runs these and the benchmarks.
+Skipped without one. `make gpu-check` runs these tests and the benchmarks.
 """
 
 import threading
@@ -20,18 +20,18 @@ from tests.conftest import write_pair
 pytestmark = [pytest.mark.gpu, pytest.mark.dali]
 
 BATCH_SIZE = 16
-TORN = 6.0  # mean grey levels of a row between two decoders of a JPEG; of another picture's row it is tens
+MAX_ROW_DIFFERENCE = 6.0  # mean grey levels of a row between two JPEG decoders; rows of other images differ by tens
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """64 pairs of the photographs' own size, 1918x1280."""
+    """64 pairs of Carvana's size, 1918x1280."""
     folder = tmp_path_factory.mktemp("photos")
 
     def draw(number):
         write_pair(folder, f"car{number // 16}_{number % 16 + 1:02d}", width=1918, height=1280, seed=number)
         path = folder / "images" / f"car{number // 16}_{number % 16 + 1:02d}.jpg"
-        with Image.open(path) as photo:  # walls that differ too, so that no row of one passes for another's
+        with Image.open(path) as photo:  # the walls differ too, so that each row of each image is different
             brightness = (
                 np.asarray(photo) * (0.5 + 0.5 * np.abs(np.sin(0.7 * number + np.arange(1280) / 200)))[:, None, None]
             )
@@ -44,7 +44,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(photos):
-    """What the host decodes, on the GPU."""
+    """The pairs decoded on the host, copied to the GPU."""
     loader = Loader(photos, height=160, width=240, batch_size=len(photos), shuffle=False, decoder="host", cache="off")
     images, masks, _ = next(iter(loader))
     return images.cuda().float(), masks.cuda().float()
@@ -52,7 +52,7 @@ def reference(photos):
 
 @pytest.fixture
 def training_load():
-    """A network that trains in another thread, on a stream of its own, as long as the test runs."""
+    """Train a network in another thread, on its own stream, during the test."""
     stop = threading.Event()
     steps = []
 
@@ -77,36 +77,36 @@ def training_load():
 
 
 def row_difference(pixels, exact):
-    """The largest mean difference of a row of pixels, so that a strip of another picture shows."""
+    """The largest mean difference of a row of pixels, so that a strip of another image is found."""
     difference = (pixels.float() - exact).abs()
     return difference.flatten(2).mean(2).max()
 
 
 @pytest.mark.parametrize("hw_decoder_load", [0.0, 0.65, 1.0])
 def test_no_batch_is_torn_or_stale_under_load(photos, reference, training_load, hw_decoder_load):
-    """2,000 batches of the JPEG engines beside a network that trains; each picture is the one that was asked for."""
+    """2,000 batches of the JPEG engines during training; each image is the requested one."""
     count = 2000 if hw_decoder_load == 0.65 else 300
     orders = np.concatenate([epoch_order(len(photos), 0, epoch) for epoch in range(-(-count * BATCH_SIZE // 64))])
     decoder = DaliDecoder(photos, 160, 240, num_workers=8, device="cuda", hw_decoder_load=hw_decoder_load)
     worst = torch.zeros(2, device="cuda")
-    seen, kept = 0, []
+    num_batches, recent = 0, []
     for images, masks, indices in decoder.decode(orders[: count * BATCH_SIZE].reshape(count, BATCH_SIZE)):
         rows = torch.from_numpy(indices).cuda(non_blocking=True)
-        kept = [*kept[-4:], (images, masks, rows)]  # the oldest is looked at four batches after it came
+        recent = [*recent[-4:], (images, masks, rows)]  # the oldest is compared again four batches later
         for value, of in ((images, 0), (masks, 1)):
             difference = row_difference(value, reference[of][rows])
             worst[of] = torch.maximum(worst[of], difference)
-        worst[0] = torch.maximum(worst[0], row_difference(kept[0][0], reference[0][kept[0][2]]))
-        seen += 1
-    assert seen == count
+        worst[0] = torch.maximum(worst[0], row_difference(recent[0][0], reference[0][recent[0][2]]))
+        num_batches += 1
+    assert num_batches == count
     assert len(training_load) > 10
-    assert worst[0].item() < TORN
+    assert worst[0].item() < MAX_ROW_DIFFERENCE
     assert worst[1].item() == 0
 
 
 @pytest.mark.parametrize("decoder", ["host", "dali"])
-def test_memory_stays_flat_over_fifty_epochs(photos, decoder):
-    """All memory of the device, DALI's included, after epoch 5 and after epoch 50."""
+def test_memory_use_is_constant_over_fifty_epochs(photos, decoder):
+    """Memory of the whole device, including DALI's, after epoch 5 and after epoch 50."""
     loader = Loader(
         photos, height=160, width=240, batch_size=BATCH_SIZE, device="cuda", decoder=decoder, cache="off", num_workers=8
     )
@@ -119,8 +119,8 @@ def test_memory_stays_flat_over_fifty_epochs(photos, decoder):
     assert free[4] - free[-1] < 32 * 2**20
 
 
-def test_every_arithmetic_reaches_one_dice(tmp_path):
-    """Eager float32 against bf16, fp16 with its scaler, CUDA graphs and compiled code, on pairs that are easy."""
+def test_every_dtype_and_engine_reaches_the_same_dice(tmp_path):
+    """Eager float32 against bf16, fp16 with its scaler, CUDA graphs and compiled code, on easy pairs."""
     for number in range(24):
         write_pair(tmp_path, f"car{number // 4}_{number % 4 + 1:02d}", width=480, height=320, seed=number)
     common = {
@@ -142,14 +142,15 @@ def test_every_arithmetic_reaches_one_dice(tmp_path):
 
     exact = dice("fp32", "off")
     assert exact > 0.95
-    found = {way: dice(*way) for way in [("bf16", "off"), ("fp16", "off"), ("fp16", "graphs"), ("bf16", "on")]}
+    engines = [("bf16", "off"), ("fp16", "off"), ("fp16", "graphs"), ("bf16", "on")]
+    found = {engine: dice(*engine) for engine in engines}
     assert found == pytest.approx(dict.fromkeys(found, exact), abs=0.03)
-    two_sizes = [dice("bf16", way, progressive_resizing=0.5) for way in ("off", "graphs")]
+    two_sizes = [dice("bf16", compile, progressive_resizing=0.5) for compile in ("off", "graphs")]
     assert two_sizes[0] == pytest.approx(two_sizes[1], abs=0.03)
 
 
 def test_training_on_the_gpu_resumes_close_to_the_uninterrupted_run(photos, tmp_path):
-    """Not bit for bit: cuDNN adds in no fixed order. The second half must still go where the whole run went."""
+    """Not bit for bit, because cuDNN sums in no fixed order; the losses must still agree."""
     common = {
         "train_img_dir": photos.image_dir,
         "train_mask_dir": photos.mask_dir,
@@ -168,8 +169,8 @@ def test_training_on_the_gpu_resumes_close_to_the_uninterrupted_run(photos, tmp_
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_an_epoch_half_of_which_is_cached_keeps_its_order(photos):
-    """Batches from RAM and batches from the GPU's decoder arrive as they were asked for."""
+def test_a_partly_cached_epoch_keeps_its_order(photos):
+    """Batches from RAM and from the GPU's decoder arrive in the requested order."""
     loader = Loader(
         photos, height=160, width=240, batch_size=8, device="cuda", decoder="dali", cache="memory", num_workers=4
     )

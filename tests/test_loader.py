@@ -1,8 +1,7 @@
-"""Loader: every pair once an epoch, in an order that can be taken up anywhere by anyone."""
+"""Loader: every pair once per epoch, in an order that any other loader can resume at any step."""
 
 import functools
 import itertools
-import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,7 +69,7 @@ def test_order_does_not_depend_on_how_it_is_loaded(make: Callable[..., Loader]) 
     expected = [epoch_order(12, 7, epoch).tolist() for epoch in (0, 1)]
     for settings in ({"batch_size": 1}, {"batch_size": 12}, {"num_workers": 4}, {"cache": "off"}, {"height": 8}):
         torch.manual_seed(3)
-        np.random.seed(4)  # noqa: NPY002 (that global state changes nothing is the point)
+        np.random.seed(4)  # noqa: NPY002 (the test is that global state has no effect)
         loader = make(seed=7, **settings)
         for epoch in (0, 1):
             assert [index for batch in loader for index in batch.indices] == expected[epoch], settings
@@ -182,14 +181,14 @@ def test_state_is_plain_numbers(make: Callable[..., Loader]) -> None:
 
 def test_state_of_other_data_is_refused(make: Callable[..., Loader], pairs: Pairs) -> None:
     state = make(pairs=pairs.subset(range(11))).state_dict()
-    with pytest.raises(ConfigError, match=r"the checkpoint's epoch had 11 training pairs; there are 12 now\. Give"):
+    with pytest.raises(ConfigError, match=r"^pairs: .*11; got 12\. .*load_model=false"):
         make().load_state_dict(state)
 
 
 def test_state_within_an_epoch_of_other_batches_is_refused(make: Callable[..., Loader]) -> None:
     loader = make()
     next(iter(loader))
-    with pytest.raises(ConfigError, match=r"^batch_size: must be 5, as in the epoch .*; got 4\. Give batch_size=5"):
+    with pytest.raises(ConfigError, match=r"^batch_size: must be 5.*got 4\. Give batch_size=5.*load_model=false"):
         make(batch_size=4).load_state_dict(loader.state_dict())
     list(loader)
     other = make(batch_size=4)
@@ -199,7 +198,7 @@ def test_state_within_an_epoch_of_other_batches_is_refused(make: Callable[..., L
 
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
 @pytest.mark.parametrize("decoder", ["host", dali])
-def test_epoch_goes_on_where_the_caller_left_it(make: Callable[..., Loader], decoder: str, cache: str) -> None:
+def test_iteration_resumes_where_the_caller_left_it(make: Callable[..., Loader], decoder: str, cache: str) -> None:
     expected = list(make(decoder=decoder, batch_size=2))
     loader = make(decoder=decoder, cache=cache, batch_size=2)
     got = []
@@ -240,7 +239,7 @@ def test_caller_may_write_into_batches(make: Callable[..., Loader], cache: str) 
 
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
 @pytest.mark.parametrize("decoder", ["host", dali])
-def test_broken_pair_is_replaced_in_every_epoch_and_named_once(
+def test_broken_pair_is_replaced_in_every_epoch_and_logged_once(
     make: Callable[..., Loader], own_pairs: Pairs, caplog: pytest.LogCaptureFixture, decoder: str, cache: str
 ) -> None:
     breaks(remove_image, own_pairs, BROKEN)
@@ -257,37 +256,35 @@ def test_broken_pair_is_replaced_in_every_epoch_and_named_once(
         assert_same_batches(batches, list(reference), across_decoders=decoder == "dali")
     assert sorted(loader.bad.found) == [5, 6]
     assert len(named) == 2
-    assert re.search(r"images/car1_02.jpg: cannot be read \(No such file or directory\)", "\n".join(named))
+    assert any("images/car1_02.jpg: cannot be read" in line for line in named)
 
 
-def test_broken_pair_raises_and_the_loader_can_go_on(make: Callable[..., Loader], own_pairs: Pairs) -> None:
+def test_broken_pair_raises_and_the_loader_can_continue(make: Callable[..., Loader], own_pairs: Pairs) -> None:
     path = Path(own_pairs.image_path(BROKEN))
     data = path.read_bytes()
     breaks(remove_image, own_pairs)
     loader = make(pairs=own_pairs, shuffle=False, batch_size=2)
     seen = []
-    with pytest.raises(
-        DataError, match=r"car1_02\.jpg: cannot be read .* or pass bad_samples=\"skip\" to leave it out"
-    ):
+    with pytest.raises(DataError, match=r'car1_02\.jpg: cannot be read .*bad_samples="skip"'):
         seen.extend(batch.indices.tolist() for batch in loader)
     assert seen == [[0, 1], [2, 3]]
     path.write_bytes(data)
     assert indices_of(loader) == [[4, 5], [6, 7], [8, 9], [10, 11]]
 
 
-def test_data_that_is_gone_is_an_error_and_no_hang(make: Callable[..., Loader], own_pairs: Pairs) -> None:
+def test_only_broken_pairs_are_an_error_and_no_hang(make: Callable[..., Loader], own_pairs: Pairs) -> None:
     for index in range(12):
         breaks(remove_image, own_pairs, index)
     for cache in ("off", "memory"):
         loader = make(pairs=own_pairs, bad_samples="skip", num_workers=4, cache=cache)
         for _ in range(2):
-            with pytest.raises(DataError, match="not one of its 12 pairs can be used"):
+            with pytest.raises(DataError, match=r"none .*12 pairs"):
                 run_within(60, functools.partial(list, loader))
 
 
 @pytest.mark.parametrize("cache", ["off", "memory", "disk"])
 @pytest.mark.parametrize("decoder", ["host", dali])
-def test_batches_may_be_taken_in_inference_mode(make: Callable[..., Loader], decoder: str, cache: str) -> None:
+def test_iteration_works_in_inference_mode(make: Callable[..., Loader], decoder: str, cache: str) -> None:
     loader = make(decoder=decoder, cache=cache, shuffle=False, height=20)
     with torch.inference_mode():
         inside = list(loader)
@@ -313,7 +310,7 @@ def test_batches_arrive_on_the_gpu(make: Callable[..., Loader], decoder: str, ca
         assert_same_batches(on_host, list(expected), across_decoders=True)
 
 
-def test_both_mask_modes_arrive(make: Callable[..., Loader]) -> None:
+def test_mask_modes(make: Callable[..., Loader]) -> None:
     values = {
         mode: torch.cat([batch.masks for batch in make(mask_resize=mode)]).unique() for mode in ("area", "nearest")
     }
@@ -322,45 +319,44 @@ def test_both_mask_modes_arrive(make: Callable[..., Loader]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "pattern"),
     [
-        ({"height": 0}, "height: must be at least 1; got 0."),
-        ({"width": -3}, "width: must be at least 1; got -3."),
-        ({"batch_size": 0}, "batch_size: must be at least 1; got 0."),
-        ({"num_workers": -1}, "num_workers: must be at least 0; got -1."),
-        ({"seed": -1}, "seed: must be at least 0; got -1."),
-        ({"world_size": 0}, "world_size: must be at least 1; got 0."),
-        ({"rank": 2, "world_size": 2}, "rank: must be below world_size, 2; got 2."),
-        ({"rank": -1}, "rank: must be at least 0; got -1."),
-        ({"decoder": "DALI"}, "decoder: must be one of auto, host, dali; got 'DALI'."),
-        ({"cache": "ram"}, "cache: must be one of auto, device, memory, disk, off; got 'ram'."),
-        ({"mask_resize": "linear"}, "mask_resize: must be one of area, nearest; got 'linear'."),
-        ({"bad_samples": "ignore"}, "bad_samples: must be one of raise, skip; got 'ignore'."),
+        ({"height": 0}, "height: .*1; got 0"),
+        ({"width": -3}, "width: .*1; got -3"),
+        ({"batch_size": 0}, "batch_size: .*1; got 0"),
+        ({"num_workers": -1}, "num_workers: .*0; got -1"),
+        ({"seed": -1}, "seed: .*0; got -1"),
+        ({"world_size": 0}, "world_size: .*1; got 0"),
+        ({"rank": 2, "world_size": 2}, "rank: .*world_size, 2; got 2"),
+        ({"rank": -1}, "rank: .*0; got -1"),
+        ({"decoder": "DALI"}, "decoder: .*auto, host, dali; got 'DALI'"),
+        ({"cache": "ram"}, "cache: .*auto, device, memory, disk, off; got 'ram'"),
+        ({"mask_resize": "linear"}, "mask_resize: .*area, nearest; got 'linear'"),
+        ({"bad_samples": "ignore"}, "bad_samples: .*raise, skip; got 'ignore'"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_settings_out_of_range_are_refused(make: Callable[..., Loader], settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+def test_settings_out_of_range_are_refused(make: Callable[..., Loader], settings: dict[str, Any], pattern: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{pattern}"):
         make(**settings)
 
 
 def test_decoder_that_cannot_be_loaded_is_refused(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    with pytest.raises(ConfigError, match=r"^decoder: DALI cannot be loaded .* or use decoder=host\.$"):
+    with pytest.raises(ConfigError, match=r"^decoder: DALI .*decoder=host"):
         make(decoder="dali")
     assert make(decoder="auto").decoder.name == "host"
 
 
-def test_waiting_is_counted(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_time_is_counted(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
     loader = make()
     assert loader.wait_seconds == 0
     times = iter(range(1000))
     monkeypatch.setattr("fastseg.data.loader.time.perf_counter", lambda: next(times))
     list(loader)
-    assert loader.wait_seconds == 4  # three batches, and the end
+    assert loader.wait_seconds == 4  # three batches and the end
 
 
-def test_nothing_is_read_before_the_first_batch_is_asked_for(
+def test_nothing_is_read_before_the_first_batch_is_requested(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "read_file", lambda path: pytest.fail(f"read {path}"))

@@ -1,4 +1,4 @@
-"""scripts/main.ipynb runs from top to bottom, what it leaves is right by Pillow, and its outputs are committed."""
+"""scripts/main.ipynb runs from top to bottom, its masks have the printed Dice, and its committed outputs are clean."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-QUICK = "CARS, VIEWS = 4, 8\nCHANNELS = 8\nSTEPS = 72"  # 24 pairs to learn from, 8 to validate on
+QUICK = "CARS, VIEWS = 4, 8\nCHANNELS = 8\nSTEPS = 72"  # 24 training pairs, 8 validation pairs
 ABSOLUTE_PATH = re.compile(r"(?<![\w./~-])/[\w.-]+/|\b[A-Z]:\\")
 
 
@@ -26,20 +26,20 @@ def committed() -> Any:
 
 @pytest.fixture(scope="module")
 def executed(committed: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The notebook after a run with fewer pairs and steps, and the folder that it ran in."""
+    """The notebook after a run with fewer pairs and steps, and its working directory."""
     folder = tmp_path_factory.mktemp("notebook")
     notebook = nbformat.from_dict(committed)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     (settings,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     settings.source = QUICK
-    # No folder of kernels is looked into: what is left is the running Python's own, not a person's other python3.
+    # Without kernel directories the kernel is the running Python, not another one that the user has installed.
     kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))  # a person's start-up files stay out
+        patch.setenv("IPYTHONDIR", str(tmp_path_factory.mktemp("ipython")))  # without the user's start-up files
         client = NotebookClient(notebook, km=kernel, timeout=600, resources={"metadata": {"path": str(folder)}})
-        client.execute(cleanup_kc=True)  # raises the error of a cell; no kernel outlives it
+        client.execute(cleanup_kc=True)  # raises the error of a cell; ends the kernel
     return notebook, folder
 
 
@@ -48,7 +48,7 @@ def code_cells(notebook: Any) -> list[Any]:
 
 
 def texts(notebook: Any) -> list[str]:
-    """Everything that cells printed or that stands for a picture."""
+    """All printed text, and the text that stands for pictures."""
     found = []
     for output in (output for cell in code_cells(notebook) for output in cell.outputs):
         found += [output.get("text", ""), *output.get("traceback", ())]
@@ -57,13 +57,13 @@ def texts(notebook: Any) -> list[str]:
 
 
 def pictures(cell: Any) -> list[str]:
-    """Base64 of what a cell shows."""
+    """The pictures of a cell, base64."""
     shown = [output.data for output in cell.outputs if output.output_type == "display_data"]
     return [data for bundle in shown for kind, data in bundle.items() if kind.startswith("image/")]
 
 
-def complaints(notebook: Any) -> list[str]:
-    """Errors, output on standard error, and warnings, which rich takes from there while a bar is shown."""
+def problems(notebook: Any) -> list[str]:
+    """Errors, output on standard error, and warnings, which rich moves to standard output while a bar is shown."""
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     found = [str(output) for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
     return found + [text for text in texts(notebook) if "Warning" in text]
@@ -89,7 +89,7 @@ def test_masks_have_the_photos_size_and_the_printed_dice(executed):
     assert float(printed) == pytest.approx(np.mean(dice), abs=1e-3)
 
 
-def test_pictures_show_something_where_the_committed_ones_do(executed, committed):
+def test_every_cell_shows_as_many_pictures_as_committed(executed, committed):
     notebook, _ = executed
     shown = [pictures(cell) for cell in code_cells(notebook)]
     assert [len(one) for one in shown] == [len(pictures(cell)) for cell in code_cells(committed)]
@@ -100,18 +100,18 @@ def test_pictures_show_something_where_the_committed_ones_do(executed, committed
     assert sum(map(len, shown)) == 6
 
 
-def test_nothing_is_complained_of(executed, committed):
-    assert complaints(executed[0]) == []
-    assert complaints(committed) == []
+def test_no_errors_and_no_warnings(executed, committed):
+    assert problems(executed[0]) == []
+    assert problems(committed) == []
 
 
 def test_committed_outputs_are_of_one_run_in_order(committed):
     cells = code_cells(committed)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    assert (ROOT / "scripts" / "main.ipynb").stat().st_size < 1.5e6
+    assert (ROOT / "scripts" / "main.ipynb").stat().st_size < 1e6
 
 
-def test_committed_outputs_name_no_place_of_one_machine(committed):
+def test_committed_outputs_have_no_absolute_paths(committed):
     assert ABSOLUTE_PATH.search("see /home/me/data")
     assert ABSOLUTE_PATH.search("'/tmp/x'")
     assert ABSOLUTE_PATH.search(r"C:\Users")

@@ -1,9 +1,10 @@
-"""Pairs: which mask belongs to which image, which car to which half, and what is refused."""
+"""Pairs: the mask of each image, the split by cars, and the errors."""
 
 import gc
 import itertools
 import logging
 import os
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,21 +17,20 @@ from fastseg.data.pairs import find_images, group_of
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_EXTENSIONS = (".gif", ".png", ".bmp")
-ADVICE = "Give the folder that holds them, or make Carvana-like pairs with `fastseg synth --out data`."
 
 
 def fill(folder: Path, *names: str) -> Path:
-    """Empty files: finding pairs opens none."""
+    """Make empty files: finding pairs opens none."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return folder
 
 
-def refusal(image_dir: Path, mask_dir: Path) -> str:
-    with pytest.raises(fastseg.DataError) as error:
+def assert_refused(image_dir: Path, mask_dir: Path, *patterns: str) -> None:
+    """The error's message has the patterns, in order."""
+    with pytest.raises(fastseg.DataError, match=".*".join(patterns)):
         fastseg.find_pairs(image_dir, mask_dir)
-    return str(error.value)
 
 
 def cars(count: int, views: int) -> list[str]:
@@ -87,14 +87,14 @@ def test_images_and_masks_may_share_a_folder(kind, tmp_path):
     assert (pairs.images, pairs.masks) == ([f"a.{kind}", f"b.{kind}"], ["a_mask.png", "b_mask.png"])
 
 
-def test_other_files_are_no_data(tmp_path, caplog):
+def test_other_files_are_ignored(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     fill(tmp_path / "images", "a.jpg", ".DS_Store", "._a.jpg", ".cache/a.jpg", "Thumbs.db", "notes.txt")
     fill(tmp_path / "masks", "a_mask.gif", "b_mask.gif", "._a_mask.gif")
     pairs = fastseg.find_pairs(tmp_path / "images", tmp_path / "masks")
     assert (pairs.images, pairs.masks, pairs.left_out) == (["a.jpg"], ["a_mask.gif"], ())
-    assert f"{tmp_path}/images: left out 2 files that are no images (.db, .txt)" in caplog.messages
-    assert f"{tmp_path}/masks: left out 1 masks without an image" in caplog.messages
+    assert re.search("images: left out 2 files.*.db, .txt", caplog.text)
+    assert re.search("masks: left out 1 masks without an image", caplog.text)
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path):
@@ -118,29 +118,23 @@ def test_links_that_lead_back_are_not_followed_forever(tmp_path):
 def test_images_without_masks_are_counted_and_the_first_is_named(tmp_path):
     fill(tmp_path / "images", "car_01.jpg", "car_02.jpg", "car_03.jpg")
     fill(tmp_path / "masks", "car_01_mask.gif", "car_02_mask.tif", "car_3_mask.gif")
-    assert refusal(tmp_path / "images", tmp_path / "masks") == (
-        f"2 of 3 images have no mask in {tmp_path}/masks; first: car_02.jpg "
-        "(looked for car_02_mask.* and car_02.*: .gif, .png, .bmp). "
-        'Add the masks, or pass bad_samples="skip" to leave them out.'
+    assert_refused(
+        tmp_path / "images", tmp_path / "masks", "2 of 3 images", "masks", "car_02.jpg", "car_02_mask", "Add", "skip"
     )
 
 
 def test_image_with_two_masks_names_both(tmp_path):
     fill(tmp_path / "images", "a.jpg", "b.jpg")
     fill(tmp_path / "masks", "a_mask.gif", "b_mask.gif", "b.png")
-    assert refusal(tmp_path / "images", tmp_path / "masks") == (
-        f"1 of 2 images have more than one mask in {tmp_path}/masks; first: b.jpg (b.png and b_mask.gif). "
-        'Keep one of each, or pass bad_samples="skip" to leave them out.'
+    assert_refused(
+        tmp_path / "images", tmp_path / "masks", "1 of 2 images", "b.jpg", "b.png and b_mask.gif", "Keep one", "skip"
     )
 
 
 def test_two_images_of_one_stem_are_named(tmp_path):
     fill(tmp_path / "images", "a.jpg", "b.jpg", "b.png")
     fill(tmp_path / "masks", "a_mask.gif", "b_mask.gif")
-    assert refusal(tmp_path / "images", tmp_path / "masks") == (
-        f"2 of 3 images in {tmp_path}/images share their stem with another; first: b.jpg and b.png. "
-        'Keep one of each, or pass bad_samples="skip" to leave them out.'
-    )
+    assert_refused(tmp_path / "images", tmp_path / "masks", "2 of 3 images", "b.jpg and b.png", "Keep one", "skip")
 
 
 def unmatched(tmp_path: Path) -> tuple[Path, Path]:
@@ -150,62 +144,42 @@ def unmatched(tmp_path: Path) -> tuple[Path, Path]:
     return images, masks
 
 
-def test_all_that_does_not_match_is_reported_together(tmp_path):
+def test_all_problems_are_reported_together(tmp_path):
     images, masks = unmatched(tmp_path)
-    assert refusal(images, masks) == (
-        f"1 of 5 images have no mask in {masks}; first: alone.jpg (looked for alone_mask.* and alone.*: .gif, .png, "
-        f".bmp). Add the masks. 1 of 5 images have more than one mask in {masks}; first: double.jpg (double.gif and "
-        f"double_mask.gif). Keep one of each. 2 of 5 images in {images} share their stem with another; first: "
-        'twin.jpg and twin.png. Keep one of each, or pass bad_samples="skip" to leave them out.'
-    )
+    assert_refused(images, masks, "1 of 5", "alone.jpg", "1 of 5", "double.jpg", "2 of 5", "twin.jpg", "skip")
 
 
-def test_skip_leaves_out_and_names_each(tmp_path, caplog):
+def test_skip_leaves_out_and_logs_each(tmp_path, caplog):
     images, masks = unmatched(tmp_path)
     pairs = fastseg.find_pairs(images, masks, bad_samples="skip")
     assert (pairs.images, pairs.masks) == (["good.jpg"], ["good_mask.gif"])
     assert pairs.left_out == ("alone.jpg", "double.jpg", "twin.jpg", "twin.png")
-    assert caplog.messages == [
-        f"left out: 1 of 5 images have no mask in {masks}: alone.jpg",
-        f"left out: 1 of 5 images have more than one mask in {masks}: double.jpg",
-        f"left out: 2 of 5 images in {images} share their stem with another: twin.jpg, twin.png",
-    ]
+    names = ("alone.jpg", "double.jpg", "twin.jpg, twin.png")
+    for name, message in zip(names, caplog.messages, strict=True):
+        assert message.startswith("left out: ")
+        assert message.endswith(name)
 
 
 def test_skip_needs_one_pair_that_is_left(tmp_path):
     images, masks = fill(tmp_path / "images", "a.jpg"), fill(tmp_path / "masks", "b_mask.gif")
-    with pytest.raises(fastseg.DataError) as error:
+    with pytest.raises(fastseg.DataError, match=r"images: none .*_mask\.gif"):
         fastseg.find_pairs(images, masks, bad_samples="skip")
-    assert str(error.value) == (
-        f"{images}: not one of its 1 images has one mask in {masks}. Add the masks as <stem>_mask.gif."
-    )
 
 
 def test_missing_folder_is_named(tmp_path):
     images, masks = fill(tmp_path / "images", "a.jpg"), fill(tmp_path / "masks", "a_mask.gif")
-    assert refusal(tmp_path / "no", masks) == f"{tmp_path}/no: no such folder of images. {ADVICE}"
-    assert refusal(images, tmp_path / "no") == f"{tmp_path}/no: no such folder of masks. {ADVICE}"
-    assert refusal(images / "a.jpg", masks) == f"{images}/a.jpg: no such folder of images. {ADVICE}"
+    assert_refused(tmp_path / "no", masks, f"{tmp_path}/no", "folder of images", "fastseg synth")
+    assert_refused(images, tmp_path / "no", f"{tmp_path}/no", "folder of masks", "fastseg synth")
+    assert_refused(images / "a.jpg", masks, f"{images}/a.jpg", "folder of images", "fastseg synth")
 
 
-def test_empty_folder_is_named(tmp_path):
+def test_folder_without_images_or_masks_is_named(tmp_path):
     images, masks = fill(tmp_path / "images", "a.jpg"), fill(tmp_path / "masks", "a_mask.gif")
-    (tmp_path / "empty").mkdir()
-    assert refusal(tmp_path / "empty", masks) == (
-        f"{tmp_path}/empty: must hold images (.jpg, .jpeg, .png, .bmp, .webp); found nothing. "
-        "Give the folder that holds them."
-    )
-    assert refusal(images, tmp_path / "empty") == (
-        f"{tmp_path}/empty: must hold masks (.gif, .png, .bmp); found nothing. Give the folder that holds them."
-    )
-
-
-def test_folder_of_other_files_says_what_it_holds(tmp_path):
-    images, masks = fill(tmp_path / "images", "a.jpg"), fill(tmp_path / "masks", "a_mask.gif")
-    assert refusal(masks, images) == (
-        f"{masks}: must hold images (.jpg, .jpeg, .png, .bmp, .webp); found only other files (.gif). "
-        "Give the folder that holds them."
-    )
+    empty = fill(tmp_path / "empty")
+    empty.mkdir()
+    assert_refused(empty, masks, f"{empty}", "images", ".jpg, .jpeg", "found nothing", "Give the folder")
+    assert_refused(images, empty, f"{empty}", "masks", ".gif, .png", "found nothing", "Give the folder")
+    assert_refused(masks, images, f"{masks}", "images", r"found only other files \(.gif\)", "Give the folder")
 
 
 def test_folder_without_permission_is_named(tmp_path, monkeypatch):
@@ -214,8 +188,8 @@ def test_folder_without_permission_is_named(tmp_path, monkeypatch):
     def deny(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(os, "scandir", deny)  # a real one would not stop the superuser
-    assert refusal(images, masks) == f"{images}/: cannot be read (Permission denied). Make it readable."
+    monkeypatch.setattr(os, "scandir", deny)  # file modes do not stop root
+    assert_refused(images, masks, f"{images}", "Permission denied", "Make it readable")
 
 
 @pytest.mark.parametrize(
@@ -253,41 +227,38 @@ def test_split_depends_on_the_seed_alone():
 
 
 def test_split_of_one_group_is_refused():
-    with pytest.raises(fastseg.DataError) as error:
+    with pytest.raises(fastseg.DataError, match=r"2 images .*one group \(car\).*val_img_dir"):
         fastseg.split_by_group(pairs_of(["car_01", "car_02"]), 0.1, seed=0)
-    assert str(error.value) == (
-        "images: all 2 images belong to one group (car), so none can be held out. Give val_img_dir and val_mask_dir."
-    )
 
 
-def test_split_keeps_the_count_of_what_was_left_out():
+def test_split_keeps_the_names_that_were_left_out():
     train, val = fastseg.split_by_group(pairs_of(cars(4, views=2)).without([0, 5]), 0.25, seed=0)
     left_out = [*train.left_out, *val.left_out]
     assert left_out == ["000000000000_01.jpg", "000000000002_02.jpg"]
 
 
-def test_without_notes_what_it_leaves_out():
+def test_without_records_what_it_leaves_out():
     pairs = pairs_of(["a", "b", "c", "d"]).without([2]).without([0])
     assert (pairs.images, pairs.masks) == (["b.jpg", "d.jpg"], ["b_mask.gif", "d_mask.gif"])
     assert pairs.left_out == ("c.jpg", "a.jpg")
 
 
-Kept = TypeVar("Kept")
+T = TypeVar("T")
 
 
-def bytes_kept(make: Callable[[], Kept]) -> tuple[Kept, int]:
-    """A result, and what is still allocated for it once it is made."""
+def allocated_bytes(make: Callable[[], T]) -> tuple[T, int]:
+    """A result, and the memory that is still allocated for it when it is returned."""
     gc.collect()
     tracemalloc.start()
     try:
-        kept = make()
+        result = make()
         gc.collect()
-        return kept, tracemalloc.get_traced_memory()[0]
+        return result, tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
 
 
-def test_index_of_20_000_links_costs_at_most_300_bytes_a_pair(tmp_path):
+def test_20_000_pairs_take_at_most_300_bytes_each(tmp_path):
     photo, mask = tmp_path / "photo.jpg", tmp_path / "mask.gif"
     images, masks = tmp_path / "images", tmp_path / "masks"
     images.mkdir()
@@ -296,8 +267,8 @@ def test_index_of_20_000_links_costs_at_most_300_bytes_a_pair(tmp_path):
     for stem in stems:
         os.symlink(photo, f"{images}/{stem}.jpg")
         os.symlink(mask, f"{masks}/{stem}_mask.gif")
-    pairs, size = bytes_kept(lambda: fastseg.find_pairs(images, masks))
+    pairs, size = allocated_bytes(lambda: fastseg.find_pairs(images, masks))
     assert len(pairs) == len(stems) == 20_000
-    assert 100 * len(pairs) < size <= 300 * len(pairs)  # two names take more than 100 bytes: the measure sees them
-    _, size_of_paths = bytes_kept(lambda: [(images / f"{stem}.jpg", masks / f"{stem}.gif") for stem in stems[:1000]])
-    assert size_of_paths > 300 * 1000  # what a careless index would cost
+    assert 100 * len(pairs) < size <= 300 * len(pairs)  # two names take more than 100 bytes
+    _, size = allocated_bytes(lambda: [(images / f"{stem}.jpg", masks / f"{stem}.gif") for stem in stems[:1000]])
+    assert size > 300 * 1000  # proof that the bound detects an index of Path objects

@@ -1,16 +1,15 @@
 """resample.py against area averages in NumPy, and photos against masks on one grid."""
 
-import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fastseg.data import gif, resample
-from fastseg.data.resample import Grid, mask_from_array, mask_from_gif, resize_area, sample_mask, sampling_grid
+from fastseg.data import resample
+from fastseg.data.decode import decode_mask
+from fastseg.data.resample import Grid, binary_mask, mask_from_array, resize_area, sample_mask, sampling_grid
 from fastseg.errors import DataError
 
 
@@ -78,7 +77,7 @@ def test_grid_is_the_smallest_jpeg_scale_that_is_not_below_the_target():
     assert sampling_grid(1, 1, 1, 1) == Grid(8, 8, 8)
     assert sampling_grid(100, 7, 300, 300) == Grid(1, 100, 7)
     for size in [(0, 5, 5, 5), (5, 5, 5, 0), (-1, 5, 5, 5)]:
-        with pytest.raises(ValueError, match="at least one pixel; got"):
+        with pytest.raises(ValueError, match="at least one pixel"):
             sampling_grid(*size)
 
 
@@ -132,7 +131,7 @@ def test_images_are_area_averages():
         assert_rounded(resize_area(scaled, grid, *shape), exact)
 
 
-def test_resize_area_writes_where_it_is_told():
+def test_resize_area_writes_to_out():
     grid, out = sampling_grid(20, 10, 6, 4), np.zeros((2, 4, 6, 3), np.uint8)
     image = np.full((10, 20, 3), 7, np.uint8)
     assert resize_area(image, grid, 4, 6, out[1]) is not None
@@ -143,16 +142,16 @@ def test_resize_area_writes_where_it_is_told():
     readonly = np.broadcast_to(image[:, ::2], image[:, ::2].shape)
     assert (resize_area(readonly, sampling_grid(10, 10, 6, 4), 4, 6) == 7).all()
     for wrong in (np.zeros((4, 5, 3), np.uint8), np.zeros((4, 6, 3), np.int8), np.zeros((4, 12, 3), np.uint8)[:, ::2]):
-        with pytest.raises(ValueError, match=r"out must be C-contiguous uint8 \(4, 6, 3\); got"):
+        with pytest.raises(ValueError, match="out must be C-contiguous"):
             resize_area(image, grid, 4, 6, wrong)
-    with pytest.raises(ValueError, match=r"must be 10 x 5 or full size; got \(10, 9, 3\)"):
+    with pytest.raises(ValueError, match="full size"):
         resize_area(image[:, :9], grid, 4, 6)
-    with pytest.raises(ValueError, match=r"an image must be uint8 \(H, W\) or \(H, W, C\); got float64"):
+    with pytest.raises(ValueError, match="uint8"):
         resize_area(np.zeros((10, 20)), grid, 4, 6)
 
 
 def jpeg_at_scale(pixels: np.ndarray, grid: Grid) -> np.ndarray:
-    """What libjpeg-turbo makes of the pixels at 1 / denominator."""
+    """The pixels as libjpeg-turbo decodes them at 1 / denominator."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "JPEG", quality=95)
     image = Image.open(file)
@@ -162,9 +161,9 @@ def jpeg_at_scale(pixels: np.ndarray, grid: Grid) -> np.ndarray:
 
 @pytest.mark.parametrize("target", [(160, 240), (320, 480), (640, 959)])
 def test_mask_and_image_share_one_grid(target: tuple[int, int]):
-    """A photo of a mask, sampled as a photo and as a mask: the same, up to the JPEG's own error.
+    """A mask that is stored as a photo and as a mask gives the same cells, up to the JPEG's own error.
 
-    (Where no JPEG scale meets the target, the photo is averaged twice, which smears its edges about the same place.)
+    (If no JPEG scale equals the target, the photo is averaged twice, which blurs its edges without moving them.)
     """
     height, width = 1280, 1918
     x, y = np.arange(width), np.arange(height)[:, None]
@@ -174,7 +173,7 @@ def test_mask_and_image_share_one_grid(target: tuple[int, int]):
     assert scaled.shape == (grid.extent_y // grid.denominator, grid.extent_x // grid.denominator)
     image, sampled = resize_area(scaled, grid, *target).astype(float), mask_from_array(mask, *target)
     assert np.abs(image - sampled).mean() < 0.2
-    # Proof that this would see a grid of the mask's own: at the right margin its edges are off by up to 2 columns.
+    # Proof that this would detect separate grids: at the right margin the edges are off by up to 2 columns.
     if grid.extent_x > width:
         drifted = 255 * reference_area(mask, width, height, target)
         margin = slice(-target[1] // 8, None)
@@ -186,6 +185,12 @@ def mask_gif(mask: np.ndarray, colours: list[int], interlace: int = 0) -> bytes:
     image.putpalette(colours)
     image.save(file, "GIF", interlace=interlace, optimize=False)
     return file.getvalue()
+
+
+def mask_from_gif(data: bytes, target_height: int, target_width: int, mode: str = "area") -> np.ndarray:
+    out = np.empty((target_height, target_width), np.uint8)
+    decode_mask(data, out, mode)
+    return out
 
 
 @pytest.mark.parametrize("mode", ["area", "nearest"])
@@ -227,40 +232,33 @@ def test_masks_of_other_layouts():
     assert np.array_equal(mask_from_array(np.broadcast_to(mask, mask.shape), 6, 7), expected)  # read-only
 
 
-def test_error_messages():
+def test_masks_of_more_than_two_values_are_refused():
     three = np.array([[0, 1, 2]], np.uint8)
-    with pytest.raises(DataError, match=r"^a mask must have two values; found 3$"):
-        mask_from_array(three, 2, 2)
-    with pytest.raises(DataError, match=r"^a mask must have two values; found 3$"):
-        mask_from_gif(mask_gif(three, [0, 0, 0, 9, 9, 9, 99, 99, 99]), 2, 2)
-    data = mask_gif(random_mask(np.random.default_rng(10), 90, 90), [0, 0, 0, 1, 1, 1])
-    with pytest.raises(DataError, match=r"^GIF ends before its last pixel \(\d+ of 8100\); it is truncated$"):
-        mask_from_gif(data[:-300], 2, 2)
-    with pytest.raises(DataError, match=r"^not a GIF \(it starts with b'BM', not with GIF87a or GIF89a\)$"):
-        mask_from_gif(b"BM", 2, 2)
-    with pytest.raises(ValueError, match="mode must be one of area, nearest; got 'bilinear'"):
-        mask_from_gif(data, 2, 2, "bilinear")
-    with pytest.raises(ValueError, match="target must have at least one pixel; got 2 x 0"):
-        mask_from_gif(data, 0, 2)
-    with pytest.raises(ValueError, match=r"must be uint8 or bool \(H, W\); got uint16 \(1, 3\)"):
-        mask_from_array(three.astype(np.uint16), 2, 2)
-    with pytest.raises(ValueError, match="at least one pixel; got 0 x 3"):
-        mask_from_array(np.zeros((3, 0), np.uint8), 2, 2)
+    with pytest.raises(DataError, match=r"two values.* 3$") as caught:
+        binary_mask(three)
+    assert caught.value.kind == "values"
 
 
-def test_a_refused_mask_leaves_its_place_untouched():
+@pytest.mark.parametrize("values", [np.zeros((1, 3), np.uint16), np.zeros((2, 2, 1), np.uint8), np.zeros((3, 0), bool)])
+def test_other_arrays_are_no_masks(values: np.ndarray):
+    with pytest.raises(ValueError, match="mask must be uint8 or bool"):
+        binary_mask(values)
+
+
+def test_mode_and_target_are_checked():
+    mask = np.ones((3, 3), np.uint8)
+    with pytest.raises(ValueError, match=r"mode.*area, nearest.*bilinear"):
+        sample_mask(mask, np.empty((2, 2), np.uint8), "bilinear")
+    with pytest.raises(ValueError, match="at least one pixel"):
+        sample_mask(mask, np.empty((0, 2), np.uint8))
+
+
+def test_a_refused_mask_leaves_out_untouched():
     data = mask_gif(random_mask(np.random.default_rng(11), 90, 90), [0, 0, 0, 1, 1, 1])
     out = np.full((4, 4), 77, np.uint8)
-    assert resample.decode_mask_into(resample.as_uint8(data[:-300]), out, 0) != 0
+    with pytest.raises(DataError, match="truncated"):
+        decode_mask(data[:-300], out, "area")
     assert (out == 77).all()
-    assert resample.decode_mask_into(resample.as_uint8(data), out, 0) == 0
-    assert (out != 77).any()
-
-
-def test_kept_machine_code_depends_on_gif_py():
-    """numba's cache looks at the file of a function and at the values of its closure, and at no other file."""
-    source = hashlib.sha256(Path(gif.__file__).read_bytes()).hexdigest()
-    assert source in [cell.cell_contents for cell in resample.decode_mask_into.py_func.__closure__]
 
 
 def test_threads_share_nothing():
@@ -271,10 +269,3 @@ def test_threads_share_nothing():
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda i: mask_from_gif(files[i % 8], 25, 38), range(400)))
     assert all(np.array_equal(got, alone[i % 8]) for i, got in enumerate(together))
-
-
-def test_sample_mask_of_nothing_does_nothing():
-    sample_mask(np.ones((3, 3), np.uint8), np.empty((0, 4), np.uint8), 0)
-    out = np.full((2, 2), 77, np.uint8)
-    sample_mask(np.empty((0, 3), np.uint8), out, 0)
-    assert (out == 77).all()

@@ -1,4 +1,4 @@
-"""The network with its preprocessing, against the bare network in float64; and what is no checkpoint."""
+"""The network with its preprocessing, against the bare network in float64; and files that are not checkpoints."""
 
 import json
 import re
@@ -28,11 +28,11 @@ def test_probabilities_are_those_of_the_network_on_normalised_photos(checkpoint,
     inputs = torch.from_numpy((pixels.astype(np.float64) / 255 - 0.5) / 0.25).permute(0, 3, 1, 2)
     logits = unet.double()(inputs)[:, 0].detach().numpy()
     np.testing.assert_allclose(probabilities.numpy(), 1 / (1 + np.exp(-logits)), atol=1e-5)
-    assert probabilities.std() > 0.2  # or agreement would mean little
+    assert probabilities.std() > 0.2  # nearly constant outputs would agree in any case
 
 
 def test_red_is_not_blue(checkpoint):
-    """The colours' order counts: a picture and its mirror image in colour differ."""
+    """Swapping red and blue changes the result."""
     segmenter = fastseg.load(checkpoint)
     pixels = torch.randint(0, 256, (1, 32, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert (segmenter(pixels) - segmenter(pixels.flip(3))).abs().max() > 0.05
@@ -56,73 +56,64 @@ def test_network_on_a_gpu_agrees(checkpoint):
 
 
 @pytest.mark.parametrize(
-    ("images", "sentence"),
+    ("shape", "dtype", "words"),
     [
-        (torch.zeros(1, 32, 48, 3), "images must be uint8 (B, H, W, 3); got torch.float32 (1, 32, 48, 3)."),
-        (torch.zeros(32, 48, 3, dtype=torch.uint8), "images must be uint8 (B, H, W, 3); got torch.uint8 (32, 48, 3)."),
-        (
-            torch.zeros(1, 3, 32, 48, dtype=torch.uint8),
-            "images must be uint8 (B, H, W, 3); got torch.uint8 (1, 3, 32, 48).",
-        ),
-        (
-            torch.zeros(1, 32, 46, 3, dtype=torch.uint8),
-            "images must have a height and a width divisible by 4; got 32 x 46.",
-        ),
+        ((1, 32, 48, 3), torch.float32, ["uint8 (B, H, W, 3)", "torch.float32 (1, 32, 48, 3)"]),
+        ((32, 48, 3), torch.uint8, ["uint8 (B, H, W, 3)", "torch.uint8 (32, 48, 3)"]),
+        ((1, 3, 32, 48), torch.uint8, ["uint8 (B, H, W, 3)", "torch.uint8 (1, 3, 32, 48)"]),
+        ((1, 32, 46, 3), torch.uint8, ["divisible by 4", "32 x 46"]),
     ],
 )
-def test_wrong_images_are_refused(checkpoint, images, sentence):
-    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}$"):
-        fastseg.load(checkpoint)(images)
+def test_wrong_images_are_refused(checkpoint, shape, dtype, words):
+    with pytest.raises(ValueError, match="^images .*" + ".*".join(map(re.escape, words))):
+        fastseg.load(checkpoint)(torch.zeros(shape, dtype=dtype))
 
 
-def test_device_that_is_not_here_is_refused(checkpoint):
-    with pytest.raises(fastseg.ConfigError, match=r"^device: must be auto, cpu, cuda or cuda:N; got 'gpu'"):
+def test_unavailable_device_is_refused(checkpoint):
+    with pytest.raises(fastseg.ConfigError, match=r"^device: .*cuda:N.*'gpu'"):
         fastseg.load(checkpoint, device="gpu")
     with pytest.raises(fastseg.ConfigError, match=r"^device: cuda:99 "):
         fastseg.load(checkpoint, device=torch.device("cuda:99"))
 
 
-DAMAGED = "{path}: is damaged or no checkpoint. Use another, or remove it."
-FOREIGN = "{path}: is no checkpoint of this version of fastseg (format 1). Use one that it wrote."
-
-
-def refusal(path):
-    with pytest.raises(fastseg.CheckpointError) as error:
+def assert_refused(path, *words):
+    """A CheckpointError that begins with the file and holds the words in order."""
+    with pytest.raises(fastseg.CheckpointError, match="^" + ".*".join(map(re.escape, (f"{path}: ", *words)))):
         fastseg.load(path)
-    return str(error.value)
 
 
-def test_missing_file_is_named(tmp_path):
-    for name in ("best.pt", "best.safetensors"):
-        path = tmp_path / name
-        assert refusal(path) == f"{path}: cannot be read (No such file or directory). Name an existing checkpoint."
+@pytest.mark.parametrize("name", ["best.pt", "best.safetensors"])
+def test_missing_file_is_named(tmp_path, name):
+    assert_refused(tmp_path / name, "No such file", "existing checkpoint")
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
 def test_damaged_files_are_refused(checkpoint, tmp_path, name):
-    whole, path = tmp_path / f"whole_{name}", tmp_path / name
+    intact, path = tmp_path / f"intact_{name}", tmp_path / name
     if name.endswith(".pt"):
-        whole.write_bytes(checkpoint.read_bytes())
+        intact.write_bytes(checkpoint.read_bytes())
     else:
-        fastseg.export(checkpoint, whole)
-    data = whole.read_bytes()
-    fastseg.load(whole)
+        fastseg.export(checkpoint, intact)
+    data = intact.read_bytes()
+    fastseg.load(intact)
     for length in (0, 5, 9, 200, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:length])
-        assert refusal(path) == DAMAGED.format(path=path)
+        assert_refused(path, "damaged", "another")
 
 
-def test_others_safetensors_are_refused(checkpoint, tmp_path):
+def test_safetensors_of_other_programs_are_refused(checkpoint, tmp_path):
     unet, config = load_model(checkpoint)
-    path = tmp_path / "model.safetensors"
-    for metadata in (None, {"format": "pt"}, {"config": "[1, 2]"}, {"config": '{"layers": 3}'}):
+    path, fields = tmp_path / "model.safetensors", config.model_dump()
+    for metadata, *words in (
+        (None, "version of fastseg"),
+        ({"format": "pt"}, "version of fastseg"),
+        ({"config": "[1, 2]"}, "version of fastseg"),
+        ({"config": '{"layers": 3}'}, "version of fastseg"),
+        ({"config": "no JSON"}, "damaged"),
+        ({"config": json.dumps({**fields, "base_channels": 8})}, "weights", "base_channels 8, depth 2"),
+        ({"config": json.dumps({**fields, "batch_size": -1})}, "configuration", "batch_size: ", "at least"),
+    ):
         save_file(unet.state_dict(), path, metadata)
-        assert refusal(path) == FOREIGN.format(path=path)
-    save_file(unet.state_dict(), path, {"config": "no JSON"})
-    assert refusal(path) == DAMAGED.format(path=path)
-    save_file(unet.state_dict(), path, {"config": json.dumps({**config.model_dump(), "base_channels": 8})})
-    assert refusal(path).startswith(f"{path}: must hold the weights of a network with base_channels 8 and depth 2")
-    save_file(unet.state_dict(), path, {"config": json.dumps({**config.model_dump(), "batch_size": -1})})
-    assert refusal(path).startswith(f"{path}: holds a configuration that cannot be used (batch_size: must be at least")
-    save_file(unet.state_dict(), path, {"config": json.dumps(config.model_dump())})
+        assert_refused(path, *words)
+    save_file(unet.state_dict(), path, {"config": json.dumps(fields)})
     assert fastseg.load(path).config == config

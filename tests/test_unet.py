@@ -1,3 +1,5 @@
+"""The UNet: size, shapes, gradients, receptive field, compilation."""
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def test_every_parameter_gets_a_gradient():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-def test_an_output_pixel_sees_far_and_its_own_place():
+def test_an_output_pixel_depends_on_its_own_place_and_on_distant_ones():
     torch.manual_seed(0)
     model = UNet(8, 3).eval()
     image = torch.randn(1, 3, 64, 64, requires_grad=True)

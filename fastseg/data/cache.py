@@ -1,6 +1,6 @@
-"""Decoded pairs, kept as uint8 after the first epoch: in GPU memory, in RAM, or in a memory-mapped file.
+"""Caches of decoded pairs, uint8, filled in the first epoch: in GPU memory, in RAM, or in a memory-mapped file.
 
-Carvana's training set at 160x240 is 0.8 GB. Decoding it once is all the decoding there is.
+Carvana's training set takes 0.8 GB at 160x240. With a cache, each pair is decoded once.
 """
 
 import contextlib
@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import uuid
@@ -21,13 +22,14 @@ import torch
 from numpy.typing import NDArray
 
 from fastseg.data.batch import Batch
+from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.errors import ConfigError, OutputError
 from fastseg.runtime.files import user_cache
 
 __all__ = ["Cache", "DiskCache", "open_cache"]
 
-FORMAT = 1  # of the file; raise it when the layout or the decoded pixels change
+FORMAT = 1  # version of the file; raise it when the layout or the decoded pixels change
 HEADER_BYTES = 4096
 STAMP_BYTES = 16
 
@@ -35,7 +37,7 @@ log = logging.getLogger(__name__)
 
 
 class Cache:
-    """Rows of decoded pairs and which of them are there.
+    """One row per pair; `filled` (N,) bool says which rows are decoded.
 
     Args:
         images: (N, H, W, 3) uint8, storage.
@@ -51,7 +53,7 @@ class Cache:
         return self.images.device
 
     def put(self, batch: Batch) -> None:
-        """Keep a decoded batch."""
+        """Store a decoded batch."""
         rows = self._as_rows(batch.indices)
         self.images.index_copy_(0, rows, batch.images.to(self.device))
         self.masks.index_copy_(0, rows, batch.masks.to(self.device))
@@ -71,27 +73,38 @@ class Cache:
     def _as_rows(self, indices: NDArray[np.int64]) -> torch.Tensor:
         rows = torch.from_numpy(indices)
         if self.device.type == "cuda":
-            rows = rows.pin_memory()  # or the copy would wait for the step that runs
+            rows = rows.pin_memory()  # otherwise the copy waits for the running step
         return rows.to(self.device, non_blocking=True)
 
     def publish(self, bad: list[int]) -> None:
-        """Make the cache available to later runs, where it can be and all but the `bad` rows are there."""
+        """Make the cache available to later runs if it can be, and if all rows but the `bad` ones are filled."""
 
 
 class DiskCache(Cache):
     """A cache in one file, reused by later runs.
 
-    The file is written beside its final name and renamed when it is complete, so a run that dies leaves the last
-    complete file untouched; the next run removes its draft. Each row carries a stamp of its two files (names, sizes,
-    times); rows whose stamp still holds are taken over, the others are decoded again. Processes that map the old file
-    keep it.
+    It is filled in a temporary file that takes its final name when it is complete. A run that dies leaves the last
+    complete file untouched, and the next run removes the temporary one. Each row has a stamp of its two files (names,
+    sizes, times): rows with an unchanged stamp are copied from the old file, the others are decoded again. Processes
+    that map the old file keep it.
+
+    Args:
+        decoder: of the pixels to cache.
+        folder: of the cache files.
+
+    Raises:
+        OSError: the file cannot be written.
     """
 
-    def __init__(self, pairs: Pairs, height: int, width: int, key: str, folder: Path) -> None:
+    def __init__(self, decoder: HostDecoder, folder: Path) -> None:
+        pairs, height, width = decoder.pairs, decoder.height, decoder.width
+        pixels = [FORMAT, os.path.realpath(pairs.image_dir), os.path.realpath(pairs.mask_dir)]
+        pixels += [height, width, decoder.mask_resize, decoder.name]
+        key = hashlib.sha256(repr(pixels).encode()).hexdigest()[:16]
         names = hashlib.sha256("\0".join([*pairs.images, *pairs.masks]).encode()).hexdigest()[:16]
         self.path = folder / f"{key}-{names}.fastseg"
         self.stamps = _stamps(pairs)
-        self._draft: IO[bytes] | None = None
+        self._temporary: IO[bytes] | None = None
         _remove_orphans(folder)
         shape = (len(pairs), height, width)
         published = _Rows.open(self.path, shape)
@@ -100,14 +113,14 @@ class DiskCache(Cache):
             self.filled[:] = True
             log.info("disk cache: %d pairs from %s", len(pairs), self.path)
             return
-        self._draft, self._rows = _Rows.create(self.path, shape, self.stamps)
-        self._close_draft = weakref.finalize(self, _close, self._draft)
+        self._temporary, self._rows = _Rows.create(self.path, shape, self.stamps)
+        self._close_temporary = weakref.finalize(self, _close, self._temporary)
         super().__init__(torch.from_numpy(self._rows.images), torch.from_numpy(self._rows.masks))
-        for other in sorted(folder.glob(f"{key}-*.fastseg")):  # the same files, perhaps split otherwise
-            self._take_over(_Rows.open(other, (None, height, width)))
+        for other in sorted(folder.glob(f"{key}-*.fastseg")):  # the same folders, perhaps split in another way
+            self._copy_rows(_Rows.open(other, (None, height, width)))
         log.info("disk cache: %d of %d pairs already in %s", self.filled.sum(), len(pairs), folder)
 
-    def _take_over(self, old: "_Rows | None") -> None:
+    def _copy_rows(self, old: "_Rows | None") -> None:
         if old is None:
             return
         row_of = {stamp.tobytes(): row for row, stamp in enumerate(old.stamps)}
@@ -121,19 +134,19 @@ class DiskCache(Cache):
     def publish(self, bad: list[int]) -> None:
         done = self.filled.copy()
         done[bad] = True
-        if self._draft is None or not done.all():
+        if self._temporary is None or not done.all():
             return
-        self._rows.stamps[~self.filled] = 0  # no file has this stamp, so the next run tries them again
+        self._rows.stamps[~self.filled] = 0  # the stamp of no file, so that the next run tries these pairs again
         try:
             for part in (self._rows.stamps, self._rows.images, self._rows.masks):
                 part.flush()
-            os.fsync(self._draft.fileno())
-            os.replace(self._draft.name, self.path)
+            os.fsync(self._temporary.fileno())
+            os.replace(self._temporary.name, self.path)
             log.info("disk cache: wrote %s", self.path)
-        except OSError as error:  # this run needs no file: its rows stay mapped
+        except OSError as error:  # this run does not need the file: its rows stay mapped
             log.warning("disk cache: %s cannot be written (%s); the next run decodes again", self.path, error.strerror)
-        self._draft = None
-        self._close_draft()
+        self._temporary = None
+        self._close_temporary()
 
 
 class _Rows:
@@ -149,18 +162,18 @@ class _Rows:
 
     @classmethod
     def create(cls, path: Path, shape: tuple[int, int, int], stamps: NDArray[np.uint8]) -> tuple[IO[bytes], "_Rows"]:
-        """A draft of `path`, locked, and its rows."""
+        """A temporary file for `path`, locked, and its rows."""
         file = open(f"{path}.{uuid.uuid4().hex}.part", "x+b")  # noqa: SIM115 (closed by _close)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
             file.flush()
-            os.posix_fallocate(file.fileno(), 0, _file_bytes(shape))  # a full disk is met here, not while it is filled
+            os.posix_fallocate(file.fileno(), 0, _file_bytes(shape))  # fails now if the disk is full, not in the epoch
             rows = cls(file, shape, "r+")
         except OSError:
             _close(file)
             raise
-        if not os.path.exists(file.name):  # before it was locked, another process took it for an orphan
+        if not os.path.exists(file.name):  # another process removed it as an orphan before it was locked
             file.close()
             return cls.create(path, shape, stamps)
         rows.stamps[:] = stamps
@@ -168,7 +181,7 @@ class _Rows:
 
     @classmethod
     def open(cls, path: Path, shape: tuple[int | None, int, int]) -> "_Rows | None":
-        """The rows of a published file of this shape (None: any number of rows); None if there is none."""
+        """The rows of a complete file of this shape (None: any number of rows); None if there is no such file."""
         try:
             with open(path, "rb") as file:
                 header = json.loads(file.read(HEADER_BYTES))
@@ -176,7 +189,7 @@ class _Rows:
                 fits = header["format"] == FORMAT and found[1:] == shape[1:] and shape[0] in (None, found[0])
                 if not fits or os.fstat(file.fileno()).st_size != _file_bytes(found):
                     return None
-                return cls(file, found, "c")  # copy on write: torch wants writable memory, nobody writes
+                return cls(file, found, "c")  # copy on write: torch requires writable memory, but nothing writes
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -187,7 +200,7 @@ def _file_bytes(shape: tuple[int, int, int]) -> int:
 
 
 def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
-    """(N, 16): a hash of the names, sizes and modification times of each pair's files."""
+    """(N, 16): a hash of the paths, sizes and modification times of each pair's files."""
 
     def stamp(path: str) -> str:
         try:
@@ -205,94 +218,81 @@ def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
 
 
 def _remove_orphans(folder: Path) -> None:
-    """Delete drafts whose process is gone: a living one holds a lock on its draft."""
+    """Delete temporary files whose process has died: a live process holds a lock on its file."""
     for path in folder.glob("*.fastseg.*.part"):
         try:
             with open(path, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
-        except OSError:  # locked, or another process was quicker
+        except OSError:  # locked, or already deleted by another process
             continue
 
 
-def _close(draft: IO[bytes]) -> None:
-    """Close a draft and delete it, unless it has been published; at the latest when its cache or the program ends."""
-    Path(draft.name).unlink(missing_ok=True)
-    draft.close()
+def _close(temporary: IO[bytes]) -> None:
+    """Close a temporary file and delete it, unless it has its final name; runs at the latest when the program ends."""
+    Path(temporary.name).unlink(missing_ok=True)
+    temporary.close()
 
 
 def open_cache(
-    kind: str,
-    pairs: Pairs,
-    height: int,
-    width: int,
-    mask_resize: str,
-    decoder: str,
-    device: torch.device,
-    cache_dir: str = "",
-    *,
-    log_level: int = logging.INFO,
+    kind: str, decoder: HostDecoder, device: torch.device, cache_dir: str = "", *, log_level: int = logging.INFO
 ) -> Cache | None:
     """The cache for a loader; None for "off".
 
     Args:
-        kind: "device", "memory", "disk", "off", or "auto": the fastest of which half the free space holds it.
-        decoder: name of the decoder whose pixels these are.
+        kind: "device", "memory", "disk", "off", or "auto": the fastest whose free space is twice the cache's size.
+        decoder: of the pixels to cache.
         cache_dir: folder of disk caches; empty: `fastseg` in the user's cache folder.
-        log_level: level of the log at which the choice is said.
+        log_level: at which the choice is logged.
 
     Raises:
         OutputError: the folder cannot be written.
         ConfigError: there is not enough memory.
     """
-    size = len(pairs) * height * width * 4
+    shape = (len(decoder.pairs), decoder.height, decoder.width)
+    size = math.prod(shape) * 4
+    reason = "as configured"
     if kind == "auto":
         kind, reason = _choose_cache(size, device, _cache_folder(cache_dir))
-    else:
-        reason = "as asked"
     log.log(log_level, "cache: %s (%s)", kind, reason)
     if kind == "off":
         return None
     if kind == "disk":
-        parts = [FORMAT, os.path.realpath(pairs.image_dir), os.path.realpath(pairs.mask_dir)]
-        parts += [height, width, mask_resize, decoder]
-        key = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         folder = _cache_folder(cache_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return DiskCache(pairs, height, width, key, folder)
+            return DiskCache(decoder, folder)
         except OSError as error:
             raise OutputError(folder, error, "Make room, give another cache_dir, or use cache=off") from None
     place = device if kind == "device" else torch.device("cpu")
-    shape = (len(pairs), height, width)
     try:
         images = torch.empty((*shape, 3), dtype=torch.uint8, device=place)
         return Cache(images, torch.empty(shape, dtype=torch.uint8, device=place))
-    except RuntimeError:  # torch has no narrower one for the CPU
+    except RuntimeError:  # torch raises no narrower class on the CPU
         raise ConfigError(
-            f"cache: {kind} has no room for the {size / 2**20:.0f} MiB of {len(pairs)} pairs. Use cache=disk or off."
+            f"cache: {kind} has no room for the {size / 2**20:.0f} MiB of {shape[0]} pairs. Use cache=disk or off."
         ) from None
 
 
 def _choose_cache(size: int, device: torch.device, folder: Path) -> tuple[str, str]:
     needs = f"{size / 2**20:.0f} MiB"
     if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2:
-        return "device", f"{needs} fit half of the GPU's free memory"
+        return "device", f"{needs} fit into half of the GPU's free memory"
     if size <= _free_memory() / 2:
-        return "memory", f"{needs} fit half of the free memory"
+        return "memory", f"{needs} fit into half of the free memory"
     existing = next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
     if size <= shutil.disk_usage(existing).free / 2 and os.access(existing, os.W_OK):
-        return "disk", f"{needs} fit half of the free disk"
+        return "disk", f"{needs} fit into half of the free disk space"
     return "off", f"{needs} fit nowhere"
 
 
 def _free_memory() -> int:
-    """Bytes that can be taken without swapping, or being killed for going beyond a container's limit."""
+    """Bytes that can be allocated without swapping and within a container's limit."""
     with open("/proc/meminfo") as file:
         fields = dict(line.split(":") for line in file)
     free = int(fields["MemAvailable"].split()[0]) * 1024
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup 2, 1
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             free = min(free, int(Path(limit).read_text()))
     return free
 

@@ -1,9 +1,9 @@
 """DaliDecoder: the same pairs through an NVIDIA DALI pipeline, on a GPU or on the CPU (which needs no driver).
 
-One graph for both devices. Photos are decoded by nvImageCodec (on a GPU by its JPEG engines, `device="mixed"`) and
-averaged down to the sampling grid there. Masks are decoded by our GIF decoder in the threads that read the files,
-because DALI decodes no GIF. (DALI's numba operator can run that decoder too, but compiles it anew for every pipeline:
-8 s each.) Only this file imports `nvidia.dali`.
+Both devices run the same graph. nvImageCodec decodes the photos (on a GPU with its JPEG engines, `device="mixed"`), and
+the pipeline averages them down to the sampling grid. DALI decodes no GIFs: the threads that read the files decode the
+masks with our GIF decoder. (DALI's numba operator can run that decoder too, but compiles it for every pipeline: 8 s
+each.) Only this file imports `nvidia.dali`.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastseg.data.batch import BadSamples, Batch, wait_on_current_stream
+from fastseg.data.batch import Batch, empty_batch, wait_on_current_stream
 from fastseg.data.decode import Size, as_dali_input, decode_mask
 from fastseg.data.host import HostDecoder, check_sizes, decode_file
 from fastseg.data.pairs import Pairs
@@ -34,24 +34,27 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Sample:
+    """What DALI needs of a pair."""
+
     index: int
     image: NDArray[np.uint8]  # the file's bytes
     mask: NDArray[np.uint8]  # (H, W) cells
     sizes: NDArray[np.float32]  # (1 + HALVINGS, 2) height and width: the grid's extent, then after each halving
 
 
-class DaliDecoder:
-    """Decode batches of pairs with a DALI pipeline; interchangeable with `HostDecoder`.
+class DaliDecoder(HostDecoder):
+    """Decode batches of pairs with a DALI pipeline; interchangeable with `HostDecoder`, which it falls back to.
 
-    JPEG damage that libjpeg-turbo reports but nvImageCodec passes over (flipped bits inside the scan) is not seen
-    here; truncated and unreadable files are.
+    JPEG damage that libjpeg-turbo reports but nvImageCodec ignores (flipped bits inside the scan) goes unnoticed here;
+    truncated and unreadable files do not.
 
     Args:
-        pairs, height, width, mask_resize, num_workers, bad: as for `HostDecoder`.
+        pairs, height, width: as for `HostDecoder`.
         device: where photos are decoded and where the batches arrive.
-        hw_decoder_load: share of the JPEGs that a GPU's JPEG engines decode; its cores decode the rest.
+        hw_decoder_load: share of the JPEGs that a GPU's JPEG engines decode; its cores decode the others.
         batches_ahead: DALI's prefetch depth.
-        largest_photo: height and width for which the JPEG engines' memory is taken at once; 0, 0: as it is needed.
+        largest_photo: height and width for which the JPEG engines allocate memory at the start; 0, 0: on demand.
+        options: `mask_resize`, `num_workers` and `bad`, as for `HostDecoder`.
 
     Raises:
         ConfigError: DALI is not installed.
@@ -65,13 +68,11 @@ class DaliDecoder:
         height: int,
         width: int,
         *,
-        mask_resize: str = "area",
-        num_workers: int = 2,
-        bad: BadSamples | None = None,
         device: torch.device | str = "cpu",
         hw_decoder_load: float = 0.65,
         batches_ahead: int = 2,
         largest_photo: Size = (0, 0),
+        **options: Any,
     ) -> None:
         try:
             import nvidia.dali  # noqa: F401
@@ -79,15 +80,11 @@ class DaliDecoder:
             raise ConfigError(
                 f"decoder: DALI cannot be loaded ({error}). Install nvidia-dali-cuda120 or use decoder=host."
             ) from None
-        self.pairs = pairs
-        self.height, self.width = height, width
-        self.mask_resize = mask_resize
-        self.num_workers = num_workers
-        self.bad = bad or BadSamples(pairs, "raise")
+        super().__init__(pairs, height, width, **options)
         self.device = torch.device(device)
         self.batches_ahead = batches_ahead
         self._decoder_options: dict[str, Any] = {"device": "cpu"}
-        self._stream: torch.cuda.Stream | None = None  # on which batches are copied out of DALI's buffers
+        self._stream: torch.cuda.Stream | None = None  # copies batches out of DALI's buffers
         if self.device.type == "cuda":
             if self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())
@@ -98,19 +95,19 @@ class DaliDecoder:
                 "preallocate_width_hint": largest_photo[1],
             }
             self._stream = torch.cuda.Stream(self.device)
-        self._copying: tuple[Any, ...] = ()  # the buffers that a copy still reads
+        self._copying: tuple[Any, ...] = ()  # DALI's buffers that a copy still reads
         self._copied: torch.cuda.Event | None = None
         self._pipeline: Any = None
         self._batch_size = 0  # the largest that the pipeline takes
         self._samples: Iterator[list[_Sample]] = iter(())
-        self._in_flight: deque[NDArray[np.int64]] = deque()  # what DALI has been fed and has not given back
-        self._error: DataError | None = None  # met while reading; raised behind the batches that are in flight
+        self._in_flight: deque[NDArray[np.int64]] = deque()  # batches that DALI has been fed and has not returned
+        self._error: DataError | None = None  # of a file; raised after the batches that are in flight
 
     def decode(self, batches: Iterable[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         """Decode `batches` of pair indices, in order and ahead of the caller.
 
         Yields:
-            A `Batch` of new tensors on the device: what was yielded before stays valid.
+            A `Batch` of new tensors on the device each time, so that earlier batches stay valid.
 
         Raises:
             DataError: a pair cannot be decoded and bad samples are not skipped.
@@ -118,16 +115,17 @@ class DaliDecoder:
         batches = list(batches)
         filled = self._decode_filled([indices for indices in batches if len(indices)])
         with contextlib.closing(filled):
-            for indices in batches:  # DALI takes no batch of nothing
-                yield next(filled) if len(indices) else self._new_batch(indices)
+            for indices in batches:  # DALI accepts no empty batch
+                yield next(filled) if len(indices) else self._empty_batch(indices)
 
     def _decode_filled(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         largest = max(map(len, batches), default=0)
-        if largest > self._batch_size or self._in_flight:  # in flight: the iterator before this one was left early,
-            self._drop_pipeline()  # and what is under way would come out first
+        # Batches in flight belong to an earlier iterator that was left early, and would come out first.
+        if largest > self._batch_size or self._in_flight:
+            self._drop_pipeline()
             self._batch_size = max(largest, self._batch_size)
         if self._pipeline is not None:
-            self._pipeline.reset()  # it stands at the end of the batches before
+            self._pipeline.reset()  # it is at the end of its previous batches
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fastseg-read")
         samples = self._samples = self._read_ahead(pool, batches)
         self._error = None
@@ -140,13 +138,13 @@ class DaliDecoder:
                         raise self._error from None
                     return
                 except _PipelineBrokenError as error:
-                    # One undecodable sample makes the whole pipeline useless. The host decoder finds the file,
-                    # names it and replaces it; a new pipeline goes on behind the batches that were under way.
-                    under_way = list(self._in_flight)
+                    # One undecodable sample makes the whole pipeline unusable. The host decoder finds the file,
+                    # names it and replaces it; a new pipeline continues after the batches that were in flight.
+                    in_flight = list(self._in_flight)
                     self._drop_pipeline()
-                    if not under_way:
+                    if not in_flight:
                         raise
-                    yield from self._on_host(under_way, str(error))
+                    yield from self._decode_on_host(in_flight, str(error))
                     continue
                 yield batch
             raise RuntimeError("DaliDecoder: this iterator ended when a later one began")
@@ -158,7 +156,7 @@ class DaliDecoder:
         self._in_flight.clear()
 
     def _read_ahead(self, pool: ThreadPoolExecutor, batches: list[NDArray[np.int64]]) -> Iterator[list[_Sample]]:
-        """The files of each batch, read while DALI works on the one before."""
+        """The files of each batch, read while DALI decodes the batch before."""
         ahead: deque[Iterator[_Sample]] = deque()
         for indices in batches:
             ahead.append(pool.map(self._read, indices))
@@ -168,28 +166,25 @@ class DaliDecoder:
             yield list(ahead.popleft())
 
     def _read(self, index: int) -> _Sample:
-        """The files of a pair, or of the one that replaces it; the image checked as far as its header tells."""
+        """Read a pair, or the pair that replaces it if it is broken: check the image's header and decode the mask."""
         target = (self.height, self.width)
         mask = np.empty(target, np.uint8)
         while True:
             index = self.bad.replacement(int(index))
-            mask_path = self.pairs.mask_path(index)
+            image_path, mask_path = self.pairs.image_path(index), self.pairs.mask_path(index)
             try:
-                image, encoded_size, size = decode_file(
-                    self.pairs.image_path(index), lambda data: as_dali_input(data, *target)
-                )
-                mask_size = decode_file(mask_path, lambda data: decode_mask(data, mask, self.mask_resize))
+                image, encoded_size, size = decode_file(image_path, as_dali_input, *target)
+                mask_size = decode_file(mask_path, decode_mask, mask, self.mask_resize)
                 check_sizes(mask_path, mask_size, size)
+                return _Sample(index, np.frombuffer(image, np.uint8), mask, _halvings(encoded_size, target))
             except DataError as error:
                 self.bad.report(index, error)
-                continue
-            return _Sample(index, np.frombuffer(image, np.uint8), mask, _halvings(encoded_size, target))
 
     def _feed(self) -> tuple[list[NDArray[Any]], ...]:
-        """The next batch for DALI, which asks for it; StopIteration where there is none."""
+        """The next batch, when DALI asks for it; StopIteration if there is none."""
         try:
             samples = next(self._samples)
-        except DataError as error:  # first what is in flight, as from the host decoder; then this
+        except DataError as error:  # raised after the batches in flight, as by the host decoder
             self._error = error
             raise StopIteration from None
         self._in_flight.append(np.array([sample.index for sample in samples], np.int64))
@@ -202,14 +197,14 @@ class DaliDecoder:
         if self._pipeline is None:
             self._pipeline = self._build()
         if self._copied is not None:
-            self._copied.synchronize()  # the buffers of the batch before go back to DALI only now
+            self._copied.synchronize()  # run() returns the previous buffers to DALI
         try:
             images, masks = self._copying = self._pipeline.run(self._stream)
         except RuntimeError as error:
             reason = str(error).partition("encountered:")[2].strip() or str(error)
             raise _PipelineBrokenError(reason.splitlines()[0]) from None
         with torch.cuda.stream(self._stream):  # does nothing on the CPU, where it is None
-            batch = self._new_batch(self._in_flight.popleft())
+            batch = self._empty_batch(self._in_flight.popleft())
             feed_ndarray(masks.as_tensor(), batch.masks, cuda_stream=self._stream)
             if all(shape[:2] == (self.height, self.width) for shape in images.shape()):
                 feed_ndarray(images.as_tensor(), batch.images, cuda_stream=self._stream)
@@ -223,28 +218,15 @@ class DaliDecoder:
         self._copied = self._stream.record_event()
         return wait_on_current_stream(batch, self._copied)
 
-    def _new_batch(self, indices: NDArray[np.int64]) -> Batch:
-        shape = (len(indices), self.height, self.width)
-        return Batch(
-            torch.empty((*shape, 3), dtype=torch.uint8, device=self.device),
-            torch.empty(shape, dtype=torch.uint8, device=self.device),
-            indices,
-        )
+    def _empty_batch(self, indices: NDArray[np.int64]) -> Batch:
+        return empty_batch(indices, self.height, self.width, device=self.device)
 
-    def _on_host(self, batches: list[NDArray[np.int64]], reason: str) -> Iterator[Batch]:
-        """Decode what was under way when DALI stopped."""
+    def _decode_on_host(self, batches: list[NDArray[np.int64]], reason: str) -> Iterator[Batch]:
+        """Decode the batches that were in flight when DALI stopped."""
         known_bad = len(self.bad.found)
-        host = HostDecoder(
-            self.pairs,
-            self.height,
-            self.width,
-            mask_resize=self.mask_resize,
-            num_workers=self.num_workers,
-            bad=self.bad,
-        )
-        for at, batch in enumerate(host.decode(batches), start=1):
-            if at == len(batches) and len(self.bad.found) == known_bad:
-                log.warning("the host decoded %d batches that DALI could not: %s", at, reason)
+        for count, batch in enumerate(super().decode(batches), start=1):
+            if count == len(batches) and len(self.bad.found) == known_bad:
+                log.warning("the host decoded %d batches that DALI could not: %s", count, reason)
             yield batch._replace(images=batch.images.to(self.device), masks=batch.masks.to(self.device))
 
     def _build(self) -> Any:
@@ -263,9 +245,9 @@ class DaliDecoder:
                 ndim=[1, 2] + [1] * (1 + HALVINGS),
             )
             pixels = fn.decoders.image(encoded, output_type=types.RGB, **self._decoder_options)
-            # Linear interpolation at half the size, on a grid of whole pairs of pixels, is the mean of 2x2 pixels;
-            # three times that is the mean of 8x8 which the host decoder has from the DCT. In float, so that it is
-            # rounded once. A step that has nothing to do leaves the pixels as they are.
+            # Linear interpolation at half the size, on a grid of whole pairs of pixels, is the mean of 2x2 pixels.
+            # Three such steps give the mean of 8x8 pixels that the host decoder takes from the DCT. They are in float,
+            # so that the result is rounded once. A step without work leaves the pixels unchanged.
             halve = {"interp_type": types.INTERP_LINEAR, "antialias": False, "dtype": types.FLOAT}
             origin = np.zeros(2, np.float32)
             pixels = fn.resize(pixels, size=sizes[1], roi_start=origin, roi_end=sizes[0], **halve)
@@ -282,16 +264,16 @@ class _PipelineBrokenError(RuntimeError):
 
 
 def _halvings(size: Size, target: Size) -> NDArray[np.float32]:
-    """(1 + HALVINGS, 2) heights and widths: the extent to sample, then what is left of it after each halving."""
+    """(1 + HALVINGS, 2) heights and widths: the extent to sample, then its size after each halving."""
     grid = sampling_grid(size[1], size[0], target[1], target[0])
     extent = np.array([grid.extent_y, grid.extent_x], np.float32)
     return np.array([extent / min(2**step, grid.denominator) for step in range(1 + HALVINGS)])
 
 
 def _average_cells(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """(H, W, 3) uint8 to the area averages of height x width cells, as `resample.resize_area`, on any device."""
+    """Area averages of (H, W, 3) uint8 over height x width cells, like `resample.resize_area`, on any device."""
     cells = pixels.float()
-    for dim, count in ((0, height), (1, width)):  # differences of the running sum at the cells' edges
+    for dim, count in ((0, height), (1, width)):  # differences of the cumulative sum at the cells' edges
         length = cells.shape[dim]
         edges = torch.arange(count + 1, device=cells.device, dtype=torch.float64) * (length / count)
         whole = edges.long().clamp(max=length - 1)

@@ -1,7 +1,7 @@
-"""HostDecoder: threads that read and decode pairs on the CPU, ahead of whoever takes the batches.
+"""HostDecoder: threads that read and decode pairs on the CPU, ahead of the caller.
 
-libjpeg-turbo, our GIF decoder and Pillow all release the GIL, so threads scale with the cores; there are no worker
-processes to start, to copy from, or to die.
+libjpeg-turbo, our GIF decoder and Pillow all release the GIL, so threads scale with the cores. There are no worker
+processes to start, to copy from, or to lose.
 """
 
 import itertools
@@ -9,77 +9,22 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fastseg.data.batch import BadSamples, Batch
+from fastseg.data.batch import BadSamples, Batch, empty_batch
 from fastseg.data.decode import Size, decode_image, decode_mask
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 
-__all__ = ["HostDecoder", "check_sizes", "decode_file", "load_photo", "decode_pair", "read_file", "size_mismatch"]
+__all__ = ["HostDecoder", "check_sizes", "decode_file", "load_photo", "read_file"]
 
 BATCHES_AHEAD = 3
 
+P = ParamSpec("P")
 T = TypeVar("T")
-
-
-def read_file(path: str) -> bytes:
-    """The bytes of a file; DataError where it cannot be read."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def decode_file(path: str, decode: Callable[[bytes], T]) -> T:
-    """What `decode` makes of the bytes of a file; a DataError names the file."""
-    data = read_file(path)
-    try:
-        return decode(data)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-
-
-def load_photo(path: str, size: Size) -> NDArray[np.uint8]:
-    """A photo on a grid of `size`, (height, width): (H, W, 3) uint8. A DataError names the file."""
-    pixels = np.empty((*size, 3), np.uint8)
-    decode_file(path, lambda data: decode_image(data, pixels))
-    return pixels
-
-
-def decode_pair(
-    pairs: Pairs, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8], mask_resize: str = "area"
-) -> None:
-    """Read and decode one pair.
-
-    Args:
-        image: (H, W, 3) uint8, written.
-        mask: (H, W) uint8, written.
-        mask_resize: "area" or "nearest".
-
-    Raises:
-        DataError: a file is missing or damaged, or the two differ in size; the message names the file.
-    """
-    mask_path = pairs.mask_path(index)
-    size = decode_file(pairs.image_path(index), lambda data: decode_image(data, image))
-    check_sizes(mask_path, decode_file(mask_path, lambda data: decode_mask(data, mask, mask_resize)), size)
-
-
-def check_sizes(mask_path: str, mask_size: Size, image_size: Size) -> None:
-    """DataError where a mask has another size than its image."""
-    if mask_size != image_size:
-        raise DataError(size_mismatch(mask_path, mask_size, image_size))
-
-
-def size_mismatch(mask_path: str, mask_size: Size, image_size: Size) -> str:
-    """The sentence about a mask of another size than its image."""
-    (mask_height, mask_width), (height, width) = mask_size, image_size
-    return f"{mask_path}: must have its image's size, {width}x{height}; it has {mask_width}x{mask_height}"
 
 
 class HostDecoder:
@@ -90,8 +35,8 @@ class HostDecoder:
         height, width: of the decoded pixels.
         mask_resize: "area" or "nearest".
         num_workers: threads.
-        bad: what to do with broken files; by default the first one raises.
-        pin_memory: batches in page-locked memory, from which a GPU copies without waiting.
+        bad: policy for broken files; by default the first one raises.
+        pin_memory: put batches in page-locked memory, from which a GPU copies asynchronously.
     """
 
     name = "host"
@@ -118,73 +63,109 @@ class HostDecoder:
         """Decode `batches` of pair indices, in order, up to three batches ahead of the caller.
 
         Yields:
-            A `Batch` of new tensors each time: what was yielded before stays valid.
+            A `Batch` of new tensors each time, so that earlier batches stay valid.
 
         Raises:
             DataError: a pair cannot be decoded and bad samples are not skipped.
         """
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fastseg-decode")
-        ahead: deque[_Filling] = deque()
-        todo = iter(batches)
+        ahead: deque[_BatchInProgress] = deque()
+        remaining = iter(batches)
         try:
             while True:
-                for indices in itertools.islice(todo, BATCHES_AHEAD - len(ahead)):
+                for indices in itertools.islice(remaining, BATCHES_AHEAD - len(ahead)):
                     ahead.append(self._start(pool, indices))
                 if not ahead:
                     return
-                filling = ahead.popleft()
-                for thread in filling.threads:
-                    thread.result()
-                if filling.errors:
-                    raise filling.errors[min(filling.errors)]
-                yield filling.batch
-        finally:  # the caller may leave early; then what is queued is dropped and what runs is waited for
-            for filling in ahead:
-                filling.places.clear()
+                first = ahead.popleft()
+                for job in first.jobs:
+                    job.result()
+                if first.errors:
+                    raise first.errors[min(first.errors)]
+                yield first.batch
+        finally:  # the caller may leave early: drop what is queued and wait for what runs
+            for later in ahead:
+                later.places.clear()
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _start(self, pool: ThreadPoolExecutor, indices: NDArray[np.int64]) -> "_Filling":
-        shape = (len(indices), self.height, self.width)
-        batch = Batch(
-            torch.empty((*shape, 3), dtype=torch.uint8, pin_memory=self.pin_memory),
-            torch.empty(shape, dtype=torch.uint8, pin_memory=self.pin_memory),
-            np.array(indices, dtype=np.int64),
-        )
-        filling = _Filling(batch, deque(range(len(indices))))
-        # A job a thread and batch, not one a pair: handing a pair over costs a good part of what its mask costs.
+    def _start(self, pool: ThreadPoolExecutor, indices: NDArray[np.int64]) -> "_BatchInProgress":
+        batch = empty_batch(indices, self.height, self.width, pin_memory=self.pin_memory)
+        started = _BatchInProgress(batch, deque(range(len(indices))))
+        # One job per thread and batch, not one per pair: submitting a job takes almost as long as decoding a mask.
         for _ in range(min(self.num_workers, len(indices))):
-            filling.threads.append(pool.submit(self._fill, filling))
-        return filling
+            started.jobs.append(pool.submit(self._fill, started))
+        return started
 
-    def _fill(self, filling: "_Filling") -> None:
-        """Decode pairs of a batch, beside other threads, until none is left or one breaks."""
-        images, masks, indices = filling.batch.images.numpy(), filling.batch.masks.numpy(), filling.batch.indices
-        while not filling.errors:
+    def _fill(self, started: "_BatchInProgress") -> None:
+        """Decode pairs of a batch, beside other threads, until none is left or one is broken."""
+        images, masks, indices = started.batch.images.numpy(), started.batch.masks.numpy(), started.batch.indices
+        while not started.errors:
             try:
-                place = filling.places.popleft()
+                place = started.places.popleft()
             except IndexError:
                 return
             try:
-                indices[place] = self._decode(int(indices[place]), images[place], masks[place])
+                indices[place] = self._decode_pair(int(indices[place]), images[place], masks[place])
             except DataError as error:
-                filling.errors[place] = error
+                started.errors[place] = error
 
-    def _decode(self, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> int:
-        """Decode a pair, or the one that replaces it; returns which."""
+    def _decode_pair(self, index: int, image: NDArray[np.uint8], mask: NDArray[np.uint8]) -> int:
+        """Read and decode one pair, or the pair that replaces it if it is broken.
+
+        Args:
+            image: (H, W, 3) uint8, written.
+            mask: (H, W) uint8, written.
+
+        Returns:
+            The index of the pair that was decoded.
+        """
         while True:
             index = self.bad.replacement(index)
+            image_path, mask_path = self.pairs.image_path(index), self.pairs.mask_path(index)
             try:
-                decode_pair(self.pairs, index, image, mask, self.mask_resize)
+                size = decode_file(image_path, decode_image, image)
+                mask_size = decode_file(mask_path, decode_mask, mask, self.mask_resize)
+                check_sizes(mask_path, mask_size, size)
                 return index
             except DataError as error:
                 self.bad.report(index, error)
 
 
 @dataclass
-class _Filling:
-    """A batch that threads are filling."""
-
+class _BatchInProgress:
     batch: Batch
-    places: deque[int]  # that no thread has taken yet
-    errors: dict[int, DataError] = field(default_factory=dict)  # by place; the first is raised, as one thread would
-    threads: list[Future[None]] = field(default_factory=list)
+    places: deque[int]  # in the batch, that no thread has taken yet
+    errors: dict[int, DataError] = field(default_factory=dict)  # by place; the lowest is raised, as by a single thread
+    jobs: list[Future[None]] = field(default_factory=list)
+
+
+def read_file(path: str) -> bytes:
+    """The bytes of a file; a DataError, without the path, if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})") from None
+
+
+def decode_file(path: str, decode: Callable[Concatenate[bytes, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`decode(data, ...)` for the bytes of a file; a DataError names the file."""
+    try:
+        return decode(read_file(path), *args, **kwargs)
+    except DataError as error:
+        raise error.in_file(path) from None
+
+
+def check_sizes(mask_path: str, mask_size: Size, image_size: Size) -> None:
+    """DataError if a mask has another size than its image; both are (height, width)."""
+    if mask_size != image_size:
+        (mask_height, mask_width), (height, width) = mask_size, image_size
+        found = f"{width}x{height}; it has {mask_width}x{mask_height}"
+        raise DataError(f"{mask_path}: must have its image's size, {found}", "size")
+
+
+def load_photo(path: str, size: Size) -> NDArray[np.uint8]:
+    """A photo on a grid of `size`, (height, width): (H, W, 3) uint8. A DataError names the file."""
+    pixels = np.empty((*size, 3), np.uint8)
+    decode_file(path, decode_image, pixels)
+    return pixels

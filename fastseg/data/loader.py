@@ -1,4 +1,4 @@
-"""Loader: epochs of decoded batches on the training device, in an order that (seed, epoch) alone decides.
+"""Loader: epochs of decoded batches on the training device, in an order that depends on (seed, epoch) alone.
 
     pairs = fastseg.find_pairs("data/train_images", "data/train_masks")
     loader = fastseg.Loader(pairs, height=160, width=240, batch_size=16)
@@ -6,7 +6,7 @@
         for images, masks, indices in loader:  # uint8 (16, 160, 240, 3), uint8 (16, 160, 240), int64 (16,)
             ...
 
-The first epoch decodes files; what it decoded stays in the cache, and later epochs only gather.
+The first epoch decodes the files and fills the cache; later epochs only gather from it.
 """
 
 import contextlib
@@ -45,37 +45,39 @@ log = logging.getLogger(__name__)
 
 
 def epoch_order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of an epoch: a permutation of range(count) that depends on (seed, epoch) and nothing else."""
+    """The order of an epoch: a permutation of range(count) that depends on (seed, epoch) alone."""
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class Loader:
-    """Batches of pairs; iterate over it once an epoch.
+    """Batches of pairs. Each iteration over the loader is one epoch.
 
     Args:
         pairs: from `find_pairs`.
         height, width: of the decoded pixels.
-        batch_size: pairs a step over all processes.
-        shuffle: a new permutation each epoch; otherwise the order of `pairs`.
-        drop_last: leave the last, smaller batch out (training: static shapes); otherwise every pair comes once.
+        batch_size: pairs per step over all processes.
+        shuffle: use a new permutation in each epoch; otherwise the order of `pairs`.
+        drop_last: leave out the last, smaller batch, so that all shapes are the same; otherwise every pair comes once.
         seed: of the order.
-        rank, world_size: this process among those that share the epoch. Each takes its slice of every batch, so all
-            make equally many steps; in a last batch of fewer pairs than processes some slices are empty.
+        rank, world_size: this process and the number of processes that share the epoch. Each process takes its slice
+            of every batch, so that all make the same number of steps. If the last batch has fewer pairs than there are
+            processes, some slices are empty.
         device: where batches arrive.
         decoder: "host", "dali", or "auto".
-        num_workers: decoding threads; 0: one a core.
+        num_workers: decoding threads; 0: one per core.
         mask_resize: "area" or "nearest".
         cache: "auto", "device", "memory", "disk" or "off".
         cache_dir: of the disk cache; empty: the user's cache folder.
-        bad_samples: "raise", or "skip": another pair takes the place of one that breaks; see `bad`.
-        pin_memory: page-locked staging buffers when the device is a GPU.
+        bad_samples: "raise", or "skip": the next pair replaces a broken one; see `bad`.
+        pin_memory: use page-locked staging buffers if the device is a GPU.
 
     Attributes:
         bad: `BadSamples`; `bad.found` maps the index of each broken pair to the reason.
-        wait_seconds: time spent waiting for batches since the loader was made.
+        wait_seconds: total time that the caller has waited for batches.
 
     Raises:
-        ConfigError: a setting is out of range, or a decoder or cache that this machine lacks.
+        ConfigError: a setting is out of range, or this machine lacks the decoder or the memory for the cache.
+        OutputError: the disk cache cannot be written.
     """
 
     def __init__(
@@ -100,7 +102,6 @@ class Loader:
         pin_memory: bool = True,
     ) -> None:
         _check_settings(locals())
-        num_workers = count_threads(num_workers)
         self.pairs = pairs
         self.batch_size = batch_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
@@ -111,67 +112,55 @@ class Loader:
         self._epoch, self._step = 0, 0
         on_gpu = self.device.type == "cuda"
         self._pin_memory = pin_memory and on_gpu
-        # One stream for all epochs: torch keeps freed memory by stream, and would take more for each new one.
-        self._copying = torch.cuda.Stream(self.device) if on_gpu else None
+        # One stream for all epochs: torch caches freed memory per stream, and would allocate more for each new one.
+        self._copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         name, reason = _choose_decoder(decoder, on_gpu)
-        log_level = logging.INFO if shuffle else logging.DEBUG  # validation's choices are those of training, said there
+        log_level = logging.INFO if shuffle else logging.DEBUG  # validation repeats training's choices
         log.log(log_level, "decoder: %s (%s)", name, reason)
+        options: dict[str, Any] = {
+            "mask_resize": mask_resize,
+            "num_workers": count_threads(num_workers),
+            "bad": self.bad,
+        }
         if name == "dali":
-            from fastseg.data.dali import DaliDecoder  # loads DALI: only for those who use it
+            from fastseg.data.dali import DaliDecoder  # imports DALI, so only if it is used
 
-            self.decoder: HostDecoder | DaliDecoder = DaliDecoder(
-                pairs,
-                height,
-                width,
-                mask_resize=mask_resize,
-                num_workers=num_workers,
-                bad=self.bad,
-                device=self.device,
-            )
+            self.decoder: HostDecoder = DaliDecoder(pairs, height, width, device=self.device, **options)
         else:
-            self.decoder = HostDecoder(
-                pairs,
-                height,
-                width,
-                mask_resize=mask_resize,
-                num_workers=num_workers,
-                bad=self.bad,
-                pin_memory=self._pin_memory,
-            )
-        self.cache = open_cache(
-            cache, pairs, height, width, mask_resize, name, self.device, cache_dir, log_level=log_level
-        )
+            self.decoder = HostDecoder(pairs, height, width, pin_memory=self._pin_memory, **options)
+        self.cache = open_cache(cache, self.decoder, self.device, cache_dir, log_level=log_level)
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Batches per epoch."""
         whole, rest = divmod(len(self.pairs), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the loader stands: the next batch it gives is number `step` of `epoch`."""
-        place = {"seed": self.seed, "epoch": self._epoch, "step": self._step}
-        return {**place, "pairs": len(self.pairs), "batch_size": self.batch_size}
+        """The state to resume from: the next batch is number `step` of `epoch`."""
+        position = {"seed": self.seed, "epoch": self._epoch, "step": self._step}
+        return {**position, "pairs": len(self.pairs), "batch_size": self.batch_size}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken, with any decoder, cache and number of threads.
+        """Resume from a `state_dict`, with any decoder, cache and number of threads.
 
         Raises:
-            ConfigError: the state belongs to another number of pairs, or stands within an epoch of other batches.
+            ConfigError: the state has another number of pairs, or is within an epoch of another batch size.
         """
         if state["pairs"] != len(self.pairs):
             raise ConfigError(
-                f"the checkpoint's epoch had {state['pairs']} training pairs; there are {len(self.pairs)} now. "
-                "Give the same data, or start anew with load_model=false."
+                f"pairs: must be those of the checkpoint, which had {state['pairs']}; got {len(self.pairs)}. "
+                "Give the same data, or start from scratch with load_model=false."
             )
         if state["step"] and state["batch_size"] != self.batch_size:
             raise ConfigError(
-                f"batch_size: must be {state['batch_size']}, as in the epoch that the checkpoint stands in; "
-                f"got {self.batch_size}. Give batch_size={state['batch_size']}, or start anew with load_model=false."
+                f"batch_size: must be {state['batch_size']} to resume within the checkpoint's epoch; got "
+                f"{self.batch_size}. Give batch_size={state['batch_size']}, or start from scratch with "
+                "load_model=false."
             )
         self.seed, self._epoch, self._step = state["seed"], state["epoch"], state["step"]
 
     def __iter__(self) -> Iterator[Batch]:
-        """The rest of the current epoch; the next call begins the next one."""
+        """The rest of the current epoch; the next iteration begins the next epoch."""
         source = self._on_device(self._decode_or_gather(self._batches(self._epoch)[self._step :]))
         while True:
             started = time.perf_counter()
@@ -197,7 +186,7 @@ class Loader:
             return
         if self.bad.found:
             batches = [np.array([self.bad.replacement(int(i)) for i in indices], np.int64) for indices in batches]
-        # An epoch meets each pair once, so what is missing at its beginning decides what is decoded.
+        # An epoch has each pair once, so the rows that are missing at its beginning are those to decode.
         missing = [~cache.filled[indices] for indices in batches]
         todo = [indices[lack] for indices, lack in zip(batches, missing, strict=True) if lack.any()]
         pin_memory = self._pin_memory and cache.device.type == "cpu"
@@ -212,7 +201,7 @@ class Loader:
                 cache.put(batch)
                 if not lack.all():
                     indices = indices.copy()
-                    indices[lack] = batch.indices  # those that replace bad samples are others than asked for
+                    indices[lack] = batch.indices  # others than requested where they replace bad samples
                     batch = cache.gather(indices, pin_memory)
                 yield batch
         if self.world_size == 1 and not cache.filled.all():
@@ -220,27 +209,26 @@ class Loader:
         cache.publish(list(self.bad.found))
 
     def _decode_rest(self, cache: Cache) -> None:
-        """Decode what `drop_last` left out of the epoch, so that the cache is complete."""
+        """Decode the pairs that `drop_last` left out of the epoch, so that the cache is complete."""
         rest = [index for index in np.flatnonzero(~cache.filled) if index not in self.bad.found]
         for batch in self.decoder.decode(np.array_split(rest, -(-len(rest) // self.batch_size)) if rest else []):
             cache.put(batch)
 
     def _on_device(self, batches: Generator[Batch, None, None]) -> Iterator[Batch]:
-        """Copy each batch to the GPU on a stream of its own, while the step before it runs."""
-        if self._copying is None:
+        """Copy each batch to the GPU on a stream of its own, during the step before."""
+        if self._copy_stream is None:
             yield from batches
             return
-        copying = self._copying
         ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
         with contextlib.closing(batches):
             for batch in batches:
                 if batch.images.device.type == "cuda":
-                    while ahead:  # what was asked for first comes first
+                    while ahead:  # the order of the epoch
                         yield wait_on_current_stream(*ahead.popleft())
                     yield batch
                     continue
-                with torch.cuda.stream(copying):
-                    ahead.append((_move(batch, self.device), copying.record_event()))
+                with torch.cuda.stream(self._copy_stream):
+                    ahead.append((_move(batch, self.device), self._copy_stream.record_event()))
                 if len(ahead) > 1:
                     yield wait_on_current_stream(*ahead.popleft())
         while ahead:
@@ -248,7 +236,7 @@ class Loader:
 
 
 def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: bool) -> Loader:
-    """A loader as configured: shuffled whole batches for training; otherwise every pair, in order."""
+    """A loader as configured: shuffled full batches for training; otherwise every pair, in order."""
     same_name = ("batch_size", "seed", "decoder", "num_workers", "mask_resize", "cache", "cache_dir", "bad_samples")
     return Loader(
         pairs,
@@ -265,9 +253,9 @@ def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: boo
 
 
 def _check_settings(given: dict[str, Any]) -> None:
-    for field, least in MINIMUMS.items():
-        if given[field] < least:
-            raise ConfigError(f"{field}: must be at least {least}; got {given[field]}.")
+    for field, minimum in MINIMUMS.items():
+        if given[field] < minimum:
+            raise ConfigError(f"{field}: must be at least {minimum}; got {given[field]}.")
     for field, known in CHOICES.items():
         if given[field] not in known:
             raise ConfigError(f"{field}: must be one of {', '.join(known)}; got {given[field]!r}.")
@@ -283,16 +271,16 @@ def _move(batch: Batch, device: torch.device) -> Batch:
 
 def _choose_decoder(name: str, on_gpu: bool) -> tuple[str, str]:
     if name != "auto":
-        return name, "as asked"
+        return name, "as configured"
     if on_gpu and _has_dali():
         return "dali", "the GPU decodes"
     if on_gpu:
         return "host", "DALI is not installed"
-    return "host", "on a CPU measured several times faster than DALI: benchmarks/README.md"
+    return "host", "several times as fast as DALI on a CPU"
 
 
 def _has_dali() -> bool:
     try:
         return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # not even the package above it
+    except ModuleNotFoundError:  # its parent package is missing, too
         return False

@@ -1,4 +1,4 @@
-"""Which mask belongs to which image, and which car (group) a pair shows.
+"""Finds the mask of each image, and the car (group) that a pair shows.
 
     pairs = find_pairs("data/train_images", "data/train_masks")
     train, val = split_by_group(pairs, val_fraction=0.1, seed=0)
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Pairs:
-    """Image i and mask i belong together. Names only, about 160 bytes a pair, so a million pairs are cheap."""
+    """The files of a data set: image i belongs to mask i. Holds only names, about 160 bytes per pair."""
 
     image_dir: str
     mask_dir: str
@@ -64,7 +64,7 @@ class Pairs:
         return Pairs(self.image_dir, self.mask_dir, images, masks)
 
     def without(self, indices: Iterable[int]) -> "Pairs":
-        """The pairs but for those at `indices`, which are noted as left out."""
+        """The pairs without those at `indices`, which are recorded in `left_out`."""
         dropped = set(indices)
         kept = self.subset(i for i in range(len(self)) if i not in dropped)
         return replace(kept, left_out=(*self.left_out, *(self.images[i] for i in sorted(dropped))))
@@ -89,22 +89,22 @@ def find_masks(mask_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def mask_stem(name: str) -> str:
-    """Name of the image that a mask belongs to, but for its extension."""
+    """Name, without its extension, of the image that a mask belongs to."""
     return os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
 
 
 class Matches(NamedTuple):
-    """Every image below a folder with its mask, and what does not match."""
+    """All images below a folder with their masks, and the files that do not match."""
 
-    pairs: Pairs  # all images; the mask of one that has none is ""
-    missing: list[int]  # images without a mask
-    doubles: dict[int, str]  # images with more than one mask: the second
-    twins: list[int]  # images that share their stem, and so their mask, with another
-    without_image: list[str]  # masks
+    pairs: Pairs  # all images; the mask is "" if there is none
+    without_mask: list[int]  # images
+    second_masks: dict[int, str]  # images with more than one mask: the second
+    same_stem: list[int]  # images that share their stem, and so their mask, with another image
+    masks_without_image: list[str]
 
 
 def match_masks(image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[str]) -> Matches:
-    """Look for the mask of every image, whatever is found. Opens no file.
+    """Match images and masks by their stems. Opens no file.
 
     Raises:
         DataError: a folder is missing, cannot be read, or holds no images or no masks.
@@ -126,10 +126,10 @@ def match_masks(image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[s
     counts = Counter(stems)
     return Matches(
         Pairs(image_dir, mask_dir, images, [masks.get(stem, "") for stem in stems]),
-        missing=[i for i, stem in enumerate(stems) if stem not in masks],
-        doubles={i: doubled[stem] for i, stem in enumerate(stems) if stem in doubled},
-        twins=[i for i, stem in enumerate(stems) if counts[stem] > 1],
-        without_image=[name for stem, name in masks.items() if stem not in counts],
+        without_mask=[i for i, stem in enumerate(stems) if stem not in masks],
+        second_masks={i: doubled[stem] for i, stem in enumerate(stems) if stem in doubled},
+        same_stem=[i for i, stem in enumerate(stems) if counts[stem] > 1],
+        masks_without_image=[name for stem, name in masks.items() if stem not in counts],
     )
 
 
@@ -139,9 +139,9 @@ def find_pairs(
     """Find the mask of every image below a folder. Opens no file.
 
     Args:
-        image_dir: folder of JPEG, PNG, BMP or WebP images; subfolders count.
-        mask_dir: folder of GIF, PNG or BMP masks, laid out like `image_dir`; it may be the same folder.
-        bad_samples: "raise" refuses images without a mask or with several; "skip" leaves them out and says so.
+        image_dir: folder of JPEG, PNG, BMP or WebP images, also in subfolders.
+        mask_dir: folder of GIF, PNG or BMP masks in the same subfolders; it may be the same folder.
+        bad_samples: "raise" refuses images without a mask or with several; "skip" leaves them out and logs them.
 
     Returns:
         The pairs, sorted by image name.
@@ -149,37 +149,37 @@ def find_pairs(
     Raises:
         DataError: a folder is missing or empty, or (with "raise") an image has no mask or more than one.
     """
-    found, missing, doubles, twins, without_image = match_masks(image_dir, mask_dir)
-    image_dir, mask_dir, images = found.image_dir, found.mask_dir, found.images
+    pairs, without_mask, second_masks, same_stem, masks_without_image = match_masks(image_dir, mask_dir)
+    image_dir, mask_dir, images = pairs.image_dir, pairs.mask_dir, pairs.images
     stems = [os.path.splitext(name)[0] for name in images]
-    problems: list[tuple[list[int], str, str]] = []  # images, what is wrong with them, the first one and the remedy
-    if missing:
-        stem = stems[missing[0]]
+    problems: list[tuple[list[int], str, str]] = []  # images, their fault, the first one and the remedy
+    if without_mask:
+        stem = stems[without_mask[0]]
         looked_for = f"{stem}{MASK_SUFFIX}.* and {os.path.basename(stem)}.*: {', '.join(MASK_EXTENSIONS)}"
-        first = f"{images[missing[0]]} (looked for {looked_for}). Add the masks"
-        problems.append((missing, f"have no mask in {mask_dir}", first))
-    if doubles:
-        i, second = next(iter(doubles.items()))
-        first = f"{images[i]} ({found.masks[i]} and {second}). Keep one of each"
-        problems.append((list(doubles), f"have more than one mask in {mask_dir}", first))
-    if twins:
-        twin = images[next(i for i in twins[1:] if stems[i] == stems[twins[0]])]
-        first = f"{images[twins[0]]} and {twin}. Keep one of each"
-        problems.append((twins, f"in {image_dir} share their stem with another", first))
+        first = f"{images[without_mask[0]]} (looked for {looked_for}). Add the masks"
+        problems.append((without_mask, f"have no mask in {mask_dir}", first))
+    if second_masks:
+        i, second = next(iter(second_masks.items()))
+        first = f"{images[i]} ({pairs.masks[i]} and {second}). Keep one of each"
+        problems.append((list(second_masks), f"have more than one mask in {mask_dir}", first))
+    if same_stem:
+        other = images[next(i for i in same_stem[1:] if stems[i] == stems[same_stem[0]])]
+        first = f"{images[same_stem[0]]} and {other}. Keep one of each"
+        problems.append((same_stem, f"in {image_dir} share their stem with another image", first))
     if problems and bad_samples == "raise":
-        sentences = [f"{len(at)} of {len(images)} images {what}; first: {first}" for at, what, first in problems]
-        raise DataError(f'{". ".join(sentences)}, or pass bad_samples="skip" to leave them out.')
-    for at, what, _ in problems:
-        log.warning("left out: %d of %d images %s: %s", len(at), len(images), what, ", ".join(images[i] for i in at))
-    found = found.without({*missing, *doubles, *twins})
-    if not len(found):
+        messages = [f"{len(at)} of {len(images)} images {fault}; first: {first}" for at, fault, first in problems]
+        raise DataError(f'{". ".join(messages)}, or pass bad_samples="skip" to leave them out.')
+    for at, fault, _ in problems:
+        log.warning("left out: %d of %d images %s: %s", len(at), len(images), fault, ", ".join(images[i] for i in at))
+    usable = pairs.without({*without_mask, *second_masks, *same_stem})
+    if not len(usable):
         raise DataError(
-            f"{image_dir}: not one of its {len(stems)} images has one mask in {mask_dir}. "
+            f"{image_dir}: none of its {len(images)} images has exactly one mask in {mask_dir}. "
             f"Add the masks as <stem>{MASK_SUFFIX}.gif."
         )
-    if without_image:
-        log.info("%s: left out %d masks without an image", mask_dir, len(without_image))
-    return found
+    if masks_without_image:
+        log.info("%s: left out %d masks without an image", mask_dir, len(masks_without_image))
+    return usable
 
 
 def group_of(name: str) -> str:
@@ -189,17 +189,17 @@ def group_of(name: str) -> str:
 
 
 def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs, Pairs]:
-    """Hold out whole groups, so that no car is seen in training and in validation.
+    """Hold out whole groups, so that no car is in training and in validation.
 
     Args:
-        val_fraction: share of the groups held out, at least one.
-        seed: decides which.
+        val_fraction: share of the groups to hold out; at least one group is.
+        seed: of the choice of groups.
 
     Returns:
-        Training pairs and validation pairs; the training pairs carry on what was left out of `pairs`.
+        Training pairs, with the `left_out` of `pairs`, and validation pairs.
 
     Raises:
-        DataError: there is only one group, so that nothing can be held out.
+        DataError: there is only one group, so that none can be held out.
     """
     groups = sorted({group_of(name) for name in pairs.images})
     if len(groups) < 2:
@@ -216,10 +216,13 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
 
 
 def list_files(folder: str, what: str) -> list[str]:
-    """Names of all files below a folder but for hidden ones, relative to it, sorted.
+    """Names of all files below a folder, except hidden ones, relative to it, sorted.
+
+    Args:
+        what: the kind of files that the folder should hold, for the message.
 
     Raises:
-        DataError: the folder is missing or cannot be read; `what` says what was sought in it.
+        DataError: the folder is missing or cannot be read.
     """
     if not os.path.isdir(folder):
         raise DataError(
@@ -233,12 +236,12 @@ def list_files(folder: str, what: str) -> list[str]:
         try:
             with os.scandir(os.path.join(folder, below)) as entries:
                 for entry in entries:
-                    if entry.name.startswith("."):  # .DS_Store, ._a.jpg and the like are no data
+                    if entry.name.startswith("."):  # .DS_Store, ._a.jpg and the like
                         continue
                     name = os.path.join(below, entry.name)
                     if entry.is_dir():
                         target = os.path.realpath(entry.path)
-                        if target not in above:  # a link to a folder above it has no end
+                        if target not in above:  # following a link to a folder above would never end
                             pending.append((name, (*above, target)))
                     else:
                         names.append(name)
@@ -255,15 +258,15 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
     others = Counter(_kind(name) for name in files if not name.lower().endswith(extensions))
     kinds = ", ".join(kind for kind, _ in others.most_common(5))
     if not names:
-        held = f"only other files ({kinds})" if others else "nothing"
+        found = f"only other files ({kinds})" if others else "nothing"
         raise DataError(
-            f"{folder}: must hold {what} ({', '.join(extensions)}); found {held}. Give the folder that holds them."
+            f"{folder}: must hold {what} ({', '.join(extensions)}); found {found}. Give the folder that holds them."
         )
     if others:
-        log.info("%s: left out %d files that are no %s (%s)", folder, others.total(), what, kinds)
+        log.info("%s: left out %d files that are not %s (%s)", folder, others.total(), what, kinds)
     return names
 
 
 def _kind(name: str) -> str:
-    """A file's extension, or its name where it has none."""
+    """A file's extension, or its name if it has none."""
     return os.path.splitext(name)[1].lower() or os.path.basename(name)

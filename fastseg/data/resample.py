@@ -1,62 +1,46 @@
-"""The one place that defines the sampling grid of image and mask, and that averages or samples over its cells.
+"""The sampling grid that image and mask share, and the area average or the nearest pixel of each of its cells.
 
-libjpeg-turbo can decode a JPEG at 1/8, 1/4 or 1/2 of its size, which skips most of the work. It then covers whole
-blocks: 1918 columns at 1/8 are 240 pixels that cover 1920 columns. A mask resized from its own 1918 columns to 240
-would drift away from that image, by 2 columns at the right edge. So both are sampled over the extent that the scaled
-JPEG covers, where pixels beyond the image repeat its edge.
+libjpeg-turbo can decode a JPEG at 1/8, 1/4 or 1/2 of its size, which skips most of the work. The result then covers
+whole blocks: 1918 columns at 1/8 are 240 pixels that cover 1920 columns. A mask resized from its own 1918 columns to
+240 would drift away from that image, by 2 columns at the right edge. So both are sampled over the extent that the
+scaled JPEG covers, where pixels beyond the image repeat its edge.
 
-The compiled functions take no lock and raise nothing, so that threads run them side by side.
+The compiled functions release the GIL, so that threads run them in parallel.
 """
 
-import hashlib
-import inspect
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba.extending import register_jitable
 from numpy.typing import NDArray
 
-from fastseg.data import gif
-from fastseg.data.gif import OK, Bytes, as_uint8, compiled, decode_binary, gif_error, parse_gif
+from fastseg.data.gif import Bytes, compiled
 from fastseg.errors import DataError
 
 __all__ = [
     "MASK_MODES",
     "Grid",
-    "decode_mask_into",
+    "binary_mask",
     "mask_from_array",
-    "mask_from_gif",
     "resize_area",
     "sample_mask",
     "sampling_grid",
 ]
 
-AREA, NEAREST = 0, 1
-MASK_MODES = {"area": AREA, "nearest": NEAREST}
+MASK_MODES = ("area", "nearest")
 
 
-@dataclass(frozen=True)
-class Grid:
-    """Target cell (r, c) covers columns [c, c + 1) * extent_x / target_width of the source, and rows likewise."""
+class Grid(NamedTuple):
+    """Target cell (r, c) covers columns [c, c + 1) * extent_x / target_width of the source, and rows accordingly."""
 
-    denominator: int  # the JPEG is decoded at 1/denominator: 1, 2, 4 or 8
+    denominator: int  # 1, 2, 4 or 8: the JPEG is decoded at 1/denominator
     extent_x: int  # source columns that the target covers: width rounded up to a multiple of denominator
     extent_y: int
-
-
-@register_jitable
-def _grid_numbers(width: int, height: int, target_width: int, target_height: int) -> tuple[int, int, int]:
-    denominator = 8
-    while denominator > 1 and (-(-width // denominator) < target_width or -(-height // denominator) < target_height):
-        denominator //= 2
-    return denominator, -(-width // denominator) * denominator, -(-height // denominator) * denominator
 
 
 def sampling_grid(width: int, height: int, target_width: int, target_height: int) -> Grid:
     """The grid for images and masks of `width` x `height` source pixels.
 
-    It belongs to the smallest JPEG scale that is not below the target; an image below the target has scale 1.
+    It is that of the smallest JPEG scale that is at least as large as the target, or of scale 1 if none is.
 
     Raises:
         ValueError: a size is below 1.
@@ -67,15 +51,18 @@ def sampling_grid(width: int, height: int, target_width: int, target_height: int
     if min(width, height, target_width, target_height) < 1:
         sizes = f"{width} x {height} and {target_width} x {target_height}"
         raise ValueError(f"image and target must have at least one pixel; got {sizes}.")
-    return Grid(*_grid_numbers(width, height, target_width, target_height))
+    denominator = 8
+    while denominator > 1 and (-(-width // denominator) < target_width or -(-height // denominator) < target_height):
+        denominator //= 2
+    return Grid(denominator, -(-width // denominator) * denominator, -(-height // denominator) * denominator)
 
 
 @compiled
 def _average_cells(source: Bytes, num_channels: int, extent_x: int, extent_y: int, scale: int, out: Bytes) -> None:
     """Area average over cells of any size, times `scale`, rounded half up.
 
-    Exact: a cell's sum is an integer in units of 1 / (target_width * target_height) pixels, below 2**53, and the
-    quotient of two such integers lies further from the next integer than a float64 can err.
+    The result is exact: a cell's sum is an integer in units of 1 / (target_width * target_height) pixels, below 2**53,
+    and the quotient of two such integers is further from the next integer than the rounding error of a float64.
 
     Args:
         source: uint8 (H, W * num_channels); pixels beyond it, up to the extent, repeat its edge.
@@ -89,7 +76,7 @@ def _average_cells(source: Bytes, num_channels: int, extent_x: int, extent_y: in
     for c in range(target_width + 1):
         whole[c] = c * extent_x // target_width
         part[c] = c * extent_x - whole[c] * target_width
-    rows = np.zeros((extent_x + 1) * num_channels, np.uint32)  # weighted sum of rows, and a pixel of 0 behind the last
+    rows = np.zeros((extent_x + 1) * num_channels, np.uint32)  # weighted sum of rows, then one pixel of 0
     before = np.empty(extent_x + 1, np.int64)  # sum of `rows` before a pixel
     divisor = np.float64(extent_x) * np.float64(extent_y)
     for r in range(target_height):
@@ -120,9 +107,9 @@ def _average_cells(source: Bytes, num_channels: int, extent_x: int, extent_y: in
 
 @compiled
 def _average_blocks(mask: Bytes, block_x: int, block_y: int, out: Bytes) -> None:
-    """The same as _average_cells for a mask of 0 and 1, scale 255, and cells of 1, 2, 4 or 8 by up to 31 pixels.
+    """Faster `_average_cells` for a mask of 0 and 1, scale 255, and cells of 1, 2, 4 or 8 by up to 31 pixels.
 
-    Rows are added up as bytes; one multiplication then adds up the bytes of a cell, whose sum stays below 256.
+    Rows are added as bytes; one multiplication then adds the bytes of a cell, whose sum is below 256.
     """
     last_row, num_columns = mask.shape[0] - 1, mask.shape[1]
     extent_x, area = block_x * out.shape[1], block_x * block_y
@@ -169,65 +156,34 @@ def _pick_centres(mask: Bytes, extent_x: int, extent_y: int, out: Bytes) -> None
             out[r, c] = row[columns[c]] * np.uint8(255)
 
 
-@compiled
-def sample_mask(mask: Bytes, out: Bytes, mode: int) -> None:
+def sample_mask(mask: Bytes, out: Bytes, mode: str = "area") -> None:
     """Samples a mask over its grid.
 
     Args:
-        mask: uint8 (H, W) of 0 and 1, at least one pixel.
-        out: uint8 (target_height, target_width), written: coverage 0..255, or only 0 and 255 if nearest.
-        mode: 0 for the area average, 1 for the pixel under the centre of the cell.
+        mask: uint8 (H, W) of 0 and 1, C-contiguous.
+        out: uint8 (target_height, target_width), written: coverage 0..255, or only 0 and 255 with "nearest".
+        mode: "area" for the area average of each cell, "nearest" for the pixel under its centre.
+
+    Raises:
+        ValueError: the mode is unknown, or the mask or the target has no pixel.
     """
-    if out.size == 0 or mask.size == 0:
-        return
-    _, extent_x, extent_y = _grid_numbers(mask.shape[1], mask.shape[0], out.shape[1], out.shape[0])
-    block_x, block_y = extent_x // out.shape[1], extent_y // out.shape[0]
-    if mode == NEAREST:
-        _pick_centres(mask, extent_x, extent_y, out)
-    elif (
-        block_x * out.shape[1] == extent_x
-        and block_y * out.shape[0] == extent_y
-        and (block_x == 8 or block_x == 4 or block_x == 2 or block_x == 1)
-        and block_y < 32
-    ):
+    if mode not in MASK_MODES:
+        raise ValueError(f"mode must be one of {', '.join(MASK_MODES)}; got {mode!r}.")
+    (height, width), (target_height, target_width) = mask.shape, out.shape
+    grid = sampling_grid(width, height, target_width, target_height)
+    block_x, rest_x = divmod(grid.extent_x, target_width)
+    block_y, rest_y = divmod(grid.extent_y, target_height)
+    if mode == "nearest":
+        _pick_centres(mask, grid.extent_x, grid.extent_y, out)
+    elif rest_x == rest_y == 0 and block_x in (1, 2, 4, 8) and block_y < 32:
         _average_blocks(mask, block_x, block_y, out)
     else:
-        _average_cells(mask, 1, extent_x, extent_y, 255, out)
-
-
-def _compile_decode_mask_into(gif_source: str) -> Any:
-    # numba keeps machine code by the text of this file and by the values of a closure. It does not see that a function
-    # in another file has changed: without the text of gif.py in the closure, its old code would live on in here.
-    def decode_mask_into(data: Bytes, out: Bytes, mode: int) -> int:
-        """Decodes a GIF mask and samples it over its grid.
-
-        Args:
-            data: uint8 (N,), the file.
-            out, mode: as for sample_mask.
-
-        Returns:
-            0, or a status of gif.STATUS_MESSAGES; then `out` is as it was. `mask_from_gif` gives the full message.
-        """
-        gif_source  # noqa: B018
-        header = parse_gif(data)
-        if header.status != OK:
-            return header.status
-        # A buffer per call costs nothing: malloc keeps freed memory of this size, so its pages stay mapped.
-        pixels = np.empty(header.width * header.height, np.uint8)
-        status, _ = decode_binary(data, header, pixels)
-        if status == OK:
-            sample_mask(pixels.reshape(header.height, header.width), out, mode)
-        return status
-
-    return compiled(decode_mask_into)
-
-
-decode_mask_into = _compile_decode_mask_into(hashlib.sha256(inspect.getsource(gif).encode()).hexdigest())
+        _average_cells(mask, 1, grid.extent_x, grid.extent_y, 255, out)
 
 
 @compiled
 def _split_values(values: Bytes, mask: Bytes) -> bool:
-    """Sets the mask to 1 where the value is the highest and above 0, else 0; returns False if there are over two."""
+    """Sets the mask to 1 where the value is the highest and above 0, else 0; returns whether there are at most two."""
     low = high = values[0, 0]
     for row in values:
         for value in row:
@@ -241,61 +197,43 @@ def _split_values(values: Bytes, mask: Bytes) -> bool:
     return not others
 
 
-def _mask_mode(mode: str) -> int:
-    if mode not in MASK_MODES:
-        raise ValueError(f"mode must be one of {', '.join(MASK_MODES)}; got {mode!r}.")
-    return MASK_MODES[mode]
-
-
-def mask_from_gif(data: bytes, target_height: int, target_width: int, mode: str = "area") -> Bytes:
-    """Decodes a GIF mask of any two colours, the brighter of which is foreground, and samples it over its grid.
-
-    Returns:
-        uint8 (target_height, target_width), coverage 0..255, or only 0 and 255 if mode is "nearest".
-
-    Raises:
-        DataError: why the file is refused, without its name.
-        ValueError: the mode is unknown or the target has no pixel.
-    """
-    file, code = as_uint8(data), _mask_mode(mode)
-    if min(target_height, target_width) < 1:
-        raise ValueError(f"the target must have at least one pixel; got {target_width} x {target_height}.")
-    out = np.empty((target_height, target_width), np.uint8)
-    if decode_mask_into(file, out, code) != OK:
-        header = parse_gif(file)
-        pixels = np.empty(header.width * header.height if header.status == OK else 0, np.uint8)
-        raise gif_error(file, header, *decode_binary(file, header, pixels))
-    return out
-
-
-def mask_from_array(values: NDArray[Any], target_height: int, target_width: int, mode: str = "area") -> Bytes:
-    """Like mask_from_gif for a decoded mask of any other format.
+def binary_mask(values: NDArray[Any]) -> Bytes:
+    """A decoded mask of any two values as 0 and 1.
 
     Args:
-        values: uint8 or bool (H, W) of at most two values; the higher is foreground, one alone if it is above 0.
+        values: uint8 or bool (H, W). The higher value is foreground; a single value is, if it is above 0.
+
+    Returns:
+        uint8 (H, W).
 
     Raises:
         DataError: there are more than two values.
-        ValueError: shape or dtype differ, the mode is unknown, or an image or target has no pixel.
+        ValueError: shape or dtype differ, or there is no pixel.
     """
-    if values.ndim != 2 or values.dtype not in (np.uint8, np.bool_):
-        raise ValueError(f"a mask must be uint8 or bool (H, W); got {values.dtype} {values.shape}.")
-    sampling_grid(values.shape[1], values.shape[0], target_width, target_height)
-    mask, out = np.empty(values.shape, np.uint8), np.empty((target_height, target_width), np.uint8)
+    if values.ndim != 2 or values.dtype not in (np.uint8, np.bool_) or values.size == 0:
+        raise ValueError(f"a mask must be uint8 or bool (H, W), not empty; got {values.dtype} {values.shape}.")
+    mask = np.empty(values.shape, np.uint8)
     if not _split_values(np.ascontiguousarray(values).view(np.uint8), mask):
-        raise DataError(f"a mask must have two values; found {np.unique(values).size}")
-    sample_mask(mask, out, _mask_mode(mode))
+        found = np.unique(values).size
+        raise DataError(f"must have two values, background and foreground; found {found}", "values")
+    return mask
+
+
+def mask_from_array(values: NDArray[Any], target_height: int, target_width: int, mode: str = "area") -> Bytes:
+    """`binary_mask`, then `sample_mask` into a new array (target_height, target_width)."""
+    out = np.empty((target_height, target_width), np.uint8)
+    sample_mask(binary_mask(values), out, mode)
     return out
 
 
 def resize_area(image: Bytes, grid: Grid, target_height: int, target_width: int, out: Bytes | None = None) -> Bytes:
     """Exact area average of an image over its grid.
 
-    (Pillow's BOX is that only where cells are whole pixels: elsewhere a pixel counts for one cell alone.)
+    (Pillow's BOX gives it only if cells are whole pixels: otherwise it assigns each pixel to one cell.)
 
     Args:
-        image: uint8 (H, W) or (H, W, C), either decoded at 1 / grid.denominator or at full size.
-        grid: of the image's full size and this target.
+        image: uint8 (H, W) or (H, W, C), decoded at 1 / grid.denominator or at full size.
+        grid: for the image's full size and this target.
         out: uint8 (target_height, target_width[, C]), C-contiguous, written; a new array if None.
 
     Raises:

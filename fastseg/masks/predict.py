@@ -223,7 +223,7 @@ def _read(photo: Photo, options: OutputOptions) -> Row | _Decoded:
         return row
     pixels = np.empty((*options.cells, 3), np.uint8)
     try:
-        return _Decoded(photo, decode_file(photo.path, lambda data: decode_image(data, pixels)), pixels)
+        return _Decoded(photo, decode_file(photo.path, decode_image, pixels), pixels)
     except DataError as error:
         return failed_row(photo, error)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running code, with plain state-dict keys."""
+"""Checkpoints: written atomically, read without running code, with plain state-dict keys."""
 
 import json
 import os
@@ -22,7 +22,7 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
     """Write a checkpoint atomically.
 
     Raises:
-        OutputError: it cannot be written; the old file is intact.
+        OutputError: it cannot be written; the previous file is intact.
     """
     try:
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -36,10 +36,10 @@ def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a checkpoint onto the CPU with `weights_only`: tensors and plain values, no code.
 
-    A safetensors file that `fastseg.export` wrote is one too, without what a run needs to go on.
+    A safetensors file from `fastseg.export` is also a checkpoint, but a run cannot resume from it.
 
     Raises:
-        CheckpointError: the file is missing, damaged, or no checkpoint of fastseg.
+        CheckpointError: the file is missing, damaged, or not a checkpoint of fastseg.
     """
     try:
         with open(path, "rb") as file:
@@ -47,59 +47,59 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}). Name an existing checkpoint.") from None
     try:
-        if start[8:] == b"{":  # safetensors: the length of the header in 8 bytes, then the header, a JSON object
+        if start[8:] == b"{":  # safetensors: 8 bytes with the header's length, then the header, a JSON object
             state = _read_safetensors(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # what damaged bytes raise in torch's reader is anybody's guess
-        raise CheckpointError(f"{path}: is damaged or no checkpoint. Use another, or remove it.") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_whole(state):
+    except Exception:  # torch's reader raises many kinds of error on damaged bytes
+        raise CheckpointError(f"{path}: is damaged or not a checkpoint. Use another, or remove it.") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_complete(state):
         raise CheckpointError(
-            f"{path}: is no checkpoint of this version of fastseg (format {FORMAT}). Use one that it wrote."
+            f"{path}: is not a checkpoint of this version of fastseg (format {FORMAT}). Use one that it wrote."
         )
     return state
 
 
 def build_model(config: Config) -> UNet:
-    """A new network as configured."""
+    """A new network with random weights, as configured."""
     return UNet(config.base_channels, config.depth)
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:
-    """Put a checkpoint's weights into a network built from `config`.
+    """Load a checkpoint's weights into a network built from `config`.
 
     Raises:
-        CheckpointError: they belong to a network of other channels or depth.
+        CheckpointError: they belong to a network with another number of channels or another depth.
     """
     saved = state["config"]
     named = os.fspath(path) == config.checkpoint
-    remedy = "give another checkpoint" if named else "give another name, or pass load_model=false"
+    remedy = "choose another checkpoint" if named else "choose another name, or pass load_model=false"
     for field in ("base_channels", "depth"):
         if saved[field] != getattr(config, field):
             raise CheckpointError(
-                f"{path}: holds a network with {field} {saved[field]}; the configuration asks for "
-                f"{getattr(config, field)}. Set {field} to {saved[field]}, or {remedy}."
+                f"{path}: must hold a network with {field} {getattr(config, field)}, as configured; it has "
+                f"{saved[field]}. Set {field} to {saved[field]}, or {remedy}."
             )
     try:
         model.load_state_dict(plain_keys(state["model"]))
     except (RuntimeError, TypeError):
         raise CheckpointError(
-            f"{path}: must hold the weights of a network with base_channels {saved['base_channels']} and depth "
-            f"{saved['depth']}, as its configuration says; it holds others. Use another checkpoint."
+            f"{path}: its weights do not fit its configuration (base_channels {saved['base_channels']}, depth "
+            f"{saved['depth']}). Use another checkpoint."
         ) from None
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
-    """The network a checkpoint holds, in evaluation mode on the CPU, and the configuration it was trained with.
+    """A checkpoint's network, in evaluation mode on the CPU, and the configuration of its training.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no checkpoint of fastseg.
+        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg.
     """
     state = load_checkpoint(path)
     try:
         config = Config(**state["config"])
     except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path}: holds a configuration that cannot be used ({error}). Use another.") from None
+        raise CheckpointError(f"{path}: its configuration cannot be used ({error}). Use another checkpoint.") from None
     model = build_model(config)
     load_weights(model, state, path, config)
     return model.eval(), config
@@ -107,13 +107,13 @@ def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
 
 def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
-        config = json.loads((file.metadata() or {}).get("config", "null"))  # others' files have none
+        config = json.loads((file.metadata() or {}).get("config", "null"))  # files of other programs have none
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
         return {"format": FORMAT, "config": config, "model": weights}
 
 
-def _is_whole(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint has the parts that every one has."""
+def _is_complete(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint has a configuration and weights."""
     config, weights = state.get("config"), state.get("model")
     if not isinstance(config, dict) or not isinstance(weights, dict):
         return False
@@ -121,5 +121,5 @@ def _is_whole(state: dict[str, Any]) -> bool:
 
 
 def plain_keys(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """State-dict keys without what `torch.compile` and DistributedDataParallel put in front of them."""
+    """A state dict without the prefixes that `torch.compile` and DistributedDataParallel add to its keys."""
     return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in weights.items()}

@@ -1,13 +1,13 @@
-"""A trained network for other programs: ONNX, a torch.export program, or safetensors; compared before it is kept.
+"""Export a trained network as ONNX, as a torch.export program or as safetensors, and verify the file.
 
     fastseg export --checkpoint runs/carvana/best.pt --out carvana.onnx
 
-ONNX Runtime then needs neither fastseg nor torch:
+ONNX Runtime runs the file without fastseg and without torch:
 
     import numpy as np, onnxruntime
     from PIL import Image
     session = onnxruntime.InferenceSession("carvana.onnx")
-    photo = Image.open("photo.jpg").convert("RGB").reduce(8)  # 1918x1280 to the 240x160 that the network knows
+    photo = Image.open("photo.jpg").convert("RGB").reduce(8)  # 1918x1280 to the training size, 240x160
     (probabilities,) = session.run(None, {"images": np.asarray(photo)[None]})
     Image.fromarray(probabilities[0] > 0.5).save("mask.png")
 """
@@ -36,41 +36,40 @@ from fastseg.runtime.progress import progress_bar
 
 __all__ = ["export"]
 
-FORMATS = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "safetensors"}  # by what a file's name ends in
-TOLERANCE = 1e-4  # of a probability, between the file and the network, both in float32
-BATCH_SIZES = (1, 5)  # that are compared
-MAX_ONNX_BYTES = 2**31 - 2**24  # bytes of weights: protobuf ends at 2 GiB
+FORMATS = {".onnx": "onnx", ".pt2": "torch", ".safetensors": "safetensors"}  # by file extension
+TOLERANCE = 1e-4  # largest difference of a probability between file and network, both in float32
+BATCH_SIZES = (1, 5)  # of the comparison
+MAX_ONNX_BYTES = 2**31 - 2**24  # of weights: a protobuf file is smaller than 2 GiB
 
 log = logging.getLogger(__name__)
 
-Network = Callable[[Tensor], Tensor]  # images to probabilities, as `Segmenter`
+Network = Callable[[Tensor], Tensor]  # images to probabilities, like `Segmenter`
 
 
 def export(
     checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], format: str | None = None
 ) -> dict[str, Any]:
-    """Write a checkpoint's network for other programs, read the file back and compare.
+    """Export a checkpoint's network, read the file back and compare its probabilities with the network's.
 
-    The network's preprocessing is part of the ONNX and torch files: they take images (batch, H, W, 3) uint8 RGB, of the
-    size of the training, and give probabilities (batch, H, W) float32. Any batch size will do. Each file holds the
-    version of fastseg and the configuration (`fastseg_version` and `config`, JSON): in an ONNX file and safetensors as
-    metadata, in a torch file as extra files.
+    ONNX and torch files include the preprocessing: they take images (batch, H, W, 3) uint8 RGB at the training size and
+    return probabilities (batch, H, W) float32, for any batch size. Each file has the version of fastseg and the
+    configuration (`fastseg_version` and `config`, JSON) in its metadata; in a torch file these are extra files.
 
     Args:
-        checkpoint: whatever `fastseg.load` reads.
-        out: the file; it appears whole and compared, or not at all.
+        checkpoint: any file that `fastseg.load` reads.
+        out: the file to write, atomically and only after the comparison.
         format: onnx; torch, for `torch.export.load(out).module()`; or safetensors, weights for `fastseg.load`. If
-            None, `out` says it by ending in .onnx, .pt2 or .safetensors.
+            None, it follows from the extension of `out`: .onnx, .pt2 or .safetensors.
 
     Returns:
-        `format`, `bytes`, and `max_difference` of the file's probabilities from the network's on made-up images; None
-        where ONNX Runtime is not installed.
+        `format`, `bytes`, and `max_difference` between the probabilities of the file and of the network on synthetic
+        images; None if ONNX Runtime is not installed.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or too large for the format.
         ConfigError: the format is unknown, or a package that it needs is missing.
         OutputError: `out` cannot be written.
-        FastsegError: the file would have other probabilities, or the packages here cannot make it; it is not kept.
+        FastsegError: the installed packages cannot make the file, or its probabilities differ; `out` is not changed.
     """
     out = Path(out)
     format = _choose_format(out, format)
@@ -80,7 +79,7 @@ def export(
     size = sum(value.nbytes for value in segmenter.state_dict().values())
     if format == "onnx" and size > MAX_ONNX_BYTES:
         raise CheckpointError(
-            f"{checkpoint}: must have less than 2 GiB of weights for an ONNX file; it has {size / 2**30:.1f}. "
+            f"{checkpoint}: an ONNX file holds less than 2 GiB of weights; the network has {size / 2**30:.1f} GiB. "
             "Export to .pt2 or .safetensors."
         )
     with atomic_write(out) as temporary:
@@ -92,22 +91,22 @@ def export(
 def _choose_format(out: Path, format: str | None) -> str:
     if format is None and out.suffix.lower() not in FORMATS:
         raise ConfigError(
-            f"out: must end in .onnx, .pt2 or .safetensors; got {out}. Give such a name, or a format with it."
+            f"out: must end in .onnx, .pt2 or .safetensors; got {out}. Choose such a name, or set format."
         )
     format = format or FORMATS[out.suffix.lower()]
     if format not in FORMATS.values():
-        raise ConfigError(f"format: must be onnx, torch or safetensors; got {format!r}. Give one of these.")
+        raise ConfigError(f"format: must be onnx, torch or safetensors; got {format!r}. Use one of these.")
     return format
 
 
 def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path) -> float | None:
-    """Write the file that will be `out`, read it back, and return the largest difference of its probabilities."""
-    ways: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
+    """Write `temporary`, which will become `out`, read it back, and return its largest difference in probability."""
+    formats: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
         "onnx": (_to_onnx, _read_onnx),
         "torch": (_to_torch, _read_torch),
         "safetensors": (_to_safetensors, load),
     }
-    to_bytes, read = ways[format]
+    to_bytes, read = formats[format]
     try:
         with _quiet(), progress_bar() as bar:
             bar.add_task(f"writing {out.name}", total=None, note=format)
@@ -116,24 +115,24 @@ def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path) -> flo
             difference = None if written is None else _largest_difference(segmenter, written)
     except (FastsegError, OSError):
         raise
-    except Exception as error:  # what torch, onnx, onnxscript and onnxruntime that do not fit one another raise
+    except Exception as error:  # torch and the onnx packages raise many kinds if their versions do not match
         reason = str(error).strip().partition("\n")[0]
         raise FastsegError(
-            f"{out}: cannot be made by torch {torch.__version__} and the packages here "
+            f"{out}: torch {torch.__version__} and the installed packages cannot export this format "
             f"({type(error).__name__}: {reason}). Update them together, or export to another format."
         ) from error
     if difference is None:
-        log.warning("%s: was not compared with the network, because onnxruntime is not installed", out)
-    elif not difference <= TOLERANCE:  # nan is no agreement
+        log.warning("%s: not compared with the network, because onnxruntime is not installed", out)
+    elif not difference <= TOLERANCE:  # NaN must not pass
         raise FastsegError(
-            f"{out}: must give the network's probabilities within {TOLERANCE:g}; they differ by {difference:.1e}, "
-            "so it was not kept. Export to another format."
+            f"{out}: must equal the network's probabilities within {TOLERANCE:g}; they differ by {difference:.1e}, so "
+            "the file is not written. Export to another format."
         )
     return difference
 
 
-def _about(segmenter: Segmenter) -> dict[str, str]:
-    """What every file says of itself."""
+def _metadata(segmenter: Segmenter) -> dict[str, str]:
+    """The metadata of every exported file."""
     return {"fastseg_version": fastseg.__version__, "config": json.dumps(segmenter.config.model_dump())}
 
 
@@ -141,14 +140,14 @@ def _to_program(segmenter: Segmenter) -> torch.export.ExportedProgram:
     config = segmenter.config
     images = torch.zeros(2, config.image_height, config.image_width, 3, dtype=torch.uint8)
     program = torch.export.export(segmenter, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
-    for node in program.graph.nodes:  # source lines, with paths of this machine
+    for node in program.graph.nodes:  # has paths of this machine
         node.meta.pop("stack_trace", None)
     return program
 
 
 def _to_torch(segmenter: Segmenter) -> bytes:
     file = io.BytesIO()
-    torch.export.save(_to_program(segmenter), file, extra_files=_about(segmenter))
+    torch.export.save(_to_program(segmenter), file, extra_files=_metadata(segmenter))
     return file.getvalue()
 
 
@@ -163,35 +162,35 @@ def _to_onnx(segmenter: Segmenter) -> bytes:
         _to_program(segmenter),
         input_names=["images"],
         output_names=["probabilities"],
-        dynamic_shapes={"images": {0: "batch"}},  # gives the size its name; that it varies the program knows
+        dynamic_shapes={"images": {0: "batch"}},  # only names the size; the program already has it as dynamic
         dynamo=True,
         verbose=False,
     )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, _about(segmenter))
+    onnx.helper.set_model_props(model, _metadata(segmenter))
     return model.SerializeToString()
 
 
 def _read_onnx(path: Path) -> Network | None:
-    """The file's network in ONNX Runtime, None where that is not installed; the file is checked in either case."""
+    """Check the file, and open it in ONNX Runtime; None if that is not installed."""
     _import_optional("onnx").checker.check_model(os.fspath(path), full_check=True)
     try:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError:
         return None
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
 
 
 def _to_safetensors(segmenter: Segmenter) -> bytes:
-    return save(segmenter.unet.state_dict(), {"format": "pt", **_about(segmenter)})
+    return save(segmenter.unet.state_dict(), {"format": "pt", **_metadata(segmenter)})
 
 
 def _largest_difference(segmenter: Segmenter, written: Network) -> float:
-    """Of probabilities, on soft blobs of colour: noise alone would move the network little."""
+    """Compare probabilities on smooth blobs of colour; on noise the network's output hardly varies."""
     config, generator = segmenter.config, torch.Generator().manual_seed(0)
     differences = []
     for batch_size in BATCH_SIZES:
@@ -203,7 +202,7 @@ def _largest_difference(segmenter: Segmenter, written: Network) -> float:
 
 
 def _import_optional(*names: str) -> Any:
-    """The first of some packages of the extra `export`, all of which must be there."""
+    """Import packages of the extra `export`, all of which must be installed; returns the first."""
     try:
         packages = [importlib.import_module(name) for name in names]
         return packages[0]
@@ -215,7 +214,7 @@ def _import_optional(*names: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on its own passes and other packages; what goes wrong raises."""
+    """Silence the warnings of the exporter and its packages; errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     try:

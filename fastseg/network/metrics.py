@@ -1,4 +1,4 @@
-"""IoU, Dice and boundary IoU; sums stay on the device until they are read."""
+"""IoU, Dice and boundary IoU, summed on the device."""
 
 from collections.abc import Callable, Iterable
 
@@ -14,15 +14,15 @@ from fastseg.runtime.distributed import all_reduce
 
 __all__ = ["BOUNDARY_PIXELS", "Scores", "boundary_band", "boundary_iou", "score_batches"]
 
-# Cheng et al. take 2 % of the diagonal, 46 pixels of a Carvana photo: too blunt for masks that agree to 99 %. This is
-# one cell of a network of 240x160.
+# Cheng et al. use 2 % of the diagonal, which is 46 pixels of a Carvana photo: too coarse for masks that agree to 99 %.
+# 8 pixels are one cell of a network that sees 240x160.
 BOUNDARY_PIXELS = 8
 
 
 class Scores:
-    """IoU and Dice over the images of an epoch, both as the mean over images and pooled over all pixels.
+    """IoU and Dice, as the mean over images and pooled over all pixels.
 
-    An image whose mask and prediction are both empty scores 1.
+    An image whose mask and prediction are both empty has score 1.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -55,7 +55,7 @@ class Scores:
         """`dice` and `iou` (means over images), `dice_pixels` and `iou_pixels` (pooled); waits for the device.
 
         Raises:
-            ValueError: nothing was added.
+            ValueError: no batch has been added.
         """
         images, dice, iou, intersection, predicted, true = self.sums.tolist()
         if not images:
@@ -70,9 +70,9 @@ class Scores:
 
 
 def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], runtime: Runtime) -> dict[str, float]:
-    """Score a network in evaluation mode on decoded batches, at their resolution, those of all processes together.
+    """Score a network in evaluation mode on decoded batches, at their resolution, over all ranks.
 
-    Masks count as foreground where at least half of a cell is covered, predictions where the logit is above 0.
+    A mask cell is foreground if at least half of it is covered, a predicted cell if its logit is above 0.
 
     Args:
         model: normalised images (B, 3, H, W) to logits (B, 1, H, W).
@@ -84,7 +84,7 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
     loss = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over images, and their number
     with torch.inference_mode():
         for images, masks, _ in batches:
-            if not len(images):  # this process's slice of a last batch smaller than the group
+            if not len(images):  # this rank's slice of a last batch that is smaller than the number of ranks
                 continue
             inputs, targets = normalise(images), to_targets(masks)
             with runtime.autocast():
@@ -116,18 +116,18 @@ def boundary_iou(predicted: Tensor, target: Tensor, pixels: int = BOUNDARY_PIXEL
 
 
 def boundary_band(masks: Tensor, pixels: int) -> Tensor:
-    """The foreground that lies within `pixels` of the background, rows and columns counted apart (Chebyshev).
+    """The foreground within `pixels` of the background (Chebyshev distance).
 
-    As in the authors' code, what lies beyond the picture is background.
+    As in the authors' code, everything outside the image is background.
 
     Args:
         masks: (B, H, W) bool.
         pixels: at least 1.
 
     Returns:
-        (B, H, W) bool. The time taken does not depend on `pixels`.
+        (B, H, W) bool. Run time does not depend on `pixels`.
     """
-    # How much foreground a window of 2 pixels + 1 holds is a difference of sums over all that is above and left of it.
+    # The number of foreground pixels in each window of 2 * pixels + 1 is a difference of cumulative sums.
     window = 2 * pixels + 1
     sums = pad(masks.int(), (pixels + 1, pixels, pixels + 1, pixels)).cumsum(2, dtype=torch.int32)
     sums = sums[..., window:] - sums[..., :-window]

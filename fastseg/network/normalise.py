@@ -1,10 +1,10 @@
-"""From uint8 pixels to what the network takes and is compared with."""
+"""From uint8 pixels to the network's input and the loss's targets."""
 
 from torch import Tensor
 
 __all__ = ["GAIN", "OFFSET", "normalise", "to_targets"]
 
-# (value / 255 - 0.5) / 0.25: about zero mean and unit variance for photographs, in [-2, 2]
+# (value / 255 - 0.5) / 0.25, in [-2, 2]: about zero mean and unit variance for photographs
 GAIN, OFFSET = 4 / 255, -2.0
 
 
@@ -21,7 +21,7 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def to_targets(masks: Tensor) -> Tensor:
-    """What the loss compares logits with.
+    """The targets of the loss.
 
     Args:
         masks: (B, H, W) uint8, coverage 0..255.

@@ -3,7 +3,7 @@
     segmenter = fastseg.load("runs/carvana/best.pt")
     probabilities = segmenter(images)  # uint8 (B, 160, 240, 3) to float32 (B, 160, 240)
 
-It is what `fastseg.load` returns and what `fastseg.export` writes, so that nobody has to normalise anything.
+`fastseg.load` returns it and `fastseg.export` writes it, so that callers need not normalise anything.
 """
 
 import os
@@ -21,11 +21,11 @@ __all__ = ["Segmenter", "load"]
 
 
 class Segmenter(nn.Module):
-    """A UNet that takes decoded photos as they are and returns probabilities.
+    """A UNet with its preprocessing: takes decoded photos, returns probabilities.
 
     Args:
-        unet: with one logit a pixel.
-        config: that it was trained with; `image_height` and `image_width` are the size it knows.
+        unet: one logit per pixel.
+        config: the configuration of its training; `image_height` and `image_width` are its training size.
     """
 
     def __init__(self, unet: UNet, config: Config) -> None:
@@ -34,17 +34,17 @@ class Segmenter(nn.Module):
         self.config = config
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probability of foreground, a pixel.
+        """Probability of foreground for each pixel.
 
         Args:
-            images: (B, H, W, 3) uint8 RGB; H and W divide by 2**depth. The network does best at the size it was
-                trained at, with photos brought there by area average.
+            images: (B, H, W, 3) uint8 RGB; H and W are divisible by 2**depth. Accuracy is best at the training size,
+                with photos resized to it by area average.
 
         Returns:
             (B, H, W) float32 in [0, 1].
 
         Raises:
-            ValueError: dtype or shape differ.
+            ValueError: wrong dtype or shape.
         """
         step = 2**self.config.depth
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
@@ -56,19 +56,19 @@ class Segmenter(nn.Module):
 
 
 def load(checkpoint: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Segmenter:
-    """A trained network, ready for use: in evaluation mode, its weights frozen.
+    """Load a trained network, in evaluation mode and with frozen weights.
 
     Args:
-        checkpoint: `best.pt` or `last.pt` of a run, or the `.safetensors` that `fastseg export` made of one.
+        checkpoint: `best.pt` or `last.pt` of a run, or a `.safetensors` file from `fastseg export`.
         device: auto, cpu, cuda or cuda:N.
 
     Returns:
-        The network with its preprocessing; `config` is the configuration it was trained with.
+        The network with its preprocessing; its attribute `config` is the configuration of its training.
 
     Raises:
-        CheckpointError: the file is missing, damaged or no checkpoint of fastseg.
+        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg.
         ConfigError: this machine lacks the device.
     """
-    place = choose_device(Config(device=str(device)).device)
+    torch_device = choose_device(Config(device=str(device)).device)
     unet, config = load_model(checkpoint)
-    return Segmenter(unet, config).requires_grad_(False).eval().to(place)
+    return Segmenter(unet, config).requires_grad_(False).eval().to(torch_device)

@@ -23,9 +23,9 @@ class UNet(nn.Module):
 
     Args:
         base_channels: channels at full resolution; each level below has twice as many.
-        depth: how often the image is halved.
+        depth: number of times the image is halved.
         in_channels: 3 for RGB.
-        out_channels: one logit a class; 1 for foreground and background.
+        out_channels: number of logits per pixel; 1 separates foreground from background.
     """
 
     def __init__(self, base_channels: int = 64, depth: int = 4, in_channels: int = 3, out_channels: int = 1) -> None:
@@ -42,7 +42,14 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(base_channels, out_channels, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, out_channels, H, W) of normalised images (B, in_channels, H, W); H and W divide by 2**depth."""
+        """Compute logits.
+
+        Args:
+            x: (B, in_channels, H, W) normalised images; H and W are divisible by 2**depth.
+
+        Returns:
+            (B, out_channels, H, W).
+        """
         skips = []
         for block in self.encoder:
             x = block(x)

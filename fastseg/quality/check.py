@@ -1,16 +1,16 @@
-"""check(folder): what is wrong with a data set, before hours are spent on it.
+"""check(folder): finds the faults of a data set before it is trained on.
 
     report = fastseg.check("data")
     report.findings
 
-A finding is one kind of thing, with every file that it concerns.
+A finding is one kind of fault, with every file that has it.
 """
 
 import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -25,21 +25,22 @@ from fastseg.config import Config
 from fastseg.data.decode import Size
 from fastseg.data.pairs import Matches, group_of, match_masks
 from fastseg.errors import ConfigError, DataError
-from fastseg.quality.duplicates import find_near_duplicates, import_imagehash
+from fastseg.quality.duplicates import HASH_BITS, find_near_duplicates, import_imagehash
+from fastseg.quality.headers import Fault
 from fastseg.quality.survey import Mask, Photo, ScannedSet, scan_files
 from fastseg.runtime.files import atomic_write
 from fastseg.runtime.threads import count_threads
 
-__all__ = ["CheckReport", "Finding", "check", "print_report"]
+__all__ = ["CheckReport", "CheckedSet", "Example", "Finding", "check", "print_report"]
 
 Severity = Literal["error", "warning", "info"]
 
-STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
-MAX_SHOWN = 2  # files named in the printed table for each finding
+STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}  # the most severe first
+MAX_SHOWN = 2  # files that the printed table names for each finding
 
 
 class Example(NamedTuple):
-    """A file and what is the matter with it."""
+    """A file and what was found in it."""
 
     file: str
     note: str
@@ -47,16 +48,16 @@ class Example(NamedTuple):
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of thing found in one set, or between two."""
+    """One kind of fault or property, found in one set or between two."""
 
     severity: Severity
     what: str
-    where: str  # name of the set: train, val, all; "train, val" between them
+    where: str  # name of the set: train, val or all; "train, val" between two
     files: list[Example]
 
 
 class CheckedSet(NamedTuple):
-    """Where a set is, and how many images of it have a mask."""
+    """The folders of a set, and the number of its images that have a mask."""
 
     image_dir: str
     mask_dir: str
@@ -65,18 +66,22 @@ class CheckedSet(NamedTuple):
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All that was found, errors first."""
+    """The result of `check`."""
 
-    findings: list[Finding]
+    findings: list[Finding]  # errors first
     sets: dict[str, CheckedSet]  # by name: train and val, or all
     seconds: float
 
     def count(self, severity: Severity) -> int:
-        """Number of files with a finding of a severity; a file counts once a finding."""
+        """Number of files in the findings of a severity; a file counts once per finding."""
         return sum(len(finding.files) for finding in self.findings if finding.severity == severity)
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write everything, every file named."""
+        """Write the report with every file.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
         findings = [{**vars(found), "files": [file._asdict() for file in found.files]} for found in self.findings]
         sets = {name: part._asdict() for name, part in self.sets.items()}
         report = {"sets": sets, "findings": findings, "seconds": round(self.seconds, 3)}
@@ -84,53 +89,53 @@ class CheckReport:
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def check(*folders: str | os.PathLike[str], num_workers: int = 0, copies: bool = True) -> CheckReport:
-    """Find what is wrong with a data set; reads and decodes every file once.
+def check(*folders: str | os.PathLike[str], num_workers: int = 0, duplicates: bool = True) -> CheckReport:
+    """Find the faults of a data set. Reads and decodes every file once.
 
-    Errors are files that cannot be decoded, masks of more than two values or of another size than their image, images
-    without a mask or with several, and files that are in both sets. Warnings are masks without an image, empty and full
-    masks, photos that look alike, and cars of which there are views in both sets.
+    Errors are files that cannot be decoded, masks with more than two values or of another size than their image, images
+    without a mask or with several, and images that are in both sets. Warnings are masks without an image, empty and
+    full masks, duplicate and near-duplicate images, and cars with images in both sets.
 
     Args:
-        folders: one that holds `train_images`, `train_masks`, `val_images`, `val_masks` (or `images`, `masks`); or
-            images and masks; or images and masks of training, then of validation.
-        num_workers: threads; 0: one a core.
-        copies: whether to look for photos that look alike; needs ImageHash.
+        folders: the data set, which holds `train_images`, `train_masks`, `val_images`, `val_masks` (or `images`,
+            `masks`); or images and masks; or images and masks for training, then for validation.
+        num_workers: threads; 0 for one per core.
+        duplicates: whether to look for near-duplicate images, which needs ImageHash.
 
     Returns:
         The findings, errors first.
 
     Raises:
-        ConfigError: not 1, 2 or 4 folders, no number of threads, or ImageHash is missing.
+        ConfigError: there are not 1, 2 or 4 folders, num_workers is negative, or ImageHash is missing.
         DataError: a folder is missing or holds no images or no masks.
     """
     began = time.perf_counter()
     num_workers = count_threads(Config(num_workers=num_workers).num_workers)
-    if copies:
+    if duplicates:
         import_imagehash()
-    parts = [ScannedSet(name, match_masks(*both)) for name, both in _find_layout(folders).items()]
-    scan_files(parts, num_workers, copies)
-    findings = [finding for part in parts for finding in (*_names(part), *_contents(part), *_copies_within(part))]
-    if len(parts) == 2:
-        findings += _between(*parts)
-    order = ("error", "warning", "info")
+    sets = [ScannedSet(name, match_masks(*pair)) for name, pair in _find_layout(folders).items()]
+    scan_files(sets, num_workers, duplicates)
+    findings = [finding for part in sets for finding in (*_check_names(part), *_check_contents(part))]
+    if len(sets) == 2:
+        findings += _compare_sets(*sets)
+    order = list(STYLES)
     return CheckReport(
         findings=sorted((f for f in findings if f.files), key=lambda finding: order.index(finding.severity)),
-        sets={part.name: _summarise(part.matches) for part in parts},
+        sets={part.name: _summarise(part.matches) for part in sets},
         seconds=time.perf_counter() - began,
     )
 
 
 def print_report(report: CheckReport) -> None:
-    """The findings on standard output: a table with the first files of each, and a line of totals."""
+    """Print a table of the findings with the first files of each, and a line of totals."""
     folders = [folder for part in report.sets.values() for folder in (part.image_dir, part.mask_dir)]
-    above = os.path.join(os.path.commonpath([os.path.abspath(folder) for folder in folders]), "")
+    common = os.path.join(os.path.commonpath([os.path.abspath(folder) for folder in folders]), "")
     table = Table("", Column("files", justify="right"), Column("found", overflow="fold"), box=box.SIMPLE_HEAD)
     for finding in report.findings:
         lines = [f"{finding.what} ({finding.where})"]
         for file, note in finding.files[:MAX_SHOWN]:
             line = f"  {os.path.abspath(file)}{f': {note}' if note else ''}"
-            lines.append(f"[dim]{escape(line.replace(above, ''))}[/]")
+            lines.append(f"[dim]{escape(line.replace(common, ''))}[/]")
         style = STYLES[finding.severity]
         count = "" if finding.severity == "info" else str(len(finding.files))
         table.add_row(f"[{style}]{finding.severity}[/]", count, "\n".join(lines))
@@ -145,7 +150,7 @@ def print_report(report: CheckReport) -> None:
 
 
 def _find_layout(folders: Sequence[str | os.PathLike[str]]) -> dict[str, tuple[str, str]]:
-    """Image folder and mask folder of each set, by its name."""
+    """The image folder and the mask folder of each set, by the set's name."""
     paths = [os.fspath(folder) for folder in folders]
     if len(paths) == 2:
         return {"all": (paths[0], paths[1])}
@@ -153,16 +158,16 @@ def _find_layout(folders: Sequence[str | os.PathLike[str]]) -> dict[str, tuple[s
         return {"train": (paths[0], paths[1]), "val": (paths[2], paths[3])}
     if len(paths) != 1:
         raise ConfigError(
-            "check: must be given one folder, or images and masks, or images and masks of training and of validation; "
-            f"got {len(paths)} folders."
+            f"folders: must be 1 (the data set), 2 (images, masks) or 4 (the same for training and for validation); "
+            f"got {len(paths)}. Use the layout that `fastseg check --help` shows."
         )
     for names in (("train", "val"), ("all",)):
         layout = {}
         for name in names:
             prefix = "" if name == "all" else f"{name}_"
-            both = os.path.join(paths[0], f"{prefix}images"), os.path.join(paths[0], f"{prefix}masks")
-            if any(map(os.path.isdir, both)):  # one that is missing beside its partner is an error, said later
-                layout[name] = both
+            pair = os.path.join(paths[0], f"{prefix}images"), os.path.join(paths[0], f"{prefix}masks")
+            if any(map(os.path.isdir, pair)):  # where one of the two is missing, `match_masks` raises the error
+                layout[name] = pair
         if layout:
             return layout
     raise DataError(
@@ -173,31 +178,33 @@ def _find_layout(folders: Sequence[str | os.PathLike[str]]) -> dict[str, tuple[s
 
 def _summarise(matches: Matches) -> CheckedSet:
     pairs = matches.pairs
-    return CheckedSet(pairs.image_dir, pairs.mask_dir, len(pairs) - len(matches.missing))
+    return CheckedSet(pairs.image_dir, pairs.mask_dir, len(pairs) - len(matches.without_mask))
 
 
-def _names(part: ScannedSet) -> Iterator[Finding]:
-    """What is wrong before any file is opened."""
-    pairs, missing, doubles, twins, without_image = part.matches
-    yield Finding("error", "images without a mask", part.name, [Example(pairs.image_path(i), "") for i in missing])
-    several = [Example(pairs.image_path(i), f"{pairs.masks[i]} and {second}") for i, second in doubles.items()]
+def _check_names(part: ScannedSet) -> Iterator[Finding]:
+    """Findings that need no file's content."""
+    pairs, without_mask, second_masks, same_stem, masks_without_image = part.matches
+    images = [Example(pairs.image_path(i), "") for i in without_mask]
+    yield Finding("error", "images without a mask", part.name, images)
+    several = [Example(pairs.image_path(i), f"{pairs.masks[i]} and {second}") for i, second in second_masks.items()]
     yield Finding("error", "images with more than one mask", part.name, several)
-    shared = [Example(pairs.image_path(i), f"mask {pairs.masks[i] or 'missing'}") for i in twins]
+    shared = [Example(pairs.image_path(i), f"mask {pairs.masks[i] or 'missing'}") for i in same_stem]
     yield Finding("error", "images that share a mask with another", part.name, shared)
-    alone = [Example(os.path.join(pairs.mask_dir, name), "") for name in without_image]
-    yield Finding("warning", "masks without an image", part.name, alone)
+    masks = [Example(os.path.join(pairs.mask_dir, name), "") for name in masks_without_image]
+    yield Finding("warning", "masks without an image", part.name, masks)
 
 
-def _contents(part: ScannedSet) -> Iterator[Finding]:
-    """What is wrong in the files, and what they hold."""
-    broken = {path: why for path, why in (*part.photos.items(), *part.masks.items()) if isinstance(why, str)}
-    values = {path: why for path, why in broken.items() if "two values" in why}
-    yield Finding("error", "files that cannot be decoded", part.name, _examples(broken.items() - values.items()))
-    yield Finding("error", "masks of more than two values", part.name, _examples(values.items()))
+def _check_contents(part: ScannedSet) -> Iterator[Finding]:
+    """Findings in the files of one set."""
+    results = [*part.images.items(), *part.masks.items()]
+    faults = sorted((path, result) for path, result in results if isinstance(result, Fault))
+    undecodable = [Example(path, fault.message) for path, fault in faults if fault.kind != "values"]
+    yield Finding("error", "files that cannot be decoded", part.name, undecodable)
+    many_values = [Example(path, fault.message) for path, fault in faults if fault.kind == "values"]
+    yield Finding("error", "masks with more than two values", part.name, many_values)
 
-    masks = {path: mask for path, mask in part.masks.items() if isinstance(mask, Mask)}
-    photos = {path: photo for path, photo in part.photos.items() if isinstance(photo, Photo)}
-    pairs, other_size = part.matches.pairs, []
+    photos, pairs, other_size = part.photos(), part.matches.pairs, []
+    masks = {path: mask for path, mask in sorted(part.masks.items()) if isinstance(mask, Mask)}
     for i in range(len(pairs)):
         photo, mask = photos.get(pairs.image_path(i)), masks.get(pairs.mask_path(i))
         if photo and mask and photo.size != mask.size:
@@ -205,74 +212,71 @@ def _contents(part: ScannedSet) -> Iterator[Finding]:
             other_size.append(Example(pairs.mask_path(i), note))
     yield Finding("error", "masks of another size than their image", part.name, other_size)
     for what, share in (("empty masks", 0.0), ("masks that are all foreground", 1.0)):
-        even = [Example(path, "") for path, mask in masks.items() if mask.foreground == share]
-        yield Finding("warning", what, part.name, sorted(even))
+        uniform = [Example(path, "") for path, mask in masks.items() if mask.foreground == share]
+        yield Finding("warning", what, part.name, uniform)
+    identical, similar = _find_duplicates(photos)
+    yield Finding("warning", "duplicate images", part.name, identical)
+    yield Finding("warning", "near-duplicate images", part.name, similar)
 
-    sizes = defaultdict(list)
-    for path in sorted(photos):
-        sizes[photos[path].size].append(path)
-    if len(sizes) > 1:
-        by_count = sorted(sizes.items(), key=lambda item: -len(item[1]))
-        listed = [Example(paths[0], f"{_size_text(size)}, as {len(paths)} images are") for size, paths in by_count]
-        yield Finding("info", f"images of {len(sizes)} sizes", part.name, listed)
+    paths_by_size = defaultdict(list)
+    for path, photo in photos.items():
+        paths_by_size[photo.size].append(path)
+    if len(paths_by_size) > 1:
+        by_count = sorted(paths_by_size.items(), key=lambda item: -len(item[1]))
+        sizes = [Example(paths[0], f"{_size_text(size)}, {len(paths)} of the images") for size, paths in by_count]
+        yield Finding("info", f"images of {len(paths_by_size)} sizes", part.name, sizes)
     if masks:
         ranked = sorted(masks, key=lambda path: masks[path].foreground)
         low, median, high = (masks[ranked[i]].foreground for i in (0, len(ranked) // 2, -1))
-        what = f"foreground is {low:.1%} to {high:.1%} of a mask, {median:.1%} in the median"
-        yield Finding("info", what, part.name, [Example(ranked[0], "least"), Example(ranked[-1], "most")])
+        what = f"foreground covers {low:.1%} to {high:.1%} of a mask, median {median:.1%}"
+        yield Finding("info", what, part.name, [Example(ranked[0], "minimum"), Example(ranked[-1], "maximum")])
 
 
-def _copies_within(part: ScannedSet) -> Iterator[Finding]:
-    paths, photos = part.good_photos()
-    firsts: dict[bytes, str] = {}
-    same = [
-        Example(path, f"the same bytes as {firsts[photo.digest]}")
-        for path, photo in zip(paths, photos, strict=True)
-        if firsts.setdefault(photo.digest, path) != path
-    ]
-    yield Finding("warning", "images twice", part.name, same)
-    if photos and photos[0].bits is not None:
-        alike = [
-            Example(paths[i], f"looks like {paths[j]} ({distance} of 256 bits differ)")
-            for i, j, distance in find_near_duplicates(_bits(photos))
-            if photos[i].digest != photos[j].digest
-        ]
-        yield Finding("warning", "images that look alike", part.name, alike)
-
-
-def _between(train: ScannedSet, val: ScannedSet) -> Iterator[Finding]:
-    """What validation shares with training, which flatters its scores."""
+def _compare_sets(train: ScannedSet, val: ScannedSet) -> Iterator[Finding]:
+    """Training images in the validation set, which make its scores too good."""
     where = f"{train.name}, {val.name}"
-    (paths, photos), (val_paths, val_photos) = train.good_photos(), val.good_photos()
-    known = {photo.digest: path for path, photo in zip(paths, photos, strict=True)}
-    both = [
-        Example(path, f"the same bytes as {known[photo.digest]}")
-        for path, photo in zip(val_paths, val_photos, strict=True)
-        if photo.digest in known
-    ]
-    yield Finding("error", "validation images that are training images", where, both)
-    if photos and val_photos and photos[0].bits is not None:
-        alike = [
-            Example(val_paths[i], f"looks like {paths[j]} ({distance} of 256 bits differ)")
-            for i, j, distance in find_near_duplicates(_bits(val_photos), _bits(photos))
-            if val_photos[i].digest not in known
-        ]
-        yield Finding("warning", "validation images that look like a training image", where, alike)
+    identical, similar = _find_duplicates(val.photos(), train.photos())
+    yield Finding("error", "validation images that are also training images", where, identical)
+    yield Finding("warning", "validation images that nearly duplicate a training image", where, similar)
     seen = {group_of(name): name for name in reversed(train.matches.pairs.images)}
     views = [
         Example(val.matches.pairs.image_path(i), f"training has {seen[group_of(name)]}")
         for i, name in enumerate(val.matches.pairs.images)
         if group_of(name) in seen
     ]
-    yield Finding("warning", "validation images of a car in training", where, views)
+    yield Finding("warning", "validation images of a car that is also in training", where, views)
 
 
-def _bits(photos: list[Photo]) -> NDArray[np.bool_]:
-    return np.array([photo.bits for photo in photos])
+def _find_duplicates(
+    photos: dict[str, Photo], originals: dict[str, Photo] | None = None
+) -> tuple[list[Example], list[Example]]:
+    """Photos with the same bytes as an original, and those that only look the same.
+
+    Args:
+        photos: by path.
+        originals: by path; None compares each photo with those before it.
+    """
+    known = photos if originals is None else originals
+    first_path = {photo.digest: path for path, photo in reversed(known.items())}
+    identical = {
+        path: first_path[photo.digest]
+        for path, photo in photos.items()
+        if photo.digest in first_path and (originals is not None or path != first_path[photo.digest])
+    }
+    paths, known_paths = list(photos), list(known)
+    pairs = find_near_duplicates(_hashes(photos), None if originals is None else _hashes(originals))
+    similar = [
+        Example(paths[i], f"looks like {known_paths[j]} ({distance} of {HASH_BITS} bits differ)")
+        for i, j, distance in pairs
+        if paths[i] not in identical
+    ]
+    return [Example(path, f"the same bytes as {original}") for path, original in identical.items()], similar
 
 
-def _examples(reasons: Iterable[tuple[str, str]]) -> list[Example]:
-    return [Example(path, why) for path, why in sorted(reasons)]
+def _hashes(photos: dict[str, Photo]) -> NDArray[np.bool_]:
+    """(N, HASH_BITS); N is 0 where no duplicates are sought."""
+    hashes = [photo.phash for photo in photos.values() if photo.phash is not None]
+    return np.array(hashes, bool).reshape(-1, HASH_BITS)
 
 
 def _size_text(size: Size) -> str:

@@ -1,8 +1,13 @@
-"""Photos that are copies of one another, byte for byte or only in looks: re-encoded, resized, a little brighter.
+"""Near-duplicate photos: re-encoded, resized, or slightly brighter, found by their perceptual hashes.
 
-Measured on 16 Carvana-like cars of 16 views: the 256-bit hashes of two views of one car differ in 22 bits or more, of
-two cars in 44 or more; those of a photo and its copy at a third of the size and JPEG quality 40, as PNG, brighter by
-5 %, or without a border of 1 %, in 16 at most. (With the usual 64 bits views of one car are as near as copies.)
+Measured on 16 Carvana-like cars of 16 views, the 256-bit hashes differ
+
+- in 16 bits or fewer between a photo and its near-duplicate: a third of the size at JPEG quality 40, PNG, 5 % brighter,
+  or cropped by 1 % on each side;
+- in 22 bits or more between two views of one car;
+- in 44 bits or more between two cars.
+
+The usual 64 bits do not separate near-duplicates from other views of one car.
 """
 
 import numpy as np
@@ -11,54 +16,56 @@ from PIL import Image
 
 from fastseg.errors import ConfigError
 
-__all__ = ["CELLS", "MAX_DISTANCE", "find_near_duplicates", "fingerprint", "import_imagehash"]
+__all__ = ["HASH_BITS", "MAX_DISTANCE", "THUMBNAIL_SIDE", "find_near_duplicates", "import_imagehash", "perceptual_hash"]
 
-HASH_SIZE = 16  # the hash has its square of bits
-CELLS = 4 * HASH_SIZE  # side of the picture that is hashed
-MAX_DISTANCE = 16  # bits that may differ between copies
+HASH_SIDE = 16
+HASH_BITS = HASH_SIDE**2
+THUMBNAIL_SIDE = 4 * HASH_SIDE  # pixels, of the thumbnail that is hashed
+MAX_DISTANCE = 16  # bits that differ between near-duplicates
 CHUNK = 1024  # hashes compared with all others at a time
 
 Bits = NDArray[np.bool_]
 
 
 def import_imagehash() -> None:
-    """ConfigError where ImageHash is not installed."""
+    """Raise a ConfigError if ImageHash is not installed."""
     try:
         import imagehash  # noqa: F401
     except ImportError:
         raise ConfigError(
-            "check: needs ImageHash to find copies. Install it with pip install 'fastseg-dali[check]', or pass "
-            "copies=False (--no-copies)."
+            "duplicates: needs ImageHash, which is not installed. Install it with pip install 'fastseg-dali[check]', "
+            "or pass duplicates=False (--no-duplicates)."
         ) from None
 
 
-def fingerprint(cells: NDArray[np.uint8]) -> Bits:
-    """Perceptual hash of a photo, (256,) bool: copies differ in few bits.
+def perceptual_hash(thumbnail: NDArray[np.uint8]) -> Bits:
+    """Perceptual hash of a photo, (HASH_BITS,) bool.
 
     Args:
-        cells: (64, 64, 3), the photo averaged over a grid of CELLS x CELLS, whatever its shape.
+        thumbnail: (THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), the photo averaged over a square grid, whatever its shape.
 
-    Source: Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions; by ImageHash.
+    Source: Zauner 2010, Implementation and Benchmarking of Perceptual Image Hash Functions; ImageHash's `phash`.
     """
     import imagehash
 
-    return np.asarray(imagehash.phash(Image.fromarray(cells), hash_size=HASH_SIZE).hash).ravel()
+    return np.asarray(imagehash.phash(Image.fromarray(thumbnail), hash_size=HASH_SIDE).hash).ravel()
 
 
 def find_near_duplicates(hashes: Bits, originals: Bits | None = None) -> list[tuple[int, int, int]]:
-    """For each hash the most alike of the originals, where they differ in no more than MAX_DISTANCE bits.
+    """Find the nearest original of each hash, if they differ in at most MAX_DISTANCE bits.
 
     Args:
-        hashes: (N, 256).
-        originals: (M, 256); if None, a hash's originals are the hashes before it. Of N hashes alike, N - 1 are copies.
+        hashes: (N, HASH_BITS).
+        originals: (M, HASH_BITS); None compares each hash with those before it, so that N equal photos give N - 1
+            near-duplicates.
 
     Returns:
-        (index, index of its original, bits that differ) of each copy. Memory is CHUNK x M numbers.
+        (index, index of its original, number of bits that differ) for each near-duplicate. Memory grows with CHUNK x M.
     """
     known = hashes if originals is None else originals
-    # Of vectors of -1 and 1 the product is the bits that agree less those that differ: BLAS counts them fastest.
+    # The dot product of vectors of -1 and 1 is the number of equal bits minus that of different bits. BLAS computes it.
     signs, known_signs = _signs(hashes), _signs(known)
-    copies = []
+    found = []
     for start in range(0, len(signs), CHUNK):
         products = signs[start : start + CHUNK] @ known_signs.T
         if originals is None:
@@ -68,8 +75,8 @@ def find_near_duplicates(hashes: Bits, originals: Bits | None = None) -> list[tu
         nearest = products.argmax(axis=1)
         distances = (hashes.shape[1] - products[np.arange(len(products)), nearest]) / 2
         for row in np.flatnonzero(distances <= MAX_DISTANCE):
-            copies.append((start + int(row), int(nearest[row]), int(distances[row])))
-    return copies
+            found.append((start + int(row), int(nearest[row]), int(distances[row])))
+    return found
 
 
 def _signs(hashes: Bits) -> NDArray[np.float32]:

@@ -1,9 +1,8 @@
-"""What every file of a data set holds: each is decoded once, to its last byte; a JPEG at an eighth of its size."""
+"""Decodes every file of a data set once: a mask at its full size, a JPEG at an eighth, which reads all of its bytes."""
 
 import hashlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -14,26 +13,26 @@ from fastseg.data.decode import Size, decode_image, decode_mask, image_size
 from fastseg.data.host import read_file
 from fastseg.data.pairs import Matches
 from fastseg.errors import DataError
-from fastseg.quality.duplicates import CELLS, fingerprint
-from fastseg.runtime.progress import progress_bar
+from fastseg.quality.duplicates import THUMBNAIL_SIDE, perceptual_hash
+from fastseg.quality.headers import Fault, map_files
 
 __all__ = ["Mask", "Photo", "ScannedSet", "scan_files"]
 
-BLOCK = 8  # pixels a side of the cells in which foreground is counted: no single pixel is lost in rounding
+BLOCK = 8  # pixels: foreground is averaged in blocks of this side, so small that rounding loses no single pixel
 
 T = TypeVar("T")
 
 
 class Photo(NamedTuple):
-    """What an image file holds."""
+    """Properties of an image file."""
 
     size: Size
     digest: bytes  # of the file
-    bits: NDArray[np.bool_] | None  # its fingerprint, where copies are looked for
+    phash: NDArray[np.bool_] | None  # None if no duplicates are sought
 
 
 class Mask(NamedTuple):
-    """What a mask file holds."""
+    """Properties of a mask file."""
 
     size: Size
     foreground: float  # share of its pixels
@@ -41,58 +40,55 @@ class Mask(NamedTuple):
 
 @dataclass(frozen=True)
 class ScannedSet:
-    """A set and what its files hold; a string is why a file cannot be used."""
+    """A set, and the properties or the fault of each of its files by path."""
 
     name: str
     matches: Matches
-    photos: dict[str, Photo | str] = field(default_factory=dict)  # by path
-    masks: dict[str, Mask | str] = field(default_factory=dict)
+    images: dict[str, Photo | Fault] = field(default_factory=dict)
+    masks: dict[str, Mask | Fault] = field(default_factory=dict)
 
-    def good_photos(self) -> tuple[list[str], list[Photo]]:
-        """Paths and photos that could be decoded, by path."""
-        good = sorted((path, photo) for path, photo in self.photos.items() if isinstance(photo, Photo))
-        return [path for path, _ in good], [photo for _, photo in good]
+    def photos(self) -> dict[str, Photo]:
+        """The images without a fault, sorted by path."""
+        return {path: photo for path, photo in sorted(self.images.items()) if isinstance(photo, Photo)}
 
 
-def scan_files(parts: Sequence[ScannedSet], num_workers: int, copies: bool) -> None:
-    """Decode every file and note what it holds in its part."""
-    places: list[tuple[ScannedSet, str, str]] = []  # a pair, or a file alone
-    for part in parts:
+def scan_files(sets: Sequence[ScannedSet], num_workers: int, duplicates: bool) -> None:
+    """Decode every file and record its properties, or its fault, in its set."""
+    jobs: list[tuple[ScannedSet, str, str]] = []  # set, image and mask; "" where there is none
+    for part in sets:
         pairs = part.matches.pairs
         for i, mask in enumerate(pairs.masks):
-            places.append((part, pairs.image_path(i), pairs.mask_path(i) if mask else ""))
-        for mask in (*part.matches.doubles.values(), *part.matches.without_image):
-            places.append((part, "", os.path.join(pairs.mask_dir, mask)))
+            jobs.append((part, pairs.image_path(i), pairs.mask_path(i) if mask else ""))
+        for mask in (*part.matches.second_masks.values(), *part.matches.masks_without_image):
+            jobs.append((part, "", os.path.join(pairs.mask_dir, mask)))
 
-    def look(place: tuple[ScannedSet, str, str]) -> None:
-        part, photo, mask = place
-        if photo:
-            part.photos[photo] = _or_reason(photo, lambda data: _look_at_photo(data, copies))
-        if mask and mask not in part.masks:
-            part.masks[mask] = _or_reason(mask, _look_at_mask)
+    def scan(job: tuple[ScannedSet, str, str]) -> None:
+        part, image, mask = job
+        if image:
+            part.images[image] = _try_file(image, lambda data: _scan_image(data, duplicates))
+        if mask:
+            part.masks[mask] = _try_file(mask, _scan_mask)
 
-    with progress_bar() as bar, ThreadPoolExecutor(num_workers) as pool:
-        task = bar.add_task("checking files", total=len(places))
-        for _ in pool.map(look, places):
-            bar.advance(task)
+    map_files(scan, jobs, num_workers)
 
 
-def _or_reason(path: str, look: Callable[[bytes], T]) -> T | str:
-    """What is in a file, or why it cannot be used."""
+def _try_file(path: str, scan: Callable[[bytes], T]) -> T | Fault:
+    """The result of `scan`, or a fault whose message leaves out the path."""
     try:
-        return look(read_file(path))
+        return scan(read_file(path))
     except DataError as error:
-        return str(error).removeprefix(f"{path}: ")
+        return Fault(error.kind, str(error))
 
 
-def _look_at_photo(data: bytes, copies: bool) -> Photo:
-    cells = np.empty((CELLS, CELLS, 3), np.uint8)
-    size = decode_image(data, cells)
-    return Photo(size, hashlib.blake2b(data, digest_size=16).digest(), fingerprint(cells) if copies else None)
+def _scan_image(data: bytes, duplicates: bool) -> Photo:
+    thumbnail = np.empty((THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3), np.uint8)
+    size = decode_image(data, thumbnail)
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return Photo(size, digest, perceptual_hash(thumbnail) if duplicates else None)
 
 
-def _look_at_mask(data: bytes) -> Mask:
+def _scan_mask(data: bytes) -> Mask:
     height, width = image_size(data)
-    cells = np.empty((-(-height // BLOCK), -(-width // BLOCK)), np.uint8)
-    size = decode_mask(data, cells, "area")
-    return Mask(size, float(cells.mean() / 255))
+    blocks = np.empty((-(-height // BLOCK), -(-width // BLOCK)), np.uint8)
+    size = decode_mask(data, blocks, "area")
+    return Mask(size, float(blocks.mean() / 255))

@@ -1,4 +1,4 @@
-"""What the machine decides: the device, the dtype of the network's arithmetic, and the versions of packages."""
+"""The device, the dtype of the network's arithmetic, and the versions of packages."""
 
 import importlib.metadata
 import platform
@@ -23,15 +23,20 @@ PACKAGES = ("torch", "nvidia-dali-cuda120", "kornia", "numba", "numpy", "simplej
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how the network runs."""
+    """Where the network runs, and in which dtype."""
 
     device: torch.device
     dtype: torch.dtype  # of autocast; weights stay float32
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def rank_slice(self) -> slice:
+        """This rank's images of a whole batch."""
+        return slice(self.rank, None, self.world_size)
+
     def autocast(self, *, cache: bool = True) -> AbstractContextManager[object]:
-        """The context of the forward pass. With `cache`, autocast casts each weight once in it."""
+        """The context of the forward pass. With `cache`, each weight is cast once per context."""
         if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype, cache_enabled=cache)
@@ -50,7 +55,7 @@ class Runtime:
 
 
 def choose_runtime(config: Config) -> Runtime:
-    """Device and dtype for a configuration on this machine.
+    """The device, the dtype and the ranks of a configuration on this machine.
 
     Raises:
         ConfigError: the machine lacks the device or the dtype, or the ranks cannot share the batch.
@@ -64,7 +69,7 @@ def choose_device(name: str) -> torch.device:
     """The torch device that `Config.device` names.
 
     Raises:
-        ConfigError: it is a GPU that this machine lacks.
+        ConfigError: this machine lacks that GPU.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,9 +77,9 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
-            raise ConfigError(f"device: {name} needs an NVIDIA GPU, and torch finds none here. Use auto (or cpu).")
+            raise ConfigError(f"device: {name} needs an NVIDIA GPU; torch finds none here. Use auto or cpu.")
         if (device.index or 0) >= count:
-            raise ConfigError(f"device: {name} does not exist; {count} GPUs are here. Use cuda:{count - 1} or auto.")
+            raise ConfigError(f"device: {name} does not exist; torch finds {count} GPUs. Use cuda:{count - 1} or auto.")
         if device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
     return device
@@ -92,7 +97,7 @@ def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide about speed; "absent" where one is not installed."""
+    """Versions of Python and of the packages that determine speed; "absent" for a package that is not installed."""
     found = {"python": platform.python_version(), "fastseg": __version__}
     for package in PACKAGES:
         try:

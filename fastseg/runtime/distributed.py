@@ -1,7 +1,7 @@
-"""Several processes, one run: `torchrun --nproc-per-node=N -m fastseg train ...`.
+"""One run on several ranks: `torchrun --nproc-per-node=N -m fastseg train ...`.
 
 Each rank takes its slice of every batch. Gradients, batch statistics and scores are those of the whole batch, so N
-ranks compute what one process computes. torch.distributed does the work; without torchrun nothing here does anything.
+ranks compute the same as one process. Without torchrun, the functions below do nothing.
 """
 
 import logging
@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
-    """Join the process group of torchrun for the length of the block; do nothing in a single process.
+    """Join the process group of torchrun for the duration of the block; do nothing in a single process.
 
     Only rank 0 logs more than warnings.
 
@@ -98,12 +98,12 @@ def all_gather(value: T) -> list[T]:
 
 
 def barrier() -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     all_gather(None)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set in any rank. All ranks must ask at the same step."""
+    """Whether the flag is set in any rank. All ranks must call this at the same step."""
     if not dist.is_initialized():
         return flag
     return bool(all_reduce(torch.tensor(float(flag), device=device)).item())

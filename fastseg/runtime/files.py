@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and the folder for caches."""
+"""Atomic writes, checks of folders, and the user's cache folder."""
 
 import errno
 import os
@@ -16,13 +16,14 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name when the block ends; a reader finds the old or the new file.
+    """Write a temporary file beside `path`, which replaces `path` when the block ends.
 
-    An exception leaves the old file in place. `.NAME.PID.tmp` is what a killed process leaves behind.
+    A reader finds the old or the new file, never a part. An exception leaves the old file in place. A killed process
+    leaves its temporary file, `.NAME.PID.tmp`.
 
     Args:
-        sync: wait until the bytes are on the disk before the rename, so that a power failure loses neither file. Not
-            worth its time for thousands of small files that can be made again.
+        sync: flush the file to disk before the rename, so that a power failure loses neither file. Too slow for
+            thousands of small files that can be made again.
 
     Yields:
         The path of the temporary file, for the block to write.
@@ -46,13 +47,13 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
 
 
 def target_of_temporary(name: str) -> str | None:
-    """The file name that a temporary file of `atomic_write` would have taken; None for other files."""
+    """The name of the file that a temporary file of `atomic_write` would have replaced; None for other files."""
     match = re.fullmatch(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}", name)
     return match and match[1]
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Test, without making anything, whether a folder can be made and written.
+    """Test whether a folder exists or can be made, and can be written. Makes nothing.
 
     Raises:
         OutputError: it cannot.
@@ -65,7 +66,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:
-    """Make a folder that can be written, if it is not there.
+    """Make a folder and its parents unless it exists.
 
     Raises:
         OutputError: it cannot be made or written.
@@ -78,5 +79,5 @@ def make_folder(path: str | os.PathLike[str]) -> None:
 
 
 def user_cache() -> Path:
-    """The folder for files that can be made again. Source: XDG base directory specification."""
+    """The user's folder for caches. Source: XDG base directory specification."""
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastseg")

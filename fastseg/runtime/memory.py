@@ -33,7 +33,7 @@ def retain_freed_memory(device: torch.device) -> Iterator[None]:
 
 
 def set_retaining_allocator() -> None:
-    """Retain freed memory from now on. Without glibc nothing happens."""
+    """Retain freed memory from now on. Does nothing without glibc."""
     _set(RETAIN)
 
 

@@ -1,4 +1,4 @@
-"""One kind of progress bar for all long work: on a terminal a bar with rate and time left, elsewhere nothing."""
+"""The progress bar of all long work: shown on a terminal or in a notebook, with rate and time left."""
 
 import importlib.util
 
@@ -8,11 +8,11 @@ from rich.text import Text
 
 __all__ = ["progress_bar"]
 
-_SCREEN = Console(stderr=True)  # one for all bars: a bar within another stands below it
+_SCREEN = Console(stderr=True)  # shared by all bars, so that nested bars appear below each other
 
 
 class _Note(ProgressColumn):
-    """The task's `note` field, or where it has none how many pairs it does a second."""
+    """The task's `note` field; pairs per second if it has none."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("note") or f"{task.speed or 0:.3g} pairs/s")
@@ -20,10 +20,10 @@ class _Note(ProgressColumn):
 
 def progress_bar(*, shown: bool = True) -> Progress:
     """A bar on standard error, if that is a terminal or a notebook and `shown` is true."""
-    # In a notebook rich draws with ipywidgets; without them it would warn at each of ten pictures a second.
+    # In a notebook rich draws with ipywidgets; without them it warns at each of ten refreshes per second.
     in_notebook = _SCREEN.is_jupyter and importlib.util.find_spec("ipywidgets") is not None
     shown = shown and (_SCREEN.is_terminal or in_notebook)
-    console = _SCREEN if shown else Console(quiet=True)  # a bar that is not shown prints a newline otherwise
+    console = _SCREEN if shown else Console(quiet=True)  # otherwise a hidden bar prints a newline
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),

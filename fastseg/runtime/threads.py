@@ -1,4 +1,4 @@
-"""How many threads decode, and a parallel map that stays a few items ahead of its caller."""
+"""The number of decoding threads, and a parallel map with bounded look-ahead."""
 
 import os
 from collections import deque
@@ -8,16 +8,16 @@ from typing import TypeVar
 
 __all__ = ["MAX_THREADS", "count_threads", "map_ahead"]
 
-MAX_THREADS = 32  # taken by default; whether more would help has not been measured
+MAX_THREADS = 32  # by default; more have not been measured
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 
 def count_threads(num_workers: int) -> int:
-    """`num_workers`, or where that is 0 one per core that this process may use.
+    """`num_workers`; if that is 0, one thread per core that this process may use.
 
-    Processes that torchrun starts on one machine share its cores.
+    Ranks of torchrun on one machine share its cores.
     """
     if num_workers:
         return num_workers
@@ -31,7 +31,7 @@ def map_ahead(
     """`map` in the threads of a pool, at most `ahead` items ahead of the caller, so that memory stays bounded.
 
     Yields:
-        A future per item, in order; those that are done come at once. Its result raises what `function` raised.
+        One future per item, in order; finished ones without delay. Its `result()` raises what `function` raised.
     """
     pending: deque[Future[U]] = deque()
     try:
@@ -41,6 +41,6 @@ def map_ahead(
                 yield pending.popleft()
         while pending:
             yield pending.popleft()
-    finally:  # the caller may leave early
+    finally:  # the caller may stop early
         for future in pending:
             future.cancel()

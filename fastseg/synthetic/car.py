@@ -1,7 +1,8 @@
-"""A car as a mesh: six body styles in ten paints, for the pictures of `carvana_like`.
+"""Builds a car as a mesh: six body styles, ten paints.
 
-The mesh is so fine (`STEP`) that it needs no textures: each vertex has a material. Metres; x forward, y left, z up from
-the floor under the car's middle; a "share" is one of the car's length, from nose to tail. Colours are linear light.
+The mesh needs no textures, because each vertex has a material and vertices are close (`STEP`). Lengths are metres; x
+points forward, y left, z up, from the floor under the middle of the car. A share is a share of the car's length, 0 at
+the nose and 1 at the tail. Colours are linear light.
 """
 
 from functools import reduce
@@ -12,12 +13,13 @@ from numpy import ndarray
 
 __all__ = ["PAINTS", "STYLES", "Car", "make_car"]
 
-STEP = 0.010  # metres between vertices: about four pixels of a full-size picture
+STEP = 0.010  # metres between vertices: about four pixels at 1918x1280
 DECK_SHARES = (0.0, 0.03, 0.22, 0.5, 0.8, 0.97, 1.0)
 # fmt: off
-# Side views. Metres: (length, width, wheel radius); heights of bonnet, belt line and boot at DECK_SHARES;
-# (share, height) of the roof from the foot of the windscreen to that of the rear window. Shares: front and rear axle;
-# top of the windscreen and of the rear window; gaps of the doors.
+# Each style, seen from the side:
+#   (length, width, wheel radius), metres; heights of bonnet, belt line and boot at DECK_SHARES, metres;
+#   (share, height in metres) of the roof from the bottom of the windscreen to the bottom of the rear window;
+#   shares of front and rear axle; of the top of the windscreen and of the rear window; of the door gaps.
 STYLES: dict[str, tuple[Any, ...]] = {
     "sedan": ((4.75, 1.84, 0.335), (0.58, 0.73, 0.92, 0.96, 1.02, 1.05, 0.85),
               ((0.24, 0.90), (0.42, 1.37), (0.54, 1.45), (0.68, 1.42), (0.87, 1.0)),
@@ -38,8 +40,8 @@ STYLES: dict[str, tuple[Any, ...]] = {
               ((0.27, 0.83), (0.46, 1.25), (0.57, 1.31), (0.68, 1.27), (0.92, 0.95)),
               (0.18, 0.79), (0.46, 0.70), (0.29, 0.60, 0.60)),
 }
-# Materials: red, green, blue, share of light mirrored head-on, share of the mirrored light that takes the colour.
-PAINTS = {  # as on the road: mostly white, black and grey
+# A material: red, green, blue, reflectance at normal incidence, metalness (share of the reflection in its own colour).
+PAINTS = {  # most are white, grey or black, as on roads
     "white": (0.60, 0.60, 0.58, 0.045, 0.0), "pearl": (0.52, 0.54, 0.56, 0.045, 0.2),
     "silver": (0.42, 0.43, 0.44, 0.045, 0.5), "grey": (0.24, 0.245, 0.25, 0.045, 0.4),
     "charcoal": (0.08, 0.08, 0.085, 0.045, 0.4), "black": (0.012, 0.012, 0.014, 0.045, 0.1),
@@ -53,59 +55,66 @@ CHROME, LAMP, TAIL = (0.34, 0.34, 0.35, 0.25, 0.5), (0.5, 0.51, 0.53, 0.35, 0.3)
 
 
 class Car(NamedTuple):
-    """A mesh of V vertices and Q facets."""
+    """A mesh of V vertices and Q quads."""
 
     points: ndarray  # (3, V) float32, metres
     normals: ndarray  # (3, V) float32, unit length, outward
     materials: ndarray  # (5, V) float32
-    quads: ndarray  # (Q, 4) int32 vertices, anticlockwise seen from outside
+    quads: ndarray  # (Q, 4) int32 indices of vertices, anticlockwise seen from outside
     paint: tuple[float, ...]
     size: tuple[float, float]  # length, width, metres
     axles: tuple[float, ...]  # x, metres
 
 
 def smooth_curve(control: Any, share: ndarray) -> ndarray:
-    """Height at `share`, through rounded control points ((share, height), ...)."""
+    """Heights at `share` on the smoothed polyline through the control points ((share, height), ...)."""
     grid = np.linspace(-0.1, 1.1, 6001)
     height = np.interp(grid, *np.array(control).T)
-    for width in (91, 91, 71):  # three box filters: nearly a Gaussian
+    for width in (91, 91, 71):  # three box filters approximate a Gaussian
         height = np.convolve(np.pad(height, width // 2, mode="edge"), np.ones(width) / width, "valid")
     return np.interp(share, grid, height)
 
 
-def even_steps(parameter: ndarray, x: ndarray, y: ndarray) -> ndarray:
-    """Values of the parameter of a curve (x, y), metres, that lie `STEP` apart on it."""
+def space_evenly(parameter: ndarray, x: ndarray, y: ndarray) -> ndarray:
+    """Parameters of points `STEP` apart along the curve (x, y), in metres."""
     arc = np.concatenate([[0.0], np.cumsum(np.hypot(np.diff(x), np.diff(y)))])
     return np.interp(np.linspace(0, arc[-1], int(arc[-1] / STEP) + 2), arc, parameter)
 
 
-def outline(share: ndarray) -> ndarray:
-    """Half width of a car seen from above, as a share of its largest."""
+def relative_width(share: ndarray) -> ndarray:
+    """Width of a car seen from above, relative to its maximum."""
     return (1 - np.abs(2 * share - 1) ** 6) ** (1 / 6)
 
 
-def lengthwise(length: float, width: float) -> ndarray:
-    """(rows, 1) shares in even steps along the outline of a car."""
-    end = 0.5 * np.linspace(0, 1, 5000) ** 6  # the outline turns fast at the ends
+def place_sections(length: float, width: float) -> ndarray:
+    """(rows, 1) shares of the cross-sections, evenly spaced along the outline seen from above."""
+    end = 0.5 * np.linspace(0, 1, 5000) ** 6  # dense where the outline turns sharply
     share = np.concatenate([end, 1 - end[::-1]])
-    return even_steps(share, length * share, 0.5 * width * outline(share))[:, None]
+    return space_evenly(share, length * share, 0.5 * width * relative_width(share))[:, None]
 
 
-def crosswise(sill: float, roundness: tuple[float, float], wide: float, tall: float) -> tuple[ndarray, ndarray]:
-    """(columns,) y and z in [-1, 1], in even steps over a rounded rectangle; sill: angle of its ends, radians."""
-    turn = np.linspace(sill, np.pi - sill, 20001)
-    y, z = (np.sign(a) * np.abs(a) ** e for a, e in zip((np.cos(turn), np.sin(turn)), roundness, strict=True))
-    at = even_steps(turn, wide * y, tall * z)
+def superellipse(start: float, exponents: tuple[float, float], wide: float, tall: float) -> tuple[ndarray, ndarray]:
+    """A cross-section: (columns,) y and z in [-1, 1], evenly spaced on a superellipse.
+
+    Args:
+        start: angle of the first point, radians; the last is at pi - start.
+        exponents: of cosine and sine.
+        wide: half axis, metres, for the spacing.
+        tall: half axis, metres, for the spacing.
+    """
+    turn = np.linspace(start, np.pi - start, 20001)
+    y, z = (np.sign(a) * np.abs(a) ** e for a, e in zip((np.cos(turn), np.sin(turn)), exponents, strict=True))
+    at = space_evenly(turn, wide * y, tall * z)
     return np.interp(at, turn, y), np.interp(at, turn, z)
 
 
 def band(value: ndarray, centre: float, half_width: float) -> ndarray:
-    """Metres inside the strip |value - centre| < half_width."""
+    """Signed distance to the edge of the strip |value - centre| < half_width, positive inside, metres."""
     return half_width - np.abs(value - centre)
 
 
-def within(*regions: ndarray) -> ndarray:
-    """Metres inside all of the regions."""
+def intersect(*regions: ndarray) -> ndarray:
+    """Signed distance to the edge of the intersection of regions, positive inside, metres."""
     return reduce(np.minimum, regions)
 
 
@@ -114,9 +123,9 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
 
     Args:
         x, y, z: metres, broadcast to (rows, columns).
-        material: of the whole.
-        rules: (metres inside the region, negative outside; material) pairs, later ones over earlier ones.
-        hole: where there is no surface.
+        material: where no rule applies.
+        rules: (signed distance, material) of regions; later ones cover earlier ones.
+        hole: True where there is no surface.
     """
     points = np.stack(np.broadcast_arrays(x, y, z), 2).astype(float)
     rows, columns, _ = points.shape
@@ -129,7 +138,7 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
     if np.sum(normals * (points - points.mean((0, 1)))) < 0:
         normals, quads = -normals, quads[:, ::-1]
     materials = np.tile(np.array(material), (rows, columns, 1))
-    for inside, other in rules:  # a border fades over one step: without that it would show the facets
+    for inside, other in rules:  # blended over one step, or the border would show the quads
         weight = np.broadcast_to(np.clip(0.5 + inside / STEP, 0, 1), (rows, columns))
         there = weight > 0
         materials[there] += weight[there, None] * (np.array(other) - materials[there])
@@ -137,7 +146,7 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
 
 
 def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Any:
-    """A mirror, an aerial."""
+    """An ellipsoid, for mirrors and aerials."""
     polar, turn = np.linspace(0, np.pi, 40)[:, None], np.linspace(0, 2 * np.pi, 60)
     unit = np.cos(polar), np.sin(polar) * np.cos(turn), np.sin(polar) * np.sin(turn)
     x, y, z = (c + r * u for c, r, u in zip(centre, radii, unit, strict=True))
@@ -145,92 +154,93 @@ def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tup
 
 
 def make_body(style: str, paint: Any, length: float, width: float, tall: float, strip: bool) -> list[Any]:
-    """Everything below the windows but the wheels: sections across, from nose to tail."""
+    """Everything below the windows except the wheels: cross-sections from nose to tail."""
     (_, _, radius), heights, roof, axles, _, doors = STYLES[style]
-    share = lengthwise(length, width)
-    lateral, up = crosswise(-0.42 * np.pi, (2 / 5.5, 2 / 4.2), 0.9, 0.4)
+    share = place_sections(length, width)
+    lateral, up = superellipse(-0.42 * np.pi, (2 / 5.5, 2 / 4.2), 0.9, 0.4)
     deck = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
     belly = 0.21 + 0.1 * radius + 0.06 * np.exp(-np.minimum(share, 1 - share) / 0.04)
     crease = 1 + 0.025 * np.exp(-(((up - 0.35) / 0.18) ** 2)) - 0.07 * np.clip(-up, 0, 1) ** 3
     x, z = (0.5 - share) * length, 0.5 * (deck + belly) + 0.5 * (deck - belly) * up
-    y = 0.49 * width * outline(share) * (1 - 0.05 * (1 - share) ** 2) * lateral * crease
+    y = 0.49 * width * relative_width(share) * (1 - 0.05 * (1 - share) ** 2) * lateral * crease
 
     front, rear, flank = x - 0.5 * length + 0.28, -0.5 * length + 0.21 - x, np.abs(y) - 0.42 * width
     nose, tail = 0.62 + 0.9 * (radius - 0.31), 0.80 + 1.5 * (radius - 0.31)
-    grille = within(front, band(y, 0, 0.43), band(z, nose, 0.10))
+    grille = intersect(front, band(y, 0, 0.43), band(z, nose, 0.10))
     gaps = [(0.5 - door) * length for door in doors]
-    to_arch = within(*(np.hypot(x - (0.5 - axle) * length, z - radius) for axle in axles)) - 1.17 * radius
+    to_arch = intersect(*(np.hypot(x - (0.5 - axle) * length, z - radius) for axle in axles)) - 1.17 * radius
     rules = [
         (0.33 - z, BLACK),
         (grille, GAP),
-        (within(grille, (-0.2 - np.sin(160 * z)) / 160), CHROME),
-        (within(front, band(y, 0, 0.70), band(z, 0.40, 0.05)), BLACK),
-        (within(front, band(y, 0, 0.26), band(z, 0.47, 0.055)), PLATE),
-        (within(front, np.abs(y) - 0.47, band(z, nose + 0.04, 0.075)), LAMP),
-        (within(rear, np.abs(y) - 0.52, band(z, tail + 0.03, 0.09)), TAIL),
-        (within(rear, band(y, 0, 0.26), band(z, tail, 0.06)), PLATE),
-        (within(rear, band(z, 0.54, 0.012)), GAP),
-        (within(flank, gaps[0] - x, x - gaps[2], band(z, 0.37, 0.006)), GAP),
-        (within(-flank, z - nose, band(x, (0.488 - roof[0][0]) * length, 0.004)), GAP),
-        (within(flank + 0.1, 0.02 - to_arch), BLACK),
+        (intersect(grille, (-0.2 - np.sin(160 * z)) / 160), CHROME),
+        (intersect(front, band(y, 0, 0.70), band(z, 0.40, 0.05)), BLACK),
+        (intersect(front, band(y, 0, 0.26), band(z, 0.47, 0.055)), PLATE),
+        (intersect(front, np.abs(y) - 0.47, band(z, nose + 0.04, 0.075)), LAMP),
+        (intersect(rear, np.abs(y) - 0.52, band(z, tail + 0.03, 0.09)), TAIL),
+        (intersect(rear, band(y, 0, 0.26), band(z, tail, 0.06)), PLATE),
+        (intersect(rear, band(z, 0.54, 0.012)), GAP),
+        (intersect(flank, gaps[0] - x, x - gaps[2], band(z, 0.37, 0.006)), GAP),
+        (intersect(-flank, z - nose, band(x, (0.488 - roof[0][0]) * length, 0.004)), GAP),
+        (intersect(flank + 0.1, 0.02 - to_arch), BLACK),
     ]
-    rules += [(within(flank, band(z, 0.54, 0.022)), BLACK)] if strip else []
-    rules += [(within(flank, z - 0.36, band(x, gap, 0.004)), GAP) for gap in gaps]
+    rules += [(intersect(flank, band(z, 0.54, 0.022)), BLACK)] if strip else []
+    rules += [(intersect(flank, z - 0.36, band(x, gap, 0.004)), GAP) for gap in gaps]
     handle = np.multiply(paint, (0.5, 0.5, 0.5, 4, 1))
-    rules += [(within(flank, band(x, gap + 0.13, 0.075), band(z, 2.5 * radius, 0.014)), handle) for gap in gaps[1:]]
-    body = make_part(x, y, z, paint, rules, hole=within(flank + 0.1, -to_arch) > 0)
-    # The dark that one sees through a wheel arch: a box between the wheels, and the body's far side from within.
+    rules += [(intersect(flank, band(x, gap + 0.13, 0.075), band(z, 2.5 * radius, 0.014)), handle) for gap in gaps[1:]]
+    body = make_part(x, y, z, paint, rules, hole=intersect(flank + 0.1, -to_arch) > 0)
+    # Seen through a wheel arch: a black box between the wheels, and the inside of the opposite side of the body.
     box = make_part(0.97 * x[::3], 0.8 * y[::3, ::3], (0.1 * belly + 0.9 * z - 0.03)[::3, ::3], BLACK)
     points, normals, materials, quads = make_part(x[::3], y[::3, ::3], z[::3, ::3], BLACK)
     return [body, box, (points, normals, materials, quads[:, ::-1])]
 
 
 def make_cabin(style: str, paint: Any, length: float, width: float, tall: float) -> list[Any]:
-    """Windows and roof: sections from the foot of the windscreen to that of the rear window, starting in the body."""
+    """Windows and roof: cross-sections from the windscreen to the rear window, which begin inside the body."""
     _, heights, roof_points, _, glass, doors = STYLES[style]
     start, stop = roof_points[0][0], roof_points[-1][0]
-    along = lengthwise(length * (stop - start), width)
-    lateral, up = crosswise(0.0, (2 / 5, 2 / 4), 0.85, 0.7)
+    along = place_sections(length * (stop - start), width)
+    lateral, up = superellipse(0.0, (2 / 5, 2 / 4), 0.85, 0.7)
     share = start + (stop - start) * along
     belt = smooth_curve(tuple(zip(DECK_SHARES, heights, strict=True)), share) * tall
     roof = smooth_curve(roof_points, share) * tall
     z = belt - 0.14 + np.maximum(roof - belt + 0.14, 0.02) * up
-    y = 0.465 * width * outline(along) * (1 - 0.06 * (2 * along - 1) ** 2) * lateral
+    y = 0.465 * width * relative_width(along) * (1 - 0.06 * (2 * along - 1) ** 2) * lateral
     y = y * (1 - 0.32 * np.maximum(z - belt, 0))  # leans inwards
     flank, above, x = (np.abs(lateral) - 0.86) * 0.45 * width, z - belt - 0.03, (0.5 - share) * length
     foot, top, rear_top, rear_foot = ((0.5 - edge) * length for edge in (start, *glass, stop))
-    window = within(flank, above, roof - z - 0.10, foot - 0.28 - x, x - rear_foot - 0.24)
-    screen = np.maximum(within(foot - 0.02 - x, x - top - 0.07), within(rear_top - 0.07 - x, x - rear_foot - 0.04))
-    rules = [(within(-flank, above, screen), GLASS), (window, GLASS)]
+    window = intersect(flank, above, roof - z - 0.10, foot - 0.28 - x, x - rear_foot - 0.24)
+    windscreen = intersect(foot - 0.02 - x, x - top - 0.07)
+    rear_window = intersect(rear_top - 0.07 - x, x - rear_foot - 0.04)
+    rules = [(intersect(-flank, above, np.maximum(windscreen, rear_window)), GLASS), (window, GLASS)]
     for door, seat in ((doors[1], 0.12), (doors[2] + 0.012, 0.22)):
         pillar = (0.5 - door) * length
         back = 1 - (((x - pillar - seat) / 0.10) ** 4 + ((z - belt) / 0.24) ** 4) ** 0.25
-        rules += [(within(window, 0.1 * back), SEAT), (within(window, band(x, pillar, 0.03)), BLACK)]
+        rules += [(intersect(window, 0.1 * back), SEAT), (intersect(window, band(x, pillar, 0.03)), BLACK)]
     return [make_part(x, y, z, paint, rules)]
 
 
 def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tuple[float, ...]) -> list[Any]:
-    """A profile (share of the radius, metres outwards from the tyre's middle) turned about the axles."""
+    """Four wheels: a profile of (share of the radius, metres outwards from the tyre's middle), revolved."""
     profile = [(0.0, 0.06), (0.2, 0.065), (0.5, 0.045), (0.62, 0.05), (0.68, 0.085), (0.7, 0.1), (0.75, 0.108)]
     profile += [(0.88, 0.112), (0.96, 0.1), (1, 0.075), (1, -0.09), (0.9, -0.11), (0.0, -0.11)]
     ring, out = np.array(profile).T
     corner = np.arange(len(ring))
-    at = even_steps(corner, radius * ring, out)[:, None]
+    at = space_evenly(corner, radius * ring, out)[:, None]
     ring, out = np.interp(at, corner, ring), np.interp(at, corner, out)
     turn, spokes = np.linspace(0, 2 * np.pi, 280), rng.integers(5, 11)
     parts = []
     for axle in axles:
         for side in (-1, 1):
             between = (0.4 - 0.5 * ring - np.cos(turn * spokes + rng.uniform(0, 6))) * ring * radius / spokes
-            rules = [(within(between, band(ring, 0.42, 0.20) * radius), GAP), ((ring - 0.715) * radius, TYRE)]
-            rules.append((within(0.9 - ring, -out) * radius, GAP))
+            rules = [(intersect(between, band(ring, 0.42, 0.20) * radius), GAP), ((ring - 0.715) * radius, TYRE)]
+            rules.append((intersect(0.9 - ring, -out) * radius, GAP))
             x, z = axle + radius * ring * np.cos(turn), radius + radius * ring * np.sin(turn)
             parts.append(make_part(x, side * (0.5 * width - 0.18 + out), z, CHROME, rules))
     return parts
 
 
 def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
-    """A car of one of `STYLES` in one of `PAINTS`; its proportions and trim come from `rng`."""
+    """A car of one of `STYLES` in one of `PAINTS`; `rng` decides its proportions and trim."""
     (long, wide, radius), heights, roof, shares, glass, _ = STYLES[style]
     length, width, tall = (rng.uniform((0.96, 0.96, 0.96), (1.04, 1.04, 1.05)) * (long, wide, 1)).tolist()
     coat, axles = PAINTS[paint], tuple((0.5 - share) * length for share in shares)

@@ -1,13 +1,12 @@
-"""Augmentation on the training device: one warp for image and mask, one colour matrix for the image.
+"""Augmentation on the training device: one warp of image and mask, one colour matrix for the image.
 
-kornia's classes run each operation on its own and in turn; here its functions make the matrices, flip, rotation,
-scale and shift are composed into one of them and sampled once, and brightness, contrast, saturation and hue into
-another together with the normalisation. The pictures are those of kornia's `RandomHorizontalFlip`, `RandomAffine`
-and `ColorJitter` in that order, with two differences: nothing is clipped between the colour steps, and hue turns about
-the grey axis (a linear operation) rather than in HSV.
+Flip, rotation, scale and shift are composed into one matrix and sampled once; brightness, contrast, saturation, hue and
+the normalisation are composed into another. The result equals kornia's `RandomHorizontalFlip`, `RandomAffine` and
+`ColorJitter` in that order, with two differences: nothing is clipped between the colour steps, and hue is a rotation
+about the grey axis (a linear operation) instead of a shift in HSV.
 
-On the CPU one compiled pass goes from uint8 pixels to the network's input, each image in its own thread; torch needs a
-dozen passes over float32 copies for the same. benchmarks/augment.py measures both.
+On the CPU, one compiled pass turns uint8 pixels into the network's input, with one image per thread; torch needs a
+dozen passes over float32 copies. benchmarks/augment.py measures both.
 """
 
 import math
@@ -26,14 +25,14 @@ from torch.nn.functional import grid_sample, interpolate
 from fastseg.config import Config
 from fastseg.network.normalise import GAIN, OFFSET
 
-__all__ = ["AugmentParams", "augment", "augment_cpu", "augment_torch", "sample_params", "shrink"]
+__all__ = ["AugmentParams", "augment", "augment_cpu", "augment_torch", "resize", "sample_params"]
 
 LUMA_WEIGHTS = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601, as kornia's rgb_to_grayscale
 
 
 @dataclass(frozen=True)
 class AugmentParams:
-    """One set of parameters per image; float32 tensors on the CPU."""
+    """One row of parameters per image; float32 tensors on the CPU."""
 
     flip: Tensor  # (B,) 0 or 1
     angle: Tensor  # (B,) degrees, counter-clockwise
@@ -42,7 +41,7 @@ class AugmentParams:
     brightness: Tensor  # (B,) factor
     contrast: Tensor  # (B,) factor about the image's mean grey
     saturation: Tensor  # (B,) factor about each pixel's grey
-    hue: Tensor  # (B,) share of a full turn
+    hue: Tensor  # (B,) rotation about the grey axis, 1 for a full turn
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -50,7 +49,7 @@ class AugmentParams:
                 raise ValueError(f"{field.name} must have one row per image, {len(self.flip)}")
 
     def take(self, rows: slice) -> "AugmentParams":
-        """The parameters of some of the images."""
+        """The parameters of a slice of the images."""
         return AugmentParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
@@ -58,7 +57,7 @@ def sample_params(config: Config, batch_size: int, generator: torch.Generator) -
     """Draw parameters uniformly within the strengths of `config`.
 
     Args:
-        generator: on the CPU; a strength of 0 draws as many numbers as any other.
+        generator: on the CPU. It draws 9 numbers per image, whatever the strengths.
     """
     u = 2 * torch.rand(batch_size, 9, generator=generator) - 1  # in [-1, 1)
     size = torch.tensor([config.image_width, config.image_height])
@@ -87,19 +86,24 @@ def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tenso
     height, width = masks.shape[1:]
     geometry, colour = geometry_matrix(params, height, width), GAIN * colour_matrix(params)
     source = np.linalg.inv(geometry.double().numpy())[:, :2].astype(np.float32)  # from the result to the source
-    # Contrast turns about the mean grey of the picture at that point, which only the device knows.
+    # Contrast scales about the mean grey of the warped image, which only the device knows.
     share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
     apply = augment_cpu if images.device.type == "cpu" else augment_torch
     return apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
 
 
-def shrink(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Images (B, C, H, W), channels last, and targets (B, 1, H, W) at `height` x `width`; unchanged if of that size."""
+def resize(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Resize a batch to `height` x `width` with an antialiased filter; a batch of that size is returned as it is.
+
+    Args:
+        inputs: (B, C, H, W), channels last.
+        targets: (B, 1, H, W).
+    """
     size = (height, width)
     if inputs.shape[2:] == size:
         return inputs, targets
-    small = interpolate(inputs, size, mode="bilinear", antialias=True)
-    return small, interpolate(targets, size, mode="bilinear", antialias=True)
+    inputs = interpolate(inputs, size, mode="bilinear", antialias=True)
+    return inputs, interpolate(targets, size, mode="bilinear", antialias=True)
 
 
 def augment_cpu(
@@ -116,10 +120,10 @@ def augment_cpu(
     Args:
         images: (B, H, W, 3) uint8.
         masks: (B, H, W) uint8.
-        source: (B, 2, 3) from pixels (x, y, 1) of the result to pixels of the source; beyond its edge the edge repeats.
-        colour: (B, 3, 3) from uint8 values to what the network sees.
-        share: (B, 3) of the warped image's mean red, green and blue that is added to every channel.
-        low, high: what the network sees lies between; `low` is added to every channel.
+        source: (B, 2, 3) from pixels (x, y, 1) of the result to pixels of the source, whose edge pixels repeat outside.
+        colour: (B, 3, 3) from uint8 values to the network's input.
+        share: (B, 3) factors of the warped image's mean red, green and blue; their sum is added to every channel.
+        low, high: bounds of the network's input; `low` is added to every channel.
 
     Returns:
         (B, 3, H, W) float32, channels last, and (B, 1, H, W) float32 in [0, 1].
@@ -196,9 +200,9 @@ def augment_torch(
     low: float,
     high: float,
 ) -> tuple[Tensor, Tensor]:
-    """`augment_cpu`, which documents the arguments, in torch's operations for any device."""
+    """The same as `augment_cpu`, with torch's operations, on any device."""
     batch, height, width = masks.shape
-    pixels = torch.empty((batch, 4, height, width), device=images.device)  # the mask travels as a fourth channel
+    pixels = torch.empty((batch, 4, height, width), device=images.device)  # the mask is a fourth channel
     pixels[:, :3] = images.permute(0, 3, 1, 2)
     pixels[:, 3] = masks
     pixels = warp(pixels, source)
@@ -214,7 +218,7 @@ def augment_torch(
 
 
 def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
-    """(B, 3, 3) on the CPU, from pixels of the source to pixels of the result: flip, then scale, rotate, shift."""
+    """(B, 3, 3) on the CPU, from pixels of the source to pixels of the result: flip, scale, rotation, shift."""
     batch = len(params.flip)
     flip = torch.eye(3).repeat(batch, 1, 1)
     flip[:, 0, 0] = 1 - 2 * params.flip
@@ -225,9 +229,9 @@ def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
 
 
 def warp(pixels: Tensor, source: NDArray[np.float32]) -> Tensor:
-    """Sample (B, C, H, W) bilinearly where `source` (B, 2, 3) points; beyond the edge the edge repeats.
+    """Sample (B, C, H, W) bilinearly at the points given by `source` (B, 2, 3); edge pixels repeat outside.
 
-    Equals `kornia.geometry.warp_affine` with `padding_mode="border"`, whose grid costs as much as the sampling.
+    Equals `kornia.geometry.warp_affine` with `padding_mode="border"`, where making the grid takes as long as sampling.
     """
     height, width = pixels.shape[2:]
     # Pixel x is at 2x / (width - 1) - 1 in grid_sample's coordinates (align_corners=True).
@@ -240,14 +244,14 @@ def warp(pixels: Tensor, source: NDArray[np.float32]) -> Tensor:
 
 
 def colour_matrix(params: AugmentParams) -> Tensor:
-    """(B, 3, 3) on the CPU: brightness, contrast, saturation, hue, but for the grey that contrast adds.
+    """(B, 3, 3) on the CPU: brightness, contrast, saturation, hue, without the grey that contrast adds.
 
-    Saturation and hue leave greys alone, so that grey passes through them unchanged.
+    Saturation and hue do not change greys, so that this grey can be added at the end.
     """
     luma = LUMA_WEIGHTS.expand(3, 3)
     saturation = params.saturation[:, None, None]
     saturate = saturation * torch.eye(3) + (1 - saturation) * luma
-    # Rodrigues' rotation about the grey axis, then luma restored: greys and brightness stay.
+    # Rodrigues' rotation about the grey axis, then the luma is restored: greys and brightness do not change.
     angle = (2 * math.pi * params.hue)[:, None, None]
     k = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3)
     turn = torch.eye(3) + angle.sin() * k + (1 - angle.cos()) * (k @ k)
@@ -256,7 +260,7 @@ def colour_matrix(params: AugmentParams) -> Tensor:
 
 
 def _to(array: NDArray[np.float32], like: Tensor) -> Tensor:
-    """Onto `like`'s device without waiting for it."""
+    """Copy an array to the device of `like` without waiting for it."""
     tensor = torch.from_numpy(array)
     if like.device.type == "cuda":
         tensor = tensor.pin_memory()

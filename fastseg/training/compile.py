@@ -1,4 +1,4 @@
-"""Whether and how the network is compiled: torch.compile where it pays, or CUDA graphs of the eager network.
+"""How the network is compiled: torch.compile if the run is long enough, or CUDA graphs of the eager network.
 
 In every step the host launches hundreds of kernels, and a GPU that is faster than that waits for the host. A CUDA graph
 is one launch. Capturing it costs a few steps, where compiling costs most of a minute, but its kernels are not fused.
@@ -70,7 +70,7 @@ def choose_compile(config: Config, runtime: Runtime, steps: int) -> str:
 
 
 def decide_compile(config: Config, device: torch.device, steps: int, *, warm: bool) -> tuple[str, str]:
-    """The decision and its reason; `warm`: compiled code of this network is cached."""
+    """The decision and its reason. `warm` means that compiled code of this network is cached."""
     if config.compile != "auto":
         return config.compile, "as asked"
     if device.type == "cpu":
@@ -83,7 +83,7 @@ def decide_compile(config: Config, device: torch.device, steps: int, *, warm: bo
 
 
 def _inductor_cache(config: Config, runtime: Runtime) -> Path:
-    """The folder of compiled code: the user's own choice, or one named by a hash of what the code depends on."""
+    """The folder of compiled code: the user's choice, or one named by a hash of everything the code depends on."""
     if USERS_INDUCTOR_CACHE:
         return Path(USERS_INDUCTOR_CACHE)
     shape = [config.batch_size // runtime.world_size, config.image_height, config.image_width, config.depth]

@@ -1,7 +1,7 @@
-"""How the weights are learned: loss, optimizer and learning rate of the two recipes.
+"""The two recipes: loss, optimizer, learning rate, image size and weight averaging.
 
-`fast` is AdamW under a one-cycle schedule on BCE + Dice, the first steps on small images; `tutorial` is what beginners'
-UNet projects use: Adam at one learning rate on BCE.
+`fast` is AdamW under a one-cycle schedule on BCE + Dice, with small images in the first steps. `tutorial` is the recipe
+of beginners' UNet projects: Adam at a constant learning rate on BCE.
 """
 
 import copy
@@ -18,22 +18,31 @@ __all__ = [
     "make_ema_model",
     "make_optimizer",
     "num_small_steps",
+    "set_learning_rate",
     "training_loss",
     "training_size",
     "update_ema",
 ]
 
-PEAK = 30  # peak of the one-cycle schedule over `Config.learning_rate`, where it starts
+PEAK = 30  # peak of the one-cycle schedule, as a multiple of `Config.learning_rate`, where it starts
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
 
 
 def training_loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
-    """Scalar float32 loss of logits (B, 1, H, W) against coverage (B, 1, H, W) in [0, 1]."""
+    """The recipe's loss.
+
+    Args:
+        logits: (B, 1, H, W), any float dtype.
+        targets: (B, 1, H, W) coverage in [0, 1].
+
+    Returns:
+        Scalar float32.
+    """
     return bce_loss(logits, targets) if config.recipe == "tutorial" else bce_dice_loss(logits, targets)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer; biases and batch norms are not decayed."""
+    """The recipe's optimizer. Biases and batch norms have no weight decay."""
     if config.recipe == "tutorial":
         return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
     weights = [p for p in model.parameters() if p.ndim > 1]
@@ -43,23 +52,24 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def make_ema_model(config: Config, model: nn.Module) -> nn.Module | None:
-    """A network for the moving average of the weights and of batch norm's statistics, where one is asked for."""
+    """A copy of the model for the moving average of its weights and batch statistics; None if `ema_decay` is 0."""
     return copy.deepcopy(model) if config.ema_decay else None
 
 
-def update_ema(average: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Take the weights after `step` (from 0) into the average: the plain mean at first, then an exponential one.
+def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Add the weights after `step` (from 0) to the average: the plain mean at first, then an exponential average.
 
-    torch's `AveragedModel` does the same, but makes the host wait for a GPU twice a step.
+    torch's `AveragedModel` does the same, but makes the host wait for the GPU twice per step.
     """
-    before, now = (
-        [value for value in network.state_dict().values() if value.is_floating_point()] for network in (average, model)
+    average, weights = (
+        [value for value in network.state_dict().values() if value.is_floating_point()]
+        for network in (ema_model, model)
     )
-    torch._foreach_lerp_(before, now, max(1 - decay, 1 / (step + 1)))
+    torch._foreach_lerp_(average, weights, max(1 - decay, 1 / (step + 1)))
 
 
 def learning_rate(config: Config, step: int, total_steps: int) -> float:
-    """Learning rate of a step: constant for the tutorial's recipe, else one cycle with cosine arcs.
+    """Learning rate of a step: constant in the tutorial recipe, otherwise one cycle of two cosine arcs.
 
     Source: Smith and Topin 2018, Super-Convergence (arXiv:1708.07120).
     """
@@ -72,16 +82,22 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every parameter group."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def num_small_steps(config: Config, total_steps: int) -> int:
-    """How many steps, the first of the run, see small images."""
+    """Number of steps at the beginning of the run that see small images."""
     return 0 if config.recipe == "tutorial" else math.ceil(config.progressive_resizing * total_steps)
 
 
 def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int]:
-    """Height and width of what a step sees: about half of the image in the first `progressive_resizing` of the steps.
+    """Height and width of the images that a step sees: about half in the first `progressive_resizing` of the steps.
 
-    A step then costs a quarter, and what it learns (which shapes are foreground) holds at full size; the steps that
-    remain learn the outline. Both sides divide by 2**depth, and the network's innermost level keeps 2 x 2 cells.
+    Such a step costs a quarter, and the shapes it learns hold at full size; the remaining steps learn the outline.
+    Both sides are divisible by 2**depth, and the network's innermost level has at least 2 x 2 cells.
 
     Source: Howard et al. 2018, DAWNBench entry of fast.ai (progressive resizing).
     """

@@ -1,4 +1,4 @@
-"""The state of a training run: its data, what is built from a configuration, saved to `last.pt` and taken up again."""
+"""The state of a training run: built from a configuration, saved to `last.pt` and resumed from it."""
 
 import json
 import logging
@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-from fastseg.errors import ConfigError
+from fastseg.errors import ConfigError, OutputError
 from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
@@ -28,10 +29,11 @@ __all__ = [
     "Run",
     "build_run",
     "compile_model",
-    "find_data",
-    "load_or_init_model",
-    "resolve_config",
     "create_run_dir",
+    "find_splits",
+    "load_or_init_model",
+    "log_epoch",
+    "resolve_config",
     "resume",
     "save_last",
 ]
@@ -43,28 +45,28 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """Everything that changes from step to step."""
+    """The parts and the progress of a run."""
 
     config: Config
     runtime: Runtime
     model: nn.Module
     forward: Callable[[Tensor], Tensor]  # the model, compiled or not
-    ema_model: nn.Module | None  # with the moving average of the weights; scored and saved in place of the model
+    ema_model: nn.Module | None  # with the moving average of the weights; validated and saved instead of the model
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     generator: torch.Generator  # of the augmentation
     train_loader: Loader
     val_loader: Loader
-    loss_sum: Tensor  # over the steps of this epoch, on the device
+    loss_sum: Tensor  # scalar float32 on the device, over the steps of this epoch
     epoch: int = 0
     step: int = 0  # within the epoch
-    history: list[dict[str, Any]] = field(default_factory=list)  # an entry an epoch, as in metrics.jsonl
-    signalled: bool = False  # Ctrl-C or SIGTERM has come
-    stop: bool = False  # to end after this step; all processes agree on it
-    sizes_seen: set[tuple[int, int]] = field(default_factory=set)  # of training images, in this call
-    trained_pairs: int = 0
-    started: float = 0.0  # time.perf_counter() when this call began
-    clock: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # seconds by what they went into
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry per epoch, as in metrics.jsonl
+    stop_requested: bool = False  # this process has received Ctrl-C or SIGTERM
+    interrupted: bool = False  # all ranks have agreed to stop
+    warm_sizes: set[tuple[int, int]] = field(default_factory=set)  # image sizes at which a step has run in this call
+    trained_pairs: int = 0  # in this call
+    start_time: float = 0.0  # time.perf_counter() at the beginning of this call
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by part of the run
 
     @property
     def total_steps(self) -> int:
@@ -73,69 +75,69 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Steps since the run began."""
+        """Steps since the beginning of the run."""
         return self.epoch * len(self.train_loader) + self.step
 
     @property
     def eval_model(self) -> nn.Module:
-        """The network that is validated and kept: the averaged one where there is one."""
+        """The network that is validated and saved: the averaged one if there is one."""
         return self.model if self.ema_model is None else self.ema_model
 
     @property
     def best(self) -> dict[str, Any]:
-        """The entry of the epoch with the highest Dice."""
+        """The entry of the epoch with the highest Dice; epoch 0 before the first validation."""
         return max(self.history, key=lambda entry: entry["val_dice"], default=NO_SCORES)
 
 
-def find_data(config: Config) -> tuple[Pairs, Pairs]:
-    """Training and validation pairs as configured, with their files checked.
+def find_splits(config: Config) -> tuple[Pairs, Pairs]:
+    """Find the training and the validation pairs, and check their files.
 
-    Validation has folders of its own; only where the default ones do not exist, or val_img_dir is empty, whole cars
-    are held out of the training folders.
+    Validation pairs come from their own folders. If the default folders do not exist, or `val_img_dir` is empty, whole
+    cars are held out of the training folders instead.
 
     Raises:
         DataError: see `find_pairs` and `check_sets`.
     """
     pairs = find_pairs(config.train_img_dir, config.train_mask_dir, bad_samples=config.bad_samples)
     val_dirs = (config.val_img_dir, config.val_mask_dir)
-    missing = val_dirs == DEFAULT_VAL_DIRS and not any(map(_holds_files, val_dirs))
+    missing = val_dirs == DEFAULT_VAL_DIRS and not any(map(_has_files, val_dirs))
     if missing or not config.val_img_dir:
         train_pairs, val_pairs = split_by_group(pairs, config.val_fraction, config.seed)
-        log.info("no validation folders: %d pairs held out, whole cars at a time", len(val_pairs))
+        log.info("no validation folders: %d pairs of whole cars are held out", len(val_pairs))
     else:
         train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
     if config.check_data:
-        both = check_sets([train_pairs, val_pairs], bad_samples=config.bad_samples, num_workers=config.num_workers)
-        train_pairs, val_pairs = both
+        splits = check_sets([train_pairs, val_pairs], bad_samples=config.bad_samples, num_workers=config.num_workers)
+        train_pairs, val_pairs = splits
     return train_pairs, val_pairs
 
 
-def _holds_files(folder: str) -> bool:
+def _has_files(folder: str) -> bool:
     return os.path.isdir(folder) and any(os.scandir(folder))
 
 
-def resolve_config(config: Config, pairs: int) -> Config:
-    """Make batch size and number of epochs definite; both are said when they change."""
-    if config.batch_size > pairs:
-        log.info("batch_size: %d, because there are no more training pairs than that", pairs)
-        config = config.replace(batch_size=pairs)
+def resolve_config(config: Config, num_pairs: int) -> Config:
+    """Fit batch size and number of epochs to the number of training pairs; changes are logged."""
+    if config.batch_size > num_pairs:
+        log.info("batch_size: lowered to %d, the number of training pairs", num_pairs)
+        config = config.replace(batch_size=num_pairs)
     if "num_epochs" not in config.model_fields_set:
-        epochs = max(config.num_epochs, math.ceil(config.min_steps / (pairs // config.batch_size)))
+        epochs = max(config.num_epochs, math.ceil(config.min_steps / (num_pairs // config.batch_size)))
         if epochs > config.num_epochs:
-            log.info("num_epochs: %d, to take the %d steps of min_steps", epochs, config.min_steps)
+            log.info("num_epochs: raised to %d, for at least %d steps (min_steps)", epochs, config.min_steps)
         config = config.replace(num_epochs=epochs)
     return config
 
 
 def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The network a run begins with, and the state it goes on from where there is one and it is wanted; says which.
+    """The network at the beginning of a run, and the state to resume from; None for a new run. Logs a new run's origin.
 
     Raises:
-        CheckpointError: a checkpoint is damaged, belongs to another network, or is named and missing.
+        CheckpointError: a checkpoint is damaged, belongs to another network, or `config.checkpoint` is missing.
         OutputError: the run's folder cannot be written.
     """
     check_writable(config.run_dir)
-    with torch.random.fork_rng(devices=[]):  # the caller's random numbers are not ours to change
+    with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
         torch.manual_seed(config.seed)
         model = build_model(config)
     if config.checkpoint:
@@ -146,38 +148,36 @@ def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None
         load_weights(model, state, path, config)
         return model, state
     origin = f"weights from {config.checkpoint}" if config.checkpoint else "random weights"
-    log.info("a new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
+    log.info("new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
     return model, None
 
 
 def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: Pairs, val_pairs: Pairs) -> Run:
     """A run at its beginning."""
     model = runtime.to_device(model)
-    forward = wrap_ddp(model, runtime.device)
-    train_loader = make_loader(train_pairs, config, runtime, training=True)
     return Run(
         config=config,
         runtime=runtime,
         model=model,
-        forward=forward,
+        forward=wrap_ddp(model, runtime.device),
         ema_model=make_ema_model(config, model),
         optimizer=make_optimizer(config, model),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
         generator=torch.Generator().manual_seed(config.seed),
-        train_loader=train_loader,
+        train_loader=make_loader(train_pairs, config, runtime, training=True),
         val_loader=make_loader(val_pairs, config, runtime, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
     )
 
 
 def compile_model(run: Run) -> None:
-    """Compile the forward and backward pass if the steps that remain win back the time it takes, or record them."""
+    """Compile the forward and backward pass if it saves time over the remaining steps, or capture CUDA graphs."""
     config, total = run.config, run.total_steps
     if run.steps_done >= total:
         return
     choice = choose_compile(config, run.runtime, total - run.steps_done)
     if choice == "on":
-        # Its two sizes at most have their own code. Who has time to compile has time to try cuDNN's algorithms too.
+        # At most two sizes occur, each with static shapes. A run long enough to compile also gains from cuDNN's search.
         torch.backends.cudnn.benchmark = True
         run.forward = torch.compile(run.forward, dynamic=False)
     elif choice == "graphs":
@@ -186,8 +186,12 @@ def compile_model(run: Run) -> None:
 
 
 def save_last(run: Run) -> None:
-    """Write all that is needed to go on as if nothing had happened; the first process does."""
-    if run.runtime.rank:
+    """Write the complete state of the run to `last.pt`; only rank 0 writes.
+
+    Raises:
+        OutputError: the file cannot be written; the previous one is intact.
+    """
+    if run.runtime.rank > 0:
         return
     state = {
         "config": run.config.model_dump(),
@@ -206,7 +210,7 @@ def save_last(run: Run) -> None:
 
 
 def resume(run: Run, state: dict[str, Any] | None) -> None:
-    """Put a run where `state`, from its `last.pt`, was taken; says where that is.
+    """Restore a run from `state`, the content of its `last.pt`; None leaves it at its beginning.
 
     Raises:
         ConfigError: the state belongs to another recipe or to other data.
@@ -227,26 +231,44 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         raise ConfigError(f"{path}: {error}") from None
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(
-            f"{path}: belongs to a run of another kind ({error}). Give another name, or pass load_model=false."
+            f"{path}: does not fit this configuration ({error}). Choose another name, or pass load_model=false."
         ) from None
     if run.epoch >= run.config.num_epochs:
-        log.info("%s: all %d epochs are done; a higher num_epochs goes on", path, run.epoch)
+        log.info("%s: all %d epochs are done; raise num_epochs to train longer", path, run.epoch)
     else:
-        log.info("going on from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
+        log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
 
 
 def create_run_dir(run: Run) -> None:
-    """Make the run's folder and write what is known at its beginning.
+    """Make the run's folder with `config.json` and `metrics.jsonl`; only rank 0 writes.
 
     Raises:
         OutputError: it cannot be written.
     """
-    if run.runtime.rank:
+    if run.runtime.rank > 0:
         return
     folder = run.config.run_dir
     make_folder(folder)
     with atomic_write(folder / "config.json") as temporary:
         run.config.to_json(temporary)
-    # Epochs after the checkpoint that a killed run wrote are trained again: their lines must go.
+    # A killed run may have logged an epoch after its last checkpoint. It is trained again, so its line is removed.
     with atomic_write(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in run.history))
+        temporary.write_text("".join(map(_json_line, run.history)))
+
+
+def log_epoch(run_dir: Path, entry: dict[str, Any]) -> None:
+    """Append an epoch's entry to `metrics.jsonl`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = run_dir / "metrics.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(_json_line(entry))
+    except OSError as error:
+        raise OutputError(path, error) from None
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

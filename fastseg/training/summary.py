@@ -1,4 +1,4 @@
-"""The end of a run: its pictures, `summary.json`, and the sentence that says how it went."""
+"""The end of a run: plots, `summary.json`, and a log line of times."""
 
 import json
 import logging
@@ -12,20 +12,21 @@ from torch import nn
 from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.plots import draw_curves, draw_overlay
 from fastseg.runtime.device import versions
+from fastseg.runtime.files import atomic_write
 from fastseg.training.state import Run
 
-__all__ = ["FIRST_STEPS", "TrainResult", "draw_run_overlay", "finish"]
+__all__ = ["FIRST_STEPS", "TrainResult", "draw_val_overlay", "summarise"]
 
-FIRST_STEPS = "first step of each size"  # a part of the time, on its own because it compiles and chooses kernels
+FIRST_STEPS = "first step of each size"  # a part of the time: it compiles and chooses kernels
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run reached. Scores are of the best epoch, on validation masks at the training size.
+    """The result of a run. Scores are those of the best epoch, on validation masks at the training size.
 
-    A run that was interrupted before its first epoch ended has `best_epoch` 0 and scores of nan.
+    A run that is interrupted in its first epoch has `best_epoch` 0 and scores of NaN.
     """
 
     run_dir: Path
@@ -34,20 +35,27 @@ class TrainResult:
     best_epoch: int  # counted from 1
     pairs_per_s: float  # training only, decoding included
     seconds: float  # of this call
-    interrupted: bool  # by Ctrl-C or SIGTERM; the same call goes on where it stopped
-    history: list[dict[str, Any]]  # one entry an epoch, as in metrics.jsonl
+    interrupted: bool  # by Ctrl-C or SIGTERM; the same call resumes the run
+    history: list[dict[str, Any]]  # one entry per epoch, as in metrics.jsonl
 
 
-def draw_run_overlay(run: Run, model: nn.Module) -> Path:
-    """Draw eight validation images of the run with what `model` makes of them; returns where."""
+def draw_val_overlay(run: Run, model: nn.Module) -> Path:
+    """Draw eight validation images with the true and the predicted outline; returns the path of the PNG."""
     path = run.config.run_dir / "overlay.png"
     usable = run.val_loader.pairs.without(run.val_loader.bad.found)
     draw_overlay(model.eval(), usable, run.config, run.runtime, path)
     return path
 
 
-def finish(run: Run, left_out: list[str]) -> TrainResult:
-    """Draw the pictures, write the summary and say in a paragraph how it went; from the best epoch's weights."""
+def summarise(run: Run, left_out: list[str]) -> TrainResult:
+    """Draw the plots with the best epoch's weights, write `summary.json` and log the times.
+
+    Args:
+        left_out: images that the checks before training have excluded.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
     folder, best = run.config.run_dir, run.best
     for loader in (run.train_loader, run.val_loader):
         left_out += [loader.pairs.images[index] for index in loader.bad.found]
@@ -55,17 +63,17 @@ def finish(run: Run, left_out: list[str]) -> TrainResult:
     if run.history and run.runtime.rank == 0:
         load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
         draw_curves(run.history, folder / "curves.png")
-        draw_run_overlay(run, run.model)
-    run.clock["pictures"] = time.perf_counter() - began
-    stepping = sum(run.clock[part] for part in ("steps", FIRST_STEPS, "waiting for data"))
+        draw_val_overlay(run, run.model)
+    run.seconds["pictures"] = time.perf_counter() - began
+    stepping = sum(run.seconds[part] for part in ("steps", FIRST_STEPS, "waiting for data"))
     result = TrainResult(
         run_dir=folder,
         val_dice=best["val_dice"],
         val_iou=best["val_iou"],
         best_epoch=best["epoch"],
         pairs_per_s=run.trained_pairs / stepping if stepping else run.history[-1]["pairs_per_s"],
-        seconds=time.perf_counter() - run.started,
-        interrupted=run.stop,
+        seconds=time.perf_counter() - run.start_time,
+        interrupted=run.interrupted,
         history=run.history,
     )
     summary = {
@@ -74,7 +82,7 @@ def finish(run: Run, left_out: list[str]) -> TrainResult:
         "val_iou_pixels": best["val_iou_pixels"],
         "epochs": run.epoch,
         "scored": f"{run.config.image_width}x{run.config.image_height}, mask cells at least half covered",
-        "seconds_by_part": {part: round(seconds, 3) for part, seconds in run.clock.items()},
+        "seconds_by_part": {part: round(seconds, 3) for part, seconds in run.seconds.items()},
         "device": run.runtime.description,
         "processes": run.runtime.world_size,
         "train_pairs": len(run.train_loader.pairs),
@@ -83,9 +91,10 @@ def finish(run: Run, left_out: list[str]) -> TrainResult:
         "versions": versions(),
     }
     if run.runtime.rank == 0:
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        with atomic_write(folder / "summary.json") as temporary:
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
     parts = ", ".join(
-        f"{part} {seconds:.1f} s" for part, seconds in sorted(run.clock.items(), key=lambda item: -item[1])
+        f"{part} {seconds:.1f} s" for part, seconds in sorted(run.seconds.items(), key=lambda item: -item[1])
     )
     log.info("%.0f s: %s; trained at %.0f pairs/s", result.seconds, parts, result.pairs_per_s)
     return result

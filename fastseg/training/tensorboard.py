@@ -1,5 +1,6 @@
-"""A run in TensorBoard, where `Config.tensorboard` asks for it: `tensorboard --logdir runs` shows all runs beside
-each other. The figures are those of metrics.jsonl, the picture is overlay.png.
+"""TensorBoard events of a run, if `Config.tensorboard` is true: the numbers of metrics.jsonl and overlay.png.
+
+tensorboard --logdir runs
 """
 
 from pathlib import Path
@@ -15,17 +16,17 @@ __all__ = ["import_writer", "open_writer", "write_epoch"]
 
 
 def open_writer(config: Config, epoch: int) -> Any:
-    """A `SummaryWriter` into the run's folder, which forgets what was written after `epoch`; None if not asked for.
+    """A `SummaryWriter` into the run's folder that discards events after `epoch`; None if TensorBoard is off.
 
     Raises:
         ConfigError: TensorBoard is not installed.
     """
-    writer = import_writer(config)
-    return writer and writer(config.run_dir, purge_step=epoch + 1)
+    summary_writer = import_writer(config)
+    return summary_writer and summary_writer(config.run_dir, purge_step=epoch + 1)
 
 
 def import_writer(config: Config) -> Any:
-    """The class of TensorBoard's writer; None if not asked for.
+    """The class `SummaryWriter`; None if TensorBoard is off.
 
     Raises:
         ConfigError: TensorBoard is not installed.
@@ -41,12 +42,12 @@ def import_writer(config: Config) -> Any:
     return SummaryWriter
 
 
-def write_epoch(board: Any, entry: dict[str, Any], overlay: Path) -> None:
-    """Add an epoch's figures, by what they belong to (train, val, speed), and its overlay picture."""
+def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path) -> None:
+    """Write an epoch's numbers, grouped as train, val and run, and its overlay."""
     for name, value in entry.items():
         part, _, rest = name.partition("_")
         if name != "epoch":
-            board.add_scalar(f"{part}/{rest}" if part in ("train", "val") else f"run/{name}", value, entry["epoch"])
+            writer.add_scalar(f"{part}/{rest}" if part in ("train", "val") else f"run/{name}", value, entry["epoch"])
     with Image.open(overlay) as picture:
-        board.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
-    board.flush()
+        writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
+    writer.flush()

@@ -1,144 +1,133 @@
-"""What a study has found, for people and programs: best.json, trials.csv and two pictures."""
+"""The results of a study as files: best.json, trials.csv, history.png and parallel.png."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fastseg.config import Config, format_value
 from fastseg.runtime.files import atomic_write
-from fastseg.tuning.search_space import Range, Values
-from fastseg.tuning.study import MAX_DEATHS, Study, given_back
+from fastseg.tuning.search_space import Distribution
+from fastseg.tuning.study import MAX_DEATHS, Study, requeued_numbers
 
-if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
-__all__ = [
-    "best_trial",
-    "draw_study",
-    "print_study",
-    "short_text",
-    "trial_rows",
-    "write_best",
-    "write_trials",
-]
+__all__ = ["best_trial", "draw_study", "print_study", "short_text", "trial_rows", "write_best", "write_trials"]
 
 STATES = {"COMPLETE": "complete", "PRUNED": "ended early", "FAIL": "failed", "RUNNING": "running", "WAITING": "waiting"}
-COLOURS = {"COMPLETE": "#1f5fa8", "PRUNED": "#e08a1e", "FAIL": "#b3261e"}
-BEST = 5  # trials in the printed table
+STYLES = {"COMPLETE": ("o", "#1f5fa8"), "PRUNED": ("v", "#e08a1e"), "FAIL": ("x", "#b3261e")}  # marker, colour
+NUM_PRINTED = 5  # trials in the printed table
 
 
-def best_trial(study: Study) -> "FrozenTrial | None":
-    """The complete trial with the highest Dice, the first of equals."""
+def best_trial(study: Study) -> FrozenTrial | None:
+    """The complete trial with the highest Dice, the first one if several are equal; None if no trial is complete."""
     complete = [trial for trial in study.trials() if trial.state.name == "COMPLETE"]
-    return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    return max(complete, key=lambda trial: trial.values[0], default=None)
 
 
-def trial_rows(study: Study, space: dict[str, Values]) -> list[dict[str, Any]]:
-    """A row a trial: `trial`, `state`, `val_dice` (of its best epoch), `val_iou`, `best_epoch`, `epochs`, `seconds`,
-    a column for each field searched, and `error`; None where there is nothing to say."""
+def trial_rows(study: Study) -> list[dict[str, Any]]:
+    """One row per trial; a missing value is None.
+
+    `trial`, `state`, `val_dice` and `val_iou` (of the best epoch), `best_epoch`, `epochs`, `seconds`, one column per
+    searched field, and `error`.
+    """
     trials = study.trials()
-    again = given_back(trials)
+    requeued = requeued_numbers(trials)
     rows = []
     for trial in trials:
         attrs, dice = trial.user_attrs, trial.intermediate_values.values()
         error = attrs.get("error")
-        if trial.state.name == "FAIL" and trial.number not in again and error is None:
-            error = f"its process died, the last of {MAX_DEATHS} times"
+        if trial.state.name == "FAIL" and trial.number not in requeued and error is None:
+            error = f"its process died {MAX_DEATHS} times"
         rows.append(
             {
                 "trial": trial.number,
-                "state": "tried again" if trial.number in again else STATES[trial.state.name],
+                "state": "tried again" if trial.number in requeued else STATES[trial.state.name],
                 "val_dice": max(dice, default=None),
                 **{name: attrs.get(name) for name in ("val_iou", "best_epoch")},
                 "epochs": len(dice),
                 "seconds": round(attrs["seconds"], 1) if "seconds" in attrs else None,
-                **{field: trial.params.get(field) for field in space},
+                **{field: trial.params.get(field) for field in study.space},
                 "error": error,
             }
         )
     return rows
 
 
-def write_trials(study: Study, space: dict[str, Values]) -> None:
-    """`trials.csv`: the rows of `trial_rows`."""
-    rows = trial_rows(study, space)
-
-    path = study.folder / "trials.csv"
+def write_trials(study: Study) -> None:
+    """Write `trials.csv`, the rows of `trial_rows`."""
+    rows, path = trial_rows(study), study.folder / "trials.csv"
     with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, rows[0].keys())
         table.writeheader()
         table.writerows(rows)
 
 
-def write_best(study: Study, config: Config) -> Config | None:
-    """`best.json`: `config` with the values of the best trial, to be trained as the run `best` in the study's folder.
+def write_best(study: Study) -> Config | None:
+    """Write `best.json`, a configuration that trains with the best values as the run `best` in the study's folder.
 
     Returns:
-        What was written; None where no trial has a score.
+        That configuration; None if no trial is complete.
     """
     best = best_trial(study)
     if best is None:
         return None
-    config = config.replace(**best.params, out_dir=study.folder, name="best")
+    config = study.config.replace(**best.params, out_dir=study.folder, name="best")
     with atomic_write(study.folder / "best.json") as temporary:
         config.to_json(temporary)
     return config
 
 
 def short_text(value: Any) -> str:
-    """A value as it is read with ease; whoever needs all its digits finds them in the files."""
+    """A value for display; the files hold all digits."""
     return f"{value:.3g}" if isinstance(value, float) else format_value(value)
 
 
-def print_study(rows: list[dict[str, Any]], fields: Iterable[str]) -> None:
-    """The best five trials on standard output, as a table."""
-    fields = list(fields)
-    table = Table(title="best trials", box=box.SIMPLE_HEAD)
-    for name in ("trial", "Dice", *fields, "epochs"):
-        table.add_column(name, justify="right")
+def print_study(rows: list[dict[str, Any]], fields: Collection[str]) -> None:
+    """Print a table of the best trials."""
+    columns = [Column(name, justify="right") for name in ("trial", "Dice", *fields, "epochs")]
+    table = Table(*columns, title="best trials", box=box.SIMPLE_HEAD)
     complete = [row for row in rows if row["state"] == STATES["COMPLETE"]]
-    for row in sorted(complete, key=lambda row: -row["val_dice"])[:BEST]:
+    for row in sorted(complete, key=lambda row: -row["val_dice"])[:NUM_PRINTED]:
         values = [short_text(row[field]) for field in fields]
         table.add_row(str(row["trial"]), f"{row['val_dice']:.4f}", *values, str(row["epochs"]))
     Console().print(table)
 
 
-def draw_study(study: Study, space: dict[str, Values]) -> None:
-    """`history.png`: Dice by trial; `parallel.png`: Dice by values. One complete trial at least."""
+def draw_study(study: Study) -> None:
+    """Draw `history.png` (Dice of each trial) and `parallel.png` (values and Dice); needs a complete trial.
+
+    Optuna's own plots omit the trials that ended early or failed, which show what to avoid.
+    """
     trials = study.ended()
-    for name, figure in (("history.png", _draw_history(trials)), ("parallel.png", _draw_parallel(trials, space))):
+    for name, figure in (("history.png", _draw_history(trials)), ("parallel.png", _draw_parallel(trials, study.space))):
         with atomic_write(study.folder / name) as temporary:
             figure.savefig(temporary, dpi=120, format="png")
 
 
-def _draw_history(trials: "list[FrozenTrial]") -> Figure:
-    """A dot a trial, by how it ended, and the best so far."""
+def _draw_history(trials: list[FrozenTrial]) -> Figure:
+    """One marker per trial, by state, and the best Dice so far."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    scored = {state: [(t.number, t.value) for t in trials if t.state.name == state] for state in ("COMPLETE", "PRUNED")}
-    for (state, points), marker in zip(scored.items(), "ov", strict=True):
-        if points:
-            axes.plot(*np.array(points, float).T, marker, color=COLOURS[state], label=STATES[state], clip_on=False)
-    complete = np.array(scored["COMPLETE"], float)
-    best = np.maximum.accumulate(complete[:, 1])
-    last = max(trial.number for trial in trials)
-    reached = ([*complete[:, 0], last], [*best, best[-1]])
-    axes.step(*reached, where="post", color=COLOURS["COMPLETE"], alpha=0.4, label="best so far")
-    failed = [trial.number for trial in trials if trial.state.name == "FAIL"]
-    if failed:
-        foot = axes.get_xaxis_transform()  # they have no Dice: they stand at the foot of the picture
-        axes.plot(failed, [0.02] * len(failed), "x", color=COLOURS["FAIL"], label="failed", transform=foot)
+    for state, (marker, colour) in STYLES.items():
+        if shown := [trial for trial in trials if trial.state.name == state]:
+            # A failed trial has no Dice; its marker is at the bottom of the picture.
+            heights = [0.02 if state == "FAIL" else trial.values[0] for trial in shown]
+            transform = axes.get_xaxis_transform() if state == "FAIL" else axes.transData
+            numbers = [trial.number for trial in shown]
+            axes.plot(numbers, heights, marker, color=colour, label=STATES[state], transform=transform, clip_on=False)
+    scores = [trial.values[0] if trial.state.name == "COMPLETE" else np.nan for trial in trials]
+    best = np.fmax.accumulate(scores)
+    numbers, colour = [trial.number for trial in trials], STYLES["COMPLETE"][1]
+    axes.step(numbers, best, where="post", color=colour, alpha=0.4, label="best so far")
     axes.set(title=f"{len(trials)} trials, best Dice {best[-1]:.4f}", xlabel="trial", ylabel="validation Dice")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.3)
@@ -146,59 +135,49 @@ def _draw_history(trials: "list[FrozenTrial]") -> Figure:
     return figure
 
 
-def _draw_parallel(trials: "list[FrozenTrial]", space: dict[str, Values]) -> Figure:
-    """A line a trial through its values and its Dice; the better, the darker and the further in front."""
-    shown = sorted((trial for trial in trials if trial.value is not None), key=lambda trial: trial.value or 0.0)
-    scores = np.array([trial.value for trial in shown])
-    # Trials that ended early or were hopeless shall not make all others look alike: they stand at the foot of the axis.
-    low = np.quantile([trial.value for trial in shown if trial.state.name == "COMPLETE"], 0.1)
-    high = scores.max() if scores.max() > low else low + 1e-6
-    shares, shades = Normalize(low, high, clip=True)(scores), colormaps["Blues"]
+def _draw_parallel(trials: list[FrozenTrial], space: dict[str, Distribution]) -> Figure:
+    """One line per trial through its values and its Dice; better trials are darker and in front."""
+    shown = sorted((trial for trial in trials if trial.state.name != "FAIL"), key=lambda trial: trial.values[0])
+    scores = np.array([trial.values[0] for trial in shown])
+    # The Dice axis starts at the worst tenth of the complete trials: one hopeless trial must not hide all differences.
+    low = np.quantile([trial.values[0] for trial in shown if trial.state.name == "COMPLETE"], 0.1)
+    low = min(low, scores.max() - 1e-6)
+    shades = Normalize(low, scores.max(), clip=True)(scores)
+    dice_ticks = np.linspace(low, scores.max(), 5)
+    dice_labels = [f"{'≤ ' if tick == low > scores.min() else ''}{tick:.4f}" for tick in dice_ticks]
 
-    figure = Figure(figsize=(2.2 * (len(space) + 1) + 1, 4.5), layout="constrained")
-    axes = figure.subplots()
-    places = [_heights([trial.params[field] for trial in shown], values) for field, values in space.items()]
-    places.append(shares)
-    for line, share, trial in zip(np.array(places).T, shares, shown, strict=True):
+    figure = Figure(figsize=(2.2 * len(space) + 3.2, 4.5), layout="constrained")
+    host = figure.subplots()
+    heights = []  # of all lines, from 0 to 1, one array per axis
+    columns = [([d.to_internal_repr(t.params[field]) for t in shown], *_scale(d)) for field, d in space.items()]
+    columns.append((scores.tolist(), "linear", dice_ticks.tolist(), dice_labels))
+    for x, (values, scale, ticks, labels) in enumerate(columns):
+        axis = host.twinx()
+        axis.spines[:].set_visible(False)
+        axis.spines["right"].set(visible=True, position=("data", x))
+        axis.set(ylim=(ticks[0], ticks[-1]), yscale=scale)
+        axis.set_yticks(ticks, labels, fontsize=8, bbox={"facecolor": "white", "linewidth": 0, "alpha": 0.8, "pad": 1})
+        axis.minorticks_off()
+        points = np.array([(0, value) for value in values])
+        heights.append((axis.transScale + axis.transLimits).transform(points)[:, 1].clip(0, 1))
+    for line, shade, trial in zip(np.transpose(heights), shades, shown, strict=True):
         style = "-" if trial.state.name == "COMPLETE" else ":"
-        axes.plot(line, style, color=shades(0.25 + 0.75 * share), linewidth=1 + share, solid_capstyle="round")
-    for x, values in enumerate(space.values()):
-        axes.axvline(x, color="black", linewidth=0.8)
-        ticks = _ticks(values)
-        for tick, y in zip(ticks, _heights(ticks, values), strict=True):
-            _label(axes, x, float(y), format_value(tick))
-    axes.axvline(len(space), color="black", linewidth=0.8)
-    for y in (0.0, 0.25, 0.5, 0.75, 1.0):
-        below = "≤ " if y == 0 and scores.min() < low else ""
-        _label(axes, len(space), y, f"{below}{low + y * (high - low):.4f}")
-    axes.set_xticks(range(len(space) + 1), [*space, "Dice"])
-    axes.set(yticks=[], xlim=(-0.15, len(space) + 0.45), ylim=(-0.04, 1.04))
-    axes.set_title("Values of every trial; darker is better, dotted ended early", fontsize=10)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
+        colour = colormaps["Blues"](0.25 + 0.75 * shade)
+        host.plot(line, style, color=colour, linewidth=1 + shade, solid_capstyle="round", clip_on=False)
+    host.set(xlim=(0, len(space)), ylim=(0, 1), yticks=[])
+    host.set_xticks(range(len(space) + 1), [*space, "Dice"])
+    host.set_title("Values of all trials; darker is better, dotted ended early", fontsize=10, pad=12)
+    host.spines[:].set_visible(False)
+    host.tick_params(length=0, pad=10)
     return figure
 
 
-def _heights(drawn: Sequence[Any], values: Values) -> NDArray[np.float64]:
-    """Where drawn values stand on their axis, from 0 to 1."""
-    if not isinstance(values, Range):
-        return np.array([values.index(value) / (len(values) - 1) for value in drawn])
-    scale = np.log if values.log else np.asarray
-    low, high, at = scale(values.low), scale(values.high), scale(np.array(drawn, dtype=float))
-    return np.asarray((at - low) / (high - low))
-
-
-def _ticks(values: Values) -> Sequence[Any]:
-    """Values to write on an axis: all choices, or five numbers of a range (fewer whole ones)."""
-    if not isinstance(values, Range):
-        return values
-    space = np.geomspace if values.log else np.linspace
-    ticks = space(values.low, values.high, 5)
-    if isinstance(values.low, int) and isinstance(values.high, int):
-        return [int(tick) for tick in np.unique(ticks.round())]
-    return [float(f"{tick:.2g}" if values.log else f"{tick:.3g}") for tick in ticks]
-
-
-def _label(axes: Axes, x: float, y: float, text: str) -> None:
-    frame = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
-    axes.text(x + 0.04, y, text, va="center", fontsize=8, bbox=frame, zorder=10)
+def _scale(distribution: Distribution) -> tuple[str, Sequence[float], list[str]]:
+    """The scale of an axis, its ticks from bottom to top, and their labels."""
+    if isinstance(distribution, CategoricalDistribution):
+        return "linear", range(len(distribution.choices)), [format_value(choice) for choice in distribution.choices]
+    spread = np.geomspace if distribution.log else np.linspace
+    ticks = spread(distribution.low, distribution.high, 5).tolist()
+    if isinstance(distribution, IntDistribution):
+        ticks = sorted({round(tick) for tick in ticks})
+    return "log" if distribution.log else "linear", ticks, [short_text(tick) for tick in ticks]

@@ -1,34 +1,36 @@
-"""A study of trials that several processes share and that outlives each of them: Optuna's, in a SQLite file.
+"""An Optuna study in a SQLite file, which any number of processes share and which survives the death of any of them.
 
-A process holds a lock on the file of the trial it runs, which the system takes from it when it dies, however it dies.
-Whoever asks for a trial next then finds the lock free and the trial unfinished, and queues its values again. All that
-changes a study happens under one more lock, so that processes neither exceed the number of trials nor draw alike.
+Each process holds a file lock on its trial; the system releases the lock when the process dies. Optuna's heartbeat
+would notice a death only after a grace period, and would mistake a paused process for a dead one. A lock on the folder
+makes counting the trials and starting one a single step; processes that share a `MaxTrialsCallback` start too many.
 """
 
+import errno
 import fcntl
-import logging
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from fastseg.config import Config
-from fastseg.errors import ConfigError
-from fastseg.tuning.search_space import Values, values_as_text
+from fastseg.errors import ConfigError, OutputError
+from fastseg.tuning.search_space import Distribution, format_distribution
 
-if TYPE_CHECKING:
-    import optuna
-    from optuna.trial import FrozenTrial, Trial
-
-__all__ = ["Study", "given_back", "open_study", "storage_errors"]
+__all__ = ["MAX_DEATHS", "Study", "open_study", "requeued_numbers", "storage_errors"]
 
 DATABASE = "study.db"
-FIRST_WHOLE = 5  # trials that run to their end before any is measured against them
-MAX_DEATHS = 3  # of processes in a trial, before it counts as failed: it may be what kills them
-LOCK_SECONDS = 60  # that SQLite waits for another process
-# Fields that may change while a study goes on: scores hardly depend on them.
-MACHINE = (
+SQLITE_TIMEOUT_S = 60  # how long SQLite waits while another process writes
+NUM_UNPRUNED = 5  # trials that must complete before a trial can end early
+MAX_DEATHS = 3  # a trial fails when it has been killed this often: it may itself be the cause
+# Fields that may change when a study is resumed: they hardly affect the scores.
+MACHINE_FIELDS = (
     *("out_dir", "name", "load_model", "check_data", "num_workers", "pin_memory", "decoder"),
     *("cache", "cache_dir", "device", "compile"),
 )
@@ -36,150 +38,131 @@ MACHINE = (
 
 @dataclass(frozen=True)
 class Study:
-    """Trials with their values and scores, higher is better, and who may run which."""
+    """Trials, their values and their scores (validation Dice), stored in a folder."""
 
-    queue: "optuna.Study"
+    optuna_study: optuna.Study
     folder: Path
-    seed: int
+    config: Config  # the settings that all trials share
+    space: dict[str, Distribution]
 
-    def trials(self) -> "list[FrozenTrial]":
-        """All trials, by number, those that were given back included."""
-        return self.queue.get_trials(deepcopy=False)
+    def trials(self) -> list[FrozenTrial]:
+        """All trials in order of their number, requeued ones included."""
+        return self.optuna_study.get_trials(deepcopy=False)
 
-    def ended(self) -> "list[FrozenTrial]":
-        """The trials that count: complete, ended early or failed, but not given back."""
+    def counted(self) -> list[FrozenTrial]:
+        """The trials that count towards the number asked for: waiting and requeued ones do not."""
         trials = self.trials()
-        again = given_back(trials)
-        return [trial for trial in trials if trial.state.is_finished() and trial.number not in again]
+        requeued = requeued_numbers(trials)
+        return [trial for trial in trials if trial.state != TrialState.WAITING and trial.number not in requeued]
 
-    def claim(self, goal: int) -> "tuple[Trial, IO[bytes]] | None":
-        """A trial to run and the lock to hold while it runs; None where `goal` trials have ended or are running."""
-        import optuna
+    def ended(self) -> list[FrozenTrial]:
+        """The counted trials that are complete, ended early or failed."""
+        return [trial for trial in self.counted() if trial.state.is_finished()]
 
-        with _locked(self.folder):
-            self._take_back_orphans()
-            trials = self.trials()
-            again = given_back(trials)
-            if sum(trial.state.name != "WAITING" and trial.number not in again for trial in trials) >= goal:
+    def ask(self, num_trials: int) -> tuple[Trial, IO[bytes]] | None:
+        """Start a trial.
+
+        Returns:
+            The trial with its values, and a lock to hold until the trial ends; None if `num_trials` have started.
+        """
+        with _lock(self.folder):
+            self._requeue_dead_trials()
+            if len(self.counted()) >= num_trials:
                 return None
-            # Seeded by the number of trials: neither two processes nor two sessions draw the same values.
-            self.queue.sampler = optuna.samplers.TPESampler(seed=(self.seed + len(trials)) % 2**32)
-            trial = self.queue.ask()
-            lock = self._lock_file(trial.number)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            return trial, lock
+            # The seed depends on the number of trials, so that no two processes or sessions draw the same values.
+            seed = (self.config.seed + len(self.trials())) % 2**32
+            self.optuna_study.sampler = optuna.samplers.TPESampler(seed=seed)
+            trial = self.optuna_study.ask({**self.space})
+            return trial, self._lock_trial(trial.number)
 
-    def end(self, number: int, *, state: str, value: float | None = None) -> None:
-        """Note how a trial ended: "COMPLETE" with its score, "PRUNED" or "FAIL"."""
-        import optuna
+    def requeue(self, number: int, *, died: bool = False) -> None:
+        """End a running trial without counting it, and try its values again in a new trial."""
+        trial = self.trials()[number]
+        deaths = trial.user_attrs.get("deaths", 0) + died
+        # Optuna's RetryHeartbeatStaleTrialCallback would count interruptions as deaths. The new trial comes first: a
+        # process that is killed between the two steps loses nothing.
+        if deaths < MAX_DEATHS and number not in requeued_numbers(self.trials()):
+            self.optuna_study.enqueue_trial(trial.params, user_attrs={"retry_of": number, "deaths": deaths})
+        self.optuna_study.tell(number, state=TrialState.FAIL)
 
-        with _locked(self.folder):
-            self.queue.tell(number, value, optuna.trial.TrialState[state])
-
-    def give_back(self, number: int) -> None:
-        """Queue the values of a running trial again; it does not count."""
-        with _locked(self.folder):
-            self._requeue(self.trials()[number], deaths=0)
-
-    def _take_back_orphans(self) -> None:
-        """Queue the trials again whose processes have died."""
+    def _requeue_dead_trials(self) -> None:
+        """Requeue the running trials whose lock is free: their process has died."""
         for trial in self.trials():
-            if trial.state.name != "RUNNING":
-                continue
-            with self._lock_file(trial.number) as lock:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                self._requeue(trial, deaths=1)
+            if trial.state == TrialState.RUNNING:
+                with suppress(BlockingIOError), self._lock_trial(trial.number):
+                    if self.trials()[trial.number].state == TrialState.RUNNING:  # it may have ended meanwhile
+                        self.requeue(trial.number, died=True)
 
-    def _requeue(self, trial: "FrozenTrial", deaths: int) -> None:
-        import optuna
-
-        deaths += trial.user_attrs.get("deaths", 0)
-        # Queued first: if this process dies in between, the next finds it queued and only ends the old one.
-        if deaths < MAX_DEATHS and trial.number not in given_back(self.trials()):
-            self.queue.enqueue_trial(trial.params, user_attrs={"again": trial.number, "deaths": deaths})
-        self.queue.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-
-    def _lock_file(self, number: int) -> IO[bytes]:
-        return _open_lock(self.folder / "trials" / f"{number:04d}")
+    def _lock_trial(self, number: int) -> IO[bytes]:
+        return _lock(self.folder / "trials" / f"{number:04d}", wait=False)
 
 
-def given_back(trials: "list[FrozenTrial]") -> set[int]:
-    """Numbers of the trials whose values were queued again."""
-    return {trial.user_attrs["again"] for trial in trials if "again" in trial.user_attrs}
+def requeued_numbers(trials: list[FrozenTrial]) -> set[int]:
+    """Numbers of the interrupted or killed trials whose values are tried again in another of the trials."""
+    return {trial.user_attrs["retry_of"] for trial in trials if "retry_of" in trial.user_attrs}
 
 
-def open_study(folder: Path, name: str, config: Config, space: dict[str, Values]) -> Study:
-    """The study in a folder, made where there is none.
+def open_study(folder: Path, name: str, config: Config, space: dict[str, Distribution]) -> Study:
+    """Open the study in a folder, or create it.
 
     Args:
-        name: of the study; that of the folder if empty.
-        config, space: those of the study that is there, but for fields on which scores hardly depend.
+        name: of the study; empty for the name of the existing study, or of the folder.
+        config, space: must be those of the existing study, except for `MACHINE_FIELDS`.
 
     Raises:
-        ConfigError: Optuna is not installed, the folder cannot be written, or it holds another study.
+        ConfigError: the folder holds another study, or a damaged one.
+        OutputError: the folder cannot be written.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise ConfigError("tune: needs Optuna. Install it with pip install 'fastseg-dali[tune]'.") from None
-    logging.getLogger("optuna").setLevel(logging.WARNING)
-    with _locked(folder), storage_errors(folder):
-        storage = optuna.storages.RDBStorage(
-            f"sqlite:///{folder.absolute() / DATABASE}", engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}}
-        )
-        held = next(iter(optuna.get_all_study_names(storage)), None)
-        name = name or held or folder.resolve().name
-        if held not in (None, name):
-            raise ConfigError(f"out_dir: {folder} holds the study {held}; got {name}. Give another folder.")
-        # Not in the first quarter: the learning rate still rises, and Dice says little.
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=FIRST_WHOLE, n_warmup_steps=config.num_epochs // 4 + 1)
-        queue = optuna.create_study(
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _lock(folder), storage_errors(folder):
+        url = f"sqlite:///{folder.absolute() / DATABASE}"
+        storage = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": SQLITE_TIMEOUT_S}})
+        existing = next(iter(optuna.get_all_study_names(storage)), None)
+        name = name or existing or folder.resolve().name
+        if existing not in (None, name):
+            raise ConfigError(f"out_dir: {folder} holds the study {existing}; got {name}. Give another folder.")
+        # Dice means little in the first quarter of a run, while the learning rate rises.
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=NUM_UNPRUNED, n_warmup_steps=config.num_epochs // 4 + 1)
+        study = optuna.create_study(
             storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
         )
-        settings = config.model_dump(exclude=set(MACHINE))
-        settings = {**settings, **{field: values_as_text(values) for field, values in space.items()}}
-        known = queue.user_attrs.get("settings")
-        if known is None:
-            queue.set_user_attr("settings", settings)
-        elif known != settings:
-            field = next(field for field in {**settings, **known} if settings.get(field) != known.get(field))
+        settings = config.model_dump(exclude=set(MACHINE_FIELDS))
+        settings |= {field: format_distribution(distribution) for field, distribution in space.items()}
+        stored = study.user_attrs.get("settings")
+        if stored is None:
+            study.set_user_attr("settings", settings)
+        elif stored != settings:
+            field = next(field for field in {**settings, **stored} if settings.get(field) != stored.get(field))
             raise ConfigError(
-                f"out_dir: {folder} holds a study with {field} {known.get(field)}; got {settings.get(field)}. "
-                "Give the settings it was begun with, or another folder."
+                f"out_dir: {folder} holds a study with {field} {stored.get(field)}; got {settings.get(field)}. "
+                "Give the settings of that study, or another folder."
             )
-    return Study(queue, folder, config.seed)
+    return Study(study, folder, config, space)
 
 
 @contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Say in one sentence that a study's database is damaged or cannot be written."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
+    """Turn the errors of an unwritable database into an `OutputError`, of a damaged one into a `ConfigError`."""
     try:
         yield
     except (StorageInternalError, SQLAlchemyError) as error:
         cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
-        reason = getattr(cause, "orig", error)  # SQLite's own words
-        raise ConfigError(
-            f"{folder / DATABASE}: cannot be used ({reason}). Make room, mend its permissions, or give another folder."
-        ) from None
+        reason = getattr(cause, "orig", error)  # SQLite's own error
+        if isinstance(reason, sqlite3.OperationalError):
+            raise OutputError(folder / DATABASE, OSError(errno.EIO, str(reason))) from None
+        raise ConfigError(f"{folder / DATABASE}: is damaged ({reason}). Use another folder.") from None
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time."""
-    with _open_lock(folder) as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _open_lock(folder: Path) -> IO[bytes]:
+def _lock(folder: Path, *, wait: bool = True) -> IO[bytes]:
+    """Lock a folder until the returned file is closed; raises BlockingIOError if it is locked and `wait` is False."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return open(folder / ".lock", "wb")
+        file = (folder / ".lock").open("wb")
     except OSError as error:
-        raise ConfigError(f"out_dir: {folder} cannot be written ({error.strerror}). Give another folder.") from None
+        raise OutputError(folder, error) from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file

@@ -1,0 +1,29 @@
+from .config import Config as Config
+from .data.loader import Loader as Loader
+from .data.pairs import Pairs as Pairs
+from .data.pairs import find_pairs as find_pairs
+from .data.pairs import split_by_group as split_by_group
+from .errors import CheckpointError as CheckpointError
+from .errors import ConfigError as ConfigError
+from .errors import DataError as DataError
+from .errors import FastsegError as FastsegError
+from .errors import OutputError as OutputError
+from .masks.evaluate import evaluate as evaluate
+from .masks.predict import PredictResult as PredictResult
+from .masks.predict import predict as predict
+from .masks.submission import decode_rle as decode_rle
+from .masks.submission import encode_rle as encode_rle
+from .masks.submission import write_submission as write_submission
+from .network.export import export as export
+from .network.segmenter import Segmenter as Segmenter
+from .network.segmenter import load as load
+from .network.unet import UNet as UNet
+from .quality.check import CheckReport as CheckReport
+from .quality.check import check as check
+from .synthetic.generate import generate as generate
+from .training.loop import train as train
+from .training.summary import TrainResult as TrainResult
+from .tuning.tune import TuneResult as TuneResult
+from .tuning.tune import tune as tune
+
+__version__: str

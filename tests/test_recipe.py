@@ -1,0 +1,74 @@
+"""The recipe: learning rate, image sizes, weight averaging, patience."""
+
+import numpy as np
+import pytest
+import torch
+
+import fastseg
+from fastseg.training.loop import train_step
+from fastseg.training.recipe import learning_rate, training_size
+from tests.test_training import config, weights
+
+
+def test_one_cycle_rises_to_its_peak_and_ends_at_zero():
+    settings = fastseg.Config(learning_rate=1e-4)
+    rates = [learning_rate(settings, step, 400) for step in range(401)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) == rates[100] == pytest.approx(3e-3)
+    assert rates[400] == pytest.approx(0, abs=1e-9)
+    assert np.all(np.diff(rates[:101]) > 0)
+    assert np.all(np.diff(rates[100:]) < 0)
+    assert {learning_rate(settings.replace(recipe="tutorial"), step, 400) for step in range(400)} == {1e-4}
+
+
+def test_the_first_steps_see_half_of_the_size():
+    settings = fastseg.Config(progressive_resizing=0.5)
+    sizes = [training_size(settings, step, 100) for step in range(100)]
+    assert sizes == [(80, 128)] * 50 + [(160, 240)] * 50  # 120 is not divisible by 16
+    assert training_size(settings.replace(progressive_resizing=0), 0, 100) == (160, 240)
+    assert training_size(settings.replace(recipe="tutorial"), 0, 100) == (160, 240)
+    tiny = settings.replace(image_height=16, image_width=48)
+    assert training_size(tiny, 0, 100) == (
+        16,
+        32,
+    )  # 1 x 1 cells have no batch statistics at batch size 1
+
+
+def test_the_ema_of_the_weights_is_scored_and_saved(pairs_dir, tmp_path, monkeypatch):
+    """best.pt holds the EMA of every step's weights, compared with one computed in float64."""
+    states = []
+
+    def record(run, images, masks):
+        train_step(run, images, masks)
+        states.append({key: value.double() for key, value in run.model.state_dict().items()})
+
+    monkeypatch.setattr("fastseg.training.loop.train_step", record)
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, ema_decay=0.7, batch_size=2))
+    average = {key: torch.zeros_like(value) for key, value in states[0].items()}
+    for step, state in enumerate(states):
+        share = max(0.3, 1 / (step + 1))  # the mean of the first steps, then an exponential average
+        average = {key: (1 - share) * average[key] + share * state[key] for key in state}
+    saved = weights(result.run_dir / "best.pt")
+    assert len(states) >= 3
+    for key in ("head.weight", "encoder.0.1.running_var"):
+        torch.testing.assert_close(saved[key].double(), average[key], atol=1e-6, rtol=1e-5)
+        assert not torch.allclose(saved[key].double(), states[-1][key], atol=1e-6)
+    scores = fastseg.evaluate(result.run_dir / "best.pt", pairs_dir / "images", pairs_dir / "masks", device="cpu")
+    assert scores["images"] == 12
+
+
+@pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 9), (0.0, 3)])
+def test_patience_begins_when_training_sees_the_full_size(
+    pairs_dir, tmp_path, monkeypatch, progressive_resizing, epochs
+):
+    """With falling scores: two epochs after the seven with small images, or two after the first."""
+    falling = iter(np.linspace(0.9, 0.1, 10).tolist())
+
+    def score(*_):
+        dice = next(falling)
+        return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels"), 0.5) | {"dice": dice}
+
+    monkeypatch.setattr("fastseg.training.loop.score_batches", score)
+    changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}
+    result = fastseg.train(config(pairs_dir, tmp_path, **changes))
+    assert len(result.history) == epochs

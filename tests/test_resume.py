@@ -1,0 +1,182 @@
+"""Runs that are interrupted, killed or short of disk space, and resumed."""
+
+import itertools
+import json
+import math
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastseg
+from fastseg.data.loader import Loader
+from tests.test_training import config, same, weights
+
+# The command line in a process that sends itself a signal: at its n-th training batch, or within its n-th torch.save.
+PROGRAM = """
+import itertools, signal, sys
+import torch
+from fastseg.cli import main
+from fastseg.data.loader import Loader
+
+name, place, number, *arguments = sys.argv[1:]
+batches, save, count = Loader.__iter__, torch.save, itertools.count(1)
+
+def send_signal_in_time():
+    if next(count) == int(number):
+        signal.raise_signal(signal.Signals[name])
+
+def iterate(loader):
+    for batch in batches(loader):
+        if loader.shuffle:
+            send_signal_in_time()
+        yield batch
+
+def save_slowly(state, file):
+    file.write(b"half of a checkpoint")
+    file.flush()
+    send_signal_in_time()
+    file.seek(0)
+    save(state, file)
+
+if place == "batch":
+    Loader.__iter__ = iterate
+else:
+    torch.save = save_slowly
+main(arguments)
+"""
+
+
+def run_with_signal(name: str, place: str, number: int, settings: fastseg.Config, folder: Path):
+    """`fastseg train` in a process that sends itself a signal at a given place, see PROGRAM."""
+    settings.to_json(folder / "config.json")
+    command = [sys.executable, "-c", PROGRAM, name, place, str(number), "train", "--config", folder / "config.json"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def send_signal(monkeypatch, number: int, batch: int, times: int = 1) -> None:
+    """Send this process a signal before the step on its training batch number `batch`, counted from 1."""
+    batches, count = Loader.__iter__, itertools.count(1)
+
+    def iterate(loader):
+        for item in batches(loader):
+            if loader.shuffle and next(count) == batch:
+                for _ in range(times):
+                    signal.raise_signal(number)
+            yield item
+
+    monkeypatch.setattr(Loader, "__iter__", iterate)
+
+
+def test_an_unchanged_finished_run_is_not_trained_again(pairs_dir, tmp_path, caplog):
+    first = fastseg.train(config(pairs_dir, tmp_path))
+    before = (first.run_dir / "last.pt").read_bytes()
+    caplog.set_level("INFO")
+    second = fastseg.train(config(pairs_dir, tmp_path))
+    assert "all 2 epochs are done" in caplog.text
+    assert "raise num_epochs" in caplog.text
+    assert second.val_dice == first.val_dice
+    assert (first.run_dir / "last.pt").read_bytes() == before
+
+
+def test_load_model_false_starts_from_scratch(pairs_dir, tmp_path, caplog):
+    fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    caplog.set_level("INFO")
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, load_model=False, seed=5))
+    assert "new run from random weights (load_model is false)" in caplog.text
+    assert len(result.history) == 1
+
+
+def test_a_named_checkpoint_gives_the_first_weights(pairs_dir, tmp_path):
+    first = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    frozen = {"num_epochs": 1, "learning_rate": 1e-12, "weight_decay": 0, "recipe": "tutorial"}
+    path = str(first.run_dir / "best.pt")
+    second = fastseg.train(config(pairs_dir, tmp_path, name="second", checkpoint=path, **frozen))
+    old, new = weights(first.run_dir / "best.pt"), weights(second.run_dir / "last.pt")
+    torch.testing.assert_close(old["head.weight"], new["head.weight"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("number", "batch", "changes"),
+    [
+        (signal.SIGINT, 1, {}),
+        (signal.SIGINT, 2, {}),
+        (signal.SIGTERM, 3, {}),
+        (signal.SIGINT, 3, {"ema_decay": 0.9}),
+    ],
+)
+def test_resume_equals_uninterrupted(pairs_dir, tmp_path, number, batch, changes, monkeypatch):
+    """Interrupted after any step, in the middle of an epoch or at its end, a run ends with the same weights."""
+    whole = fastseg.train(config(pairs_dir, tmp_path, name="whole", **changes))
+    with monkeypatch.context() as patch:
+        send_signal(patch, number, batch)
+        stopped = fastseg.train(config(pairs_dir, tmp_path, name="stopped", **changes))
+    assert stopped.interrupted
+    assert math.isnan(stopped.val_dice) == (batch <= 2)
+    resumed = fastseg.train(config(pairs_dir, tmp_path, name="stopped", **changes))
+    assert not resumed.interrupted
+    assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
+    assert same(weights(whole.run_dir / "best.pt"), weights(resumed.run_dir / "best.pt"))
+    assert [e["train_loss"] for e in resumed.history] == [e["train_loss"] for e in whole.history]
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(pairs_dir, tmp_path, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+    settings = config(pairs_dir, tmp_path)
+    send_signal(monkeypatch, signal.SIGINT, 3, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        fastseg.train(settings)
+    state = torch.load(settings.run_dir / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 0)  # the end of the epoch before
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_saves_the_state_and_ends_the_command(pairs_dir, tmp_path):
+    settings = config(pairs_dir, tmp_path)
+    done = run_with_signal("SIGINT", "batch", 3, settings, tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    for words in ("last.pt is saved", "same command again to resume"):
+        assert words in done.stderr
+    state = torch.load(settings.run_dir / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"]) == (1, 1)
+
+
+def test_kill_nine_does_not_change_the_result(pairs_dir, tmp_path):
+    """Killed three times and started again, a run ends with the weights of an uninterrupted one."""
+    settings = config(pairs_dir, tmp_path, num_epochs=4, name="killed")
+    whole = fastseg.train(settings.replace(name="whole"))
+    last = settings.run_dir / "last.pt"
+    for place, number, epoch in (
+        ("save", 2, None),  # within the first last.pt
+        ("batch", 4, 1),  # in the middle of the second epoch
+        ("save", 1, 1),  # after the second epoch's line in metrics.jsonl, within its first checkpoint
+    ):
+        done = run_with_signal("SIGKILL", place, number, settings, tmp_path)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert last.exists() == (epoch is not None)
+        assert epoch is None or torch.load(last, weights_only=True)["epoch"] == epoch
+    resumed = fastseg.train(settings)
+    assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
+    lines = [json.loads(line) for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["train_loss"] for line in lines] == [entry["train_loss"] for entry in whole.history]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(pairs_dir, tmp_path, monkeypatch):
+    """An error while a checkpoint is written leaves the previous one, and no temporary file."""
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    before = (result.run_dir / "last.pt").read_bytes()
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(fastseg.OutputError, match=r"\.pt: .*No space left on device.*room"):
+        fastseg.train(config(pairs_dir, tmp_path, num_epochs=2))
+    assert (result.run_dir / "last.pt").read_bytes() == before
+    assert not [path for path in result.run_dir.iterdir() if path.name.startswith(".")]
