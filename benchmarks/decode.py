@@ -60,7 +60,7 @@ def check(decoder: Decoder, files: list[bytes], exact: list[Pixels]) -> float:
 
 def decode_all(decode: Callable[[bytes], Pixels], files: list[bytes]) -> None:
     for data in files:
-        decode(data)  # not kept: fresh memory for each result would cost more than a fast decoder
+        decode(data)  # not stored: fresh memory for each result would cost more than a fast decoder
 
 
 def exact_answers(images: list[bytes], masks: list[bytes]) -> dict[tuple[str, bool], list[Pixels]]:
