@@ -20,9 +20,10 @@ from test_decoders import BROKEN, breaks, copy_pairs, remove_image, run_within
 
 from fastseg import Loader, Pairs, find_pairs
 from fastseg.data import cache as cache_module
-from fastseg.data import host
+from fastseg.data import host, verify
+from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
-from fastseg.errors import ConfigError, OutputError
+from fastseg.errors import ConfigError, FastsegError, OutputError
 
 KINDS = ["memory", "disk"]
 
@@ -48,7 +49,8 @@ def make(own_pairs: Pairs, folder: Path) -> Callable[..., Loader]:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that the host decoder has read, in any order."""
+    """Names of the images that the host decoder has read to fill the cache, in any order."""
+    monkeypatch.setattr(loader_module, "verify_rows", lambda *_: None)
     names: list[str] = []
     original = host.read_file
 
@@ -300,6 +302,118 @@ def test_two_loaders_of_one_process_do_not_wait_for_each_other(make: Callable[..
 
     run_within(60, work)
     assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
+
+
+# Rows are compared with the host decoder's after the epoch that filled them
+
+
+def damage_row(monkeypatch: pytest.MonkeyPatch, damage: Callable[[torch.Tensor, torch.Tensor], None], row: int) -> None:
+    """Damage a row, its (H, W, 3) image and (H, W) mask, as soon as it is in the cache."""
+    put = cache_module.Cache.put
+
+    def put_damaged(self: cache_module.Cache, batch: Batch) -> None:
+        put(self, batch)
+        if row in batch.indices:
+            damage(self.images[row], self.masks[row])
+
+    monkeypatch.setattr(cache_module.Cache, "put", put_damaged)
+
+
+def tear_image(image: torch.Tensor, mask: torch.Tensor) -> None:
+    half = image.shape[0] // 2
+    image[half:] = image[half:].flip(1, 2)  # as if from another picture
+
+
+def change_mask(image: torch.Tensor, mask: torch.Tensor) -> None:
+    mask[3, 4] ^= 1
+
+
+def change_bit(image: torch.Tensor, mask: torch.Tensor) -> None:
+    image[3, 4, 1] ^= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("decoder", "damage"),
+    [
+        ("host", tear_image),
+        ("host", change_bit),
+        ("host", change_mask),
+        pytest.param("dali", tear_image, marks=pytest.mark.dali),
+        pytest.param("dali", change_mask, marks=pytest.mark.dali),
+    ],
+)
+def test_damaged_row_is_found_and_nothing_of_it_survives(
+    make: Callable[..., Loader], own_pairs: Pairs, folder: Path, monkeypatch: pytest.MonkeyPatch,
+    kind: str, decoder: str, damage: Callable[..., None],
+) -> None:  # fmt: skip
+    loader = make(cache=kind, decoder=decoder, drop_last=True)
+    with monkeypatch.context() as damaged:
+        damage_row(damaged, damage, BROKEN)
+        remedy = "decoder=host" if decoder == "dali" else "start again"
+        with pytest.raises(FastsegError, match=rf"images/car1_02\.jpg: .*cached.*{remedy}"):
+            pixels_of(loader)
+    assert not loader.cache.filled.any()
+    assert list(folder.glob("*.fastseg")) == []
+    if decoder == "host":  # the same loader and the next run decode everything from scratch
+        expected = pixels_of(make(cache="off"))
+        pixels_of(loader)
+        assert pixels_of(make(cache=kind)) == expected
+        assert all(expected[index] == pixels for index, pixels in pixels_of(loader).items())
+
+
+@pytest.mark.parametrize("decoder", ["host", pytest.param("dali", marks=pytest.mark.dali)])
+def test_sixteen_rows_of_all_are_compared_in_the_epoch_that_filled_them(
+    make: Callable[..., Loader], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, decoder: str
+) -> None:
+    for number in range(40):
+        write_pair(tmp_path / "more", f"car{number}_01", seed=number)
+    pairs = find_pairs(tmp_path / "more" / "images", tmp_path / "more" / "masks")
+    compared = []
+    original = verify._difference
+
+    def difference(decoder: Any, row: int, *pixels: Any) -> Any:
+        compared.append(int(row))
+        return original(decoder, row, *pixels)
+
+    monkeypatch.setattr(verify, "_difference", difference)
+    loader = make(pairs=pairs, decoder=decoder, cache="memory")
+    for _ in range(3):
+        pixels_of(loader)
+    assert len(compared) == len(set(compared)) == 16
+    assert {0, 39} < set(compared)
+    assert np.diff(sorted(compared)).max() <= 3
+
+
+def test_file_that_the_host_refuses_is_not_compared(make: Callable[..., Loader], own_pairs: Pairs) -> None:
+    loader = make(cache="memory", shuffle=False)
+    batches = iter(loader)
+    next(batches)
+    breaks(remove_image, own_pairs, 0)
+    list(batches)
+    assert loader.cache.filled.all()
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("kind", KINDS)
+def test_dali_holds_no_pipeline_once_the_cache_is_full(
+    make: Callable[..., Loader], own_pairs: Pairs, kind: str
+) -> None:
+    breaks(remove_image, own_pairs)
+    loader = make(cache=kind, decoder="dali", bad_samples="skip")
+    batches = iter(loader)
+    next(batches)
+    assert loader.decoder._pipeline is not None
+    list(batches)
+    assert loader.decoder._pipeline is None
+    assert len(pixels_of(loader)) == 11
+    assert loader.decoder._pipeline is None
+
+
+@pytest.mark.dali
+def test_dali_builds_no_pipeline_for_a_complete_disk_cache(make: Callable[..., Loader]) -> None:
+    pixels_of(make(decoder="dali"))
+    assert make(decoder="dali").decoder._pipeline is None
 
 
 # Processes are killed, or disturb each other

@@ -1,12 +1,14 @@
 """HostDecoder and DaliDecoder: the same batches of the same files, also while files break."""
 
 import gc
+import inspect
 import io
 import logging
 import re
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +27,7 @@ from fastseg.data.dali import DaliDecoder
 from fastseg.data.gif import encode_gif
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs, find_pairs
-from fastseg.errors import DataError
+from fastseg.errors import DataError, FastsegError
 from fastseg.synthetic.car import make_car
 from fastseg.synthetic.generate import encode_image
 from fastseg.synthetic.studio import make_studio, render_pair
@@ -547,3 +549,120 @@ def test_host_decodes_what_dali_cannot_and_logs_it(
     assert bad.found == {}
     assert all(re.search(r"^the host decoded \d batches that DALI could not: ", line) for line in caplog.messages)
     assert sum(int(line.split()[3]) for line in caplog.messages) == 3
+
+
+DALI_MESSAGE = """Critical error in pipeline:
+Error in {device} operator `nvidia.dali.fn.{operator}`,
+which was used in the pipeline definition with the following traceback:
+
+  File "fastseg/data/dali.py", line 247, in _build
+    pixels = fn.decoders.image(encoded, output_type=types.RGB, **self._decoder_options)
+
+encountered:
+
+{reason}
+Current pipeline object is no longer valid."""  # as DALI 2.4 writes it
+
+
+def dali_message(reason: str, device: str = "CPU", operator: str = "decoders.image") -> str:
+    return DALI_MESSAGE.format(reason=reason, device=device, operator=operator)
+
+
+def inject(monkeypatch: pytest.MonkeyPatch, message: str, run_number: int = 2) -> list[int]:
+    """Make DALI's `run` raise `message` at its second call; returns the sizes of the pipelines built."""
+    from nvidia.dali import Pipeline
+
+    calls, built = [], []
+    run, build = Pipeline.run, DaliDecoder._build
+
+    def failing_run(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == run_number:
+            raise RuntimeError(message)
+        return run(self, *args)
+
+    def counted_build(self: DaliDecoder) -> Any:
+        built.append(self._batch_size)
+        return build(self)
+
+    monkeypatch.setattr(Pipeline, "run", failing_run)
+    monkeypatch.setattr(DaliDecoder, "_build", counted_build)
+    return built
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize(
+    "message",
+    [
+        *(dali_message(f"nvImageCodec failure: '#{status}'") for status in (3, 4, 13, 14, 19)),
+        dali_message("nvImageCodec failure: '#3'", device="MIXED"),
+        dali_message("Failed to decode sample #1 : "),
+    ],
+)
+def test_decode_error_is_left_to_the_host(pairs: Pairs, monkeypatch: pytest.MonkeyPatch, message: str) -> None:
+    expected = decode_all(HostDecoder(pairs, 16, 24), split(range(12), 4))
+    built = inject(monkeypatch, message)
+    assert_same_pictures(decode_all(DaliDecoder(pairs, 16, 24), split(range(12), 4)), expected)
+    assert 1 <= len(built) <= 2
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        *(
+            (dali_message(f"nvImageCodec failure: '#{status}'", device="MIXED"), f"#{status}'")
+            for status in (1, 2, 5, 6, 7, 8, 9, 10, 11, 12, 15, 16, 17, 18, 20, 21, 31)
+        ),
+        (dali_message("std::bad_alloc"), "bad_alloc"),
+        (dali_message("CUDA runtime API error cudaErrorMemoryAllocation (2):\nout of memory"), "cudaErrorMemory"),
+        (dali_message("nvImageCodec failure: '#3'", operator="resize"), "#3"),
+        (dali_message("Failed to decode sample #1 : ", operator="external_source"), "sample"),
+        ("CUDA runtime API error cudaErrorIllegalAddress (700):\nan illegal memory access", "IllegalAddress"),
+        ("Critical error in pipeline:\nout of memory", "out of memory"),
+        ("", "RuntimeError"),
+    ],
+)
+def test_other_errors_of_dali_end_the_run(
+    pairs: Pairs, monkeypatch: pytest.MonkeyPatch, message: str, reason: str
+) -> None:
+    built = inject(monkeypatch, message)
+    decoder = DaliDecoder(pairs, 16, 24, bad=BadSamples(pairs, "skip"))
+    seen = []
+    with pytest.raises(FastsegError, match=rf"^decoder: DALI .*{reason}.*decoder=host.*batch_size") as caught:
+        seen.extend(batch.indices.tolist() for batch in decoder.decode(split(range(12), 4)))
+    assert not isinstance(caught.value, DataError)
+    assert caught.value.__suppress_context__
+    assert seen == [[0, 1, 2, 3]]
+    assert decoder.bad.found == {}
+    assert len(built) == 1
+    assert decode_all(decoder, split(range(12), 4))[2] == list(range(12))  # a new pipeline works again
+
+
+@pytest.mark.dali
+def test_options_of_the_pipeline(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvidia.dali import Pipeline
+
+    given: list[dict[str, Any]] = []
+    original = Pipeline.__init__
+
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        given.append(options)
+        original(self, *args, **options)
+
+    monkeypatch.setattr(Pipeline, "__init__", init)
+    DaliDecoder(pairs, 16, 24).build(4)
+    assert given[0]["exec_dynamic"] is True
+    assert inspect.signature(DaliDecoder).parameters["hw_decoder_load"].default == 0
+
+
+@pytest.mark.dali
+def test_released_decoder_holds_no_pipeline_and_decodes_again(pairs: Pairs) -> None:
+    decoder = DaliDecoder(pairs, 16, 24)
+    expected = decode_all(decoder, split(range(12), 4))
+    pipeline = weakref.ref(decoder._pipeline)
+    decoder.release()
+    assert pipeline() is None
+    decoder.release()
+    again = decode_all(decoder, split(range(12), 4))
+    assert np.array_equal(again[0], expected[0])

@@ -14,7 +14,9 @@ from test_decoders import BROKEN, breaks, copy_pairs, cut_mask, remove_image, ru
 
 from fastseg import Loader, Pairs
 from fastseg.data import host
+from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
+from fastseg.data.cache import Cache
 from fastseg.data.loader import epoch_order
 from fastseg.errors import ConfigError, DataError
 
@@ -347,13 +349,68 @@ def test_decoder_that_cannot_be_loaded_is_refused(make: Callable[..., Loader], m
     assert make(decoder="auto").decoder.name == "host"
 
 
-def test_waiting_time_is_counted(make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch) -> None:
-    loader = make()
-    assert loader.wait_seconds == 0
-    times = iter(range(1000))
-    monkeypatch.setattr("fastseg.data.loader.time.perf_counter", lambda: next(times))
-    list(loader)
-    assert loader.wait_seconds == 4  # three batches and the end
+def refuse_driver(*_: Any) -> None:
+    raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
+
+
+def refuse_argument(*_: Any, **options: Any) -> None:
+    raise TypeError("Pipeline.__init__() got an unexpected keyword argument 'exec_dynamic'")
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize(
+    ("target", "fault", "reason"),
+    [
+        ("nvidia.dali.Pipeline.build", refuse_driver, "driver version is insufficient"),
+        ("nvidia.dali.Pipeline", refuse_argument, "exec_dynamic"),  # an older DALI
+    ],
+)
+def test_pipeline_that_cannot_be_built(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    target: str, fault: Callable[..., None], reason: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(target, fault)
+    monkeypatch.setattr(loader_module, "_choose_decoder", lambda *_: ("dali", "the GPU decodes"))
+    with pytest.raises(ConfigError, match=rf"^decoder: DALI .*{reason}.*decoder=host"):
+        make(decoder="dali")
+    loader = make(decoder="auto")
+    assert loader.decoder.name == "host"
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "DALI" in warning
+    assert reason in warning
+    assert_same_batches(list(loader), list(make(decoder="host")))
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_only_waiting_for_the_decoder_is_counted(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    now = 0.0
+
+    def cost(seconds: float, original: Callable[..., Any]) -> Callable[..., Any]:
+        def slowed(*args: Any, **options: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return original(*args, **options)
+
+        return slowed
+
+    monkeypatch.setattr("fastseg.data.loader.time.perf_counter", lambda: now)
+    monkeypatch.setattr(Cache, "put", cost(100, Cache.put))
+    monkeypatch.setattr(Cache, "gather", cost(100, Cache.gather))
+    loader = make(cache=cache)
+    decode = loader.decoder.decode
+
+    def decode_slowly(batches: list[Any]) -> Iterator[Batch]:
+        yield from map(cost(1, lambda batch: batch), decode(batches))
+
+    monkeypatch.setattr(loader.decoder, "decode", decode_slowly)
+    waited = []
+    for _ in range(3):
+        before = loader.wait_seconds
+        assert len(list(loader)) == 3
+        waited.append(loader.wait_seconds - before)
+    assert waited == ([3, 3, 3] if cache == "off" else [3, 0, 0])
 
 
 def test_nothing_is_read_before_the_first_batch_is_requested(

@@ -76,6 +76,12 @@ class Cache:
             rows = rows.pin_memory()  # otherwise the copy waits for the running step
         return rows.to(self.device, non_blocking=True)
 
+    def is_complete(self, bad: list[int]) -> bool:
+        """Whether all rows but the `bad` ones are filled."""
+        done = self.filled.copy()
+        done[bad] = True
+        return bool(done.all())
+
     def publish(self, bad: list[int]) -> None:
         """Make the cache available to later runs if it can be, and if all rows but the `bad` ones are filled."""
 
@@ -132,9 +138,7 @@ class DiskCache(Cache):
                 self.filled[row] = True
 
     def publish(self, bad: list[int]) -> None:
-        done = self.filled.copy()
-        done[bad] = True
-        if self._temporary is None or not done.all():
+        if self._temporary is None or not self.is_complete(bad):
             return
         self._rows.stamps[~self.filled] = 0  # the stamp of no file, so that the next run tries these pairs again
         try:

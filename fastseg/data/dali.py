@@ -19,11 +19,12 @@ import torch
 from numpy.typing import NDArray
 
 from fastseg.data.batch import Batch, empty_batch, wait_on_current_stream
+from fastseg.data.dali_errors import DaliFileError, dali_config_errors, dali_run_errors
 from fastseg.data.decode import Size, as_dali_input, decode_mask
 from fastseg.data.host import HostDecoder, check_sizes, decode_file
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import sampling_grid
-from fastseg.errors import ConfigError, DataError
+from fastseg.errors import DataError, FastsegError
 
 __all__ = ["DaliDecoder"]
 
@@ -51,13 +52,15 @@ class DaliDecoder(HostDecoder):
     Args:
         pairs, height, width: as for `HostDecoder`.
         device: where photos are decoded and where the batches arrive.
-        hw_decoder_load: share of the JPEGs that a GPU's JPEG engines decode; its cores decode the others.
+        hw_decoder_load: share of the JPEGs that a GPU's JPEG engines decode; its cores decode the others. 0 by default:
+            nvJPEG's batched hardware decode ignores its stream and may overwrite memory that is still read (torchcodec
+            issue 1634). Raise it only on a machine where `tests/test_gpu.py` finds no torn batch.
         batches_ahead: DALI's prefetch depth.
         largest_photo: height and width for which the JPEG engines allocate memory at the start; 0, 0: on demand.
         options: `mask_resize`, `num_workers` and `bad`, as for `HostDecoder`.
 
     Raises:
-        ConfigError: DALI is not installed.
+        ConfigError: DALI is not installed, or cannot be loaded.
     """
 
     name = "dali"
@@ -69,17 +72,13 @@ class DaliDecoder(HostDecoder):
         width: int,
         *,
         device: torch.device | str = "cpu",
-        hw_decoder_load: float = 0.65,
+        hw_decoder_load: float = 0.0,
         batches_ahead: int = 2,
         largest_photo: Size = (0, 0),
         **options: Any,
     ) -> None:
-        try:
+        with dali_config_errors():
             import nvidia.dali  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(
-                f"decoder: DALI cannot be loaded ({error}). Install nvidia-dali-cuda120 or use decoder=host."
-            ) from None
         super().__init__(pairs, height, width, **options)
         self.device = torch.device(device)
         self.batches_ahead = batches_ahead
@@ -111,6 +110,7 @@ class DaliDecoder(HostDecoder):
 
         Raises:
             DataError: a pair cannot be decoded and bad samples are not skipped.
+            FastsegError: DALI stopped for a reason that is not in a file, such as too little memory.
         """
         batches = list(batches)
         filled = self._decode_filled([indices for indices in batches if len(indices)])
@@ -121,9 +121,10 @@ class DaliDecoder(HostDecoder):
     def _decode_filled(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         largest = max(map(len, batches), default=0)
         # Batches in flight belong to an earlier iterator that was left early, and would come out first.
-        if largest > self._batch_size or self._in_flight:
+        if self._in_flight:
             self._drop_pipeline()
-            self._batch_size = max(largest, self._batch_size)
+        if largest:
+            self.build(largest)
         if self._pipeline is not None:
             self._pipeline.reset()  # it is at the end of its previous batches
         pool = ThreadPoolExecutor(self.num_workers, thread_name_prefix="fastseg-read")
@@ -137,7 +138,7 @@ class DaliDecoder(HostDecoder):
                     if self._error is not None:
                         raise self._error from None
                     return
-                except _PipelineBrokenError as error:
+                except DaliFileError as error:
                     # One undecodable sample makes the whole pipeline unusable. The host decoder finds the file,
                     # names it and replaces it; a new pipeline continues after the batches that were in flight.
                     in_flight = list(self._in_flight)
@@ -146,12 +147,40 @@ class DaliDecoder(HostDecoder):
                         raise
                     yield from self._decode_on_host(in_flight, str(error))
                     continue
+                except FastsegError:
+                    self._copied = None  # to wait for it would raise once more
+                    self._drop_pipeline()
+                    raise
                 yield batch
             raise RuntimeError("DaliDecoder: this iterator ended when a later one began")
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def build(self, batch_size: int) -> None:
+        """Build the pipeline for batches of up to `batch_size` pairs, unless it exists. `decode` does so when needed.
+
+        Raises:
+            ConfigError: DALI does not work on this machine: the driver is too old, a library or memory is missing.
+        """
+        if batch_size > self._batch_size:
+            self._drop_pipeline()
+            self._batch_size = batch_size
+        if self._pipeline is None:
+            with dali_config_errors():
+                self._pipeline = self._build()
+
+    def release(self) -> None:
+        """Give the pipeline's memory back: about 1 GB at a batch size of 16. A later `decode` builds a new pipeline."""
+        if self._pipeline is not None:
+            from nvidia.dali import backend
+
+            self._drop_pipeline()
+            backend.ReleaseUnusedMemory()  # type: ignore[attr-defined]  # missing from DALI's stubs
+
     def _drop_pipeline(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._copying, self._copied = (), None
         self._pipeline = None
         self._in_flight.clear()
 
@@ -194,15 +223,11 @@ class DaliDecoder(HostDecoder):
     def _run(self) -> Batch:
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        if self._pipeline is None:
-            self._pipeline = self._build()
+        self.build(self._batch_size)
         if self._copied is not None:
             self._copied.synchronize()  # run() returns the previous buffers to DALI
-        try:
+        with dali_run_errors():
             images, masks = self._copying = self._pipeline.run(self._stream)
-        except RuntimeError as error:
-            reason = str(error).partition("encountered:")[2].strip() or str(error)
-            raise _PipelineBrokenError(reason.splitlines()[0]) from None
         with torch.cuda.stream(self._stream):  # does nothing on the CPU, where it is None
             batch = self._empty_batch(self._in_flight.popleft())
             feed_ndarray(masks.as_tensor(), batch.masks, cuda_stream=self._stream)
@@ -235,7 +260,13 @@ class DaliDecoder(HostDecoder):
 
         on_gpu = self.device.type == "cuda"
         device_id = (self.device.index or 0) if on_gpu else None
-        pipeline = Pipeline(self._batch_size, self.num_workers, device_id, prefetch_queue_depth=self.batches_ahead)
+        pipeline = Pipeline(
+            self._batch_size,
+            self.num_workers,
+            device_id,
+            prefetch_queue_depth=self.batches_ahead,
+            exec_dynamic=True,  # run(stream) needs it
+        )
         with pipeline:
             encoded, masks, *sizes = fn.external_source(
                 source=self._feed,
@@ -257,10 +288,6 @@ class DaliDecoder(HostDecoder):
             pipeline.set_outputs(pixels, masks.gpu() if on_gpu else masks)
         pipeline.build()
         return pipeline
-
-
-class _PipelineBrokenError(RuntimeError):
-    """DALI's executor stopped; the pipeline object cannot be used again."""
 
 
 def _halvings(size: Size, target: Size) -> NDArray[np.float32]:

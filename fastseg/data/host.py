@@ -88,6 +88,9 @@ class HostDecoder:
                 later.places.clear()
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def release(self) -> None:
+        """Free what the decoder holds between epochs: nothing here; `DaliDecoder` has a pipeline."""
+
     def _start(self, pool: ThreadPoolExecutor, indices: NDArray[np.int64]) -> "_BatchInProgress":
         batch = empty_batch(indices, self.height, self.width, pin_memory=self.pin_memory)
         started = _BatchInProgress(batch, deque(range(len(indices))))

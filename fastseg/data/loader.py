@@ -27,6 +27,7 @@ from fastseg.data.cache import Cache, open_cache
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import MASK_MODES
+from fastseg.data.verify import verify_rows
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.threads import count_threads
@@ -73,10 +74,11 @@ class Loader:
 
     Attributes:
         bad: `BadSamples`; `bad.found` maps the index of each broken pair to the reason.
-        wait_seconds: total time that the caller has waited for batches.
+        wait_seconds: total time that the caller has waited for the decoder.
 
     Raises:
-        ConfigError: a setting is out of range, or this machine lacks the decoder or the memory for the cache.
+        ConfigError: a setting is out of range, there is no memory for the cache, or DALI is asked for by name and does
+            not work here.
         OutputError: the disk cache cannot be written.
     """
 
@@ -114,21 +116,32 @@ class Loader:
         self._pin_memory = pin_memory and on_gpu
         # One stream for all epochs: torch caches freed memory per stream, and would allocate more for each new one.
         self._copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
-        name, reason = _choose_decoder(decoder, on_gpu)
         log_level = logging.INFO if shuffle else logging.DEBUG  # validation repeats training's choices
-        log.log(log_level, "decoder: %s (%s)", name, reason)
-        options: dict[str, Any] = {
-            "mask_resize": mask_resize,
-            "num_workers": count_threads(num_workers),
-            "bad": self.bad,
-        }
-        if name == "dali":
-            from fastseg.data.dali import DaliDecoder  # imports DALI, so only if it is used
-
-            self.decoder: HostDecoder = DaliDecoder(pairs, height, width, device=self.device, **options)
-        else:
-            self.decoder = HostDecoder(pairs, height, width, pin_memory=self._pin_memory, **options)
+        options = {"mask_resize": mask_resize, "num_workers": count_threads(num_workers), "bad": self.bad}
+        self.decoder = self._open_decoder(decoder, height, width, log_level, options)
         self.cache = open_cache(cache, self.decoder, self.device, cache_dir, log_level=log_level)
+        if self.cache is not None and self.cache.filled.all():
+            self.decoder.release()
+
+    def _open_decoder(
+        self, choice: str, height: int, width: int, log_level: int, options: dict[str, Any]
+    ) -> HostDecoder:
+        name, reason = _choose_decoder(choice, self.device.type == "cuda")
+        if name == "dali":
+            try:
+                from fastseg.data.dali import DaliDecoder  # imports DALI, so only if it is used
+
+                decoder = DaliDecoder(self.pairs, height, width, device=self.device, **options)
+                decoder.build(-(-self.batch_size // self.world_size))  # now, because the cache depends on the decoder
+                log.log(log_level, "decoder: dali (%s)", reason)
+                return decoder
+            except ConfigError as error:
+                if choice == "dali":
+                    raise
+                log.warning("%s decoder=auto takes the host decoder.", error)
+                reason = "DALI does not work here"
+        log.log(log_level, "decoder: host (%s)", reason)
+        return HostDecoder(self.pairs, height, width, pin_memory=self._pin_memory, **options)
 
     def __len__(self) -> int:
         """Batches per epoch."""
@@ -161,13 +174,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; the next iteration begins the next epoch."""
-        source = self._on_device(self._decode_or_gather(self._batches(self._epoch)[self._step :]))
-        while True:
-            started = time.perf_counter()
-            batch = next(source, None)
-            self.wait_seconds += time.perf_counter() - started
-            if batch is None:
-                break
+        for batch in self._on_device(self._decode_or_gather(self._batches(self._epoch)[self._step :])):
             self._step += 1
             yield batch
         self._epoch, self._step = self._epoch + 1, 0
@@ -182,7 +189,7 @@ class Loader:
     def _decode_or_gather(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         cache = self.cache
         if cache is None:
-            yield from self.decoder.decode(batches)
+            yield from self._decode(batches)
             return
         if self.bad.found:
             batches = [np.array([self.bad.replacement(int(i)) for i in indices], np.int64) for indices in batches]
@@ -190,7 +197,7 @@ class Loader:
         missing = [~cache.filled[indices] for indices in batches]
         todo = [indices[lack] for indices, lack in zip(batches, missing, strict=True) if lack.any()]
         pin_memory = self._pin_memory and cache.device.type == "cpu"
-        with contextlib.closing(self.decoder.decode(todo)) as decoded:
+        with contextlib.closing(self._decode(todo)) as decoded:
             for indices, lack in zip(batches, missing, strict=True):
                 if not lack.any():
                     yield cache.gather(indices, pin_memory)
@@ -206,12 +213,27 @@ class Loader:
                 yield batch
         if self.world_size == 1 and not cache.filled.all():
             self._decode_rest(cache)
+        if todo:
+            verify_rows(cache, self.decoder)
         cache.publish(list(self.bad.found))
+        if cache.is_complete(list(self.bad.found)):
+            self.decoder.release()
+
+    def _decode(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
+        """The decoder's batches. The time until each is there counts as waiting."""
+        with contextlib.closing(self.decoder.decode(batches)) as decoded:
+            while True:
+                started = time.perf_counter()
+                batch = next(decoded, None)
+                self.wait_seconds += time.perf_counter() - started
+                if batch is None:
+                    return
+                yield batch
 
     def _decode_rest(self, cache: Cache) -> None:
         """Decode the pairs that `drop_last` left out of the epoch, so that the cache is complete."""
         rest = [index for index in np.flatnonzero(~cache.filled) if index not in self.bad.found]
-        for batch in self.decoder.decode(np.array_split(rest, -(-len(rest) // self.batch_size)) if rest else []):
+        for batch in self._decode(np.array_split(rest, -(-len(rest) // self.batch_size)) if rest else []):
             cache.put(batch)
 
     def _on_device(self, batches: Generator[Batch, None, None]) -> Iterator[Batch]:
