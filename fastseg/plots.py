@@ -17,6 +17,7 @@ from fastseg.network.metrics import Scores
 from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.files import atomic_write
+from fastseg.runtime.out_of_memory import halve_until_it_fits
 
 __all__ = ["Outlined", "draw_curves", "draw_outlines", "draw_overlay", "draw_worst"]
 
@@ -77,8 +78,12 @@ def draw_overlay(
     shown = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(np.int64))
     decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
     images, masks, _ = next(decoder.decode([shown]))
-    with torch.inference_mode(), runtime.autocast():
-        probability = model(normalise(images.to(runtime.device)))[:, 0].float().sigmoid().cpu()
+
+    def predict(images: Tensor) -> Tensor:
+        with torch.inference_mode(), runtime.autocast():
+            return model(normalise(images.to(runtime.device)))[:, 0].float().sigmoid().cpu()
+
+    probability = halve_until_it_fits(predict, runtime.device)(images)
     dice = Scores().update(probability > 0.5, masks >= 128)
     titles = [f"{Path(pairs.images[index]).stem}   Dice {dice[i]:.4f}" for i, index in enumerate(shown)]
     draw_outlines(list(map(Outlined, images.numpy(), masks.numpy() / 255, probability.numpy(), titles)), path)

@@ -24,6 +24,7 @@ from fastseg.data import host, verify
 from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
 from fastseg.errors import ConfigError, FastsegError, OutputError
+from fastseg.runtime.memory import free_host_memory
 
 KINDS = ["memory", "disk"]
 
@@ -690,7 +691,7 @@ def test_auto_chooses_the_fastest_with_twice_the_space(
     make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
     memory: int, disk: int, chosen: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cache_module, "_free_memory", lambda: memory)
+    monkeypatch.setattr(cache_module, "free_host_memory", lambda: memory)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     with caplog.at_level(logging.INFO):
         loader = make(cache="auto")
@@ -705,17 +706,17 @@ def test_auto_chooses_the_fastest_with_twice_the_space(
 def test_auto_does_not_choose_a_disk_that_cannot_be_written(
     make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "_free_memory", lambda: 0)
+    monkeypatch.setattr(cache_module, "free_host_memory", lambda: 0)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert make(cache="auto").cache is None
 
 
 def test_free_memory_is_within_the_limits_of_the_machine_and_of_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert 0 < cache_module._free_memory() <= pages
+    assert 0 < free_host_memory() <= pages
     for limit, free in [("1048576\n", 2**20), ("max\n", None)]:
         monkeypatch.setattr(Path, "read_text", lambda path, limit=limit: limit)
-        assert cache_module._free_memory() == free if free else cache_module._free_memory() > 2**20
+        assert free_host_memory() == free if free else free_host_memory() > 2**20
 
 
 def test_too_little_memory_is_refused(make: Callable[..., Loader]) -> None:

@@ -39,11 +39,12 @@ def run_two(config: fastseg.Config, folder: Path) -> subprocess.CompletedProcess
     )
 
 
-def test_two_processes_compute_what_one_does(pairs_dir, tmp_path):
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_two_processes_compute_what_one_does(pairs_dir, tmp_path, micro_batch):
     folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(pairs_dir / "masks")}
     config = fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path), name="one")
-    one = fastseg.train(config)
-    finished = run_two(config.replace(name="two"), tmp_path)
+    one = fastseg.train(config.replace(micro_batch=2 * micro_batch))  # one pair from each process
+    finished = run_two(config.replace(name="two", micro_batch=micro_batch), tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("the run is in") == 1  # only rank 0 prints
     lines = (tmp_path / "two/metrics.jsonl").read_text().splitlines()

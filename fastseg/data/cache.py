@@ -3,7 +3,6 @@
 Carvana's training set takes 0.8 GB at 160x240. With a cache, each pair is decoded once.
 """
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -26,6 +25,7 @@ from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.errors import ConfigError, OutputError
 from fastseg.runtime.files import user_cache
+from fastseg.runtime.memory import free_host_memory
 
 __all__ = ["Cache", "DiskCache", "open_cache"]
 
@@ -282,23 +282,12 @@ def _choose_cache(size: int, device: torch.device, folder: Path) -> tuple[str, s
     needs = f"{size / 2**20:.0f} MiB"
     if device.type == "cuda" and size <= torch.cuda.mem_get_info(device)[0] / 2:
         return "device", f"{needs} fit into half of the GPU's free memory"
-    if size <= _free_memory() / 2:
+    if size <= free_host_memory() / 2:
         return "memory", f"{needs} fit into half of the free memory"
     existing = next(parent for parent in [folder, *folder.parents] if os.path.exists(parent))
     if size <= shutil.disk_usage(existing).free / 2 and os.access(existing, os.W_OK):
         return "disk", f"{needs} fit into half of the free disk space"
     return "off", f"{needs} fit nowhere"
-
-
-def _free_memory() -> int:
-    """Bytes that can be allocated without swapping and within a container's limit."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":") for line in file)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup 2, 1
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            free = min(free, int(Path(limit).read_text()))
-    return free
 
 
 def _cache_folder(cache_dir: str) -> Path:

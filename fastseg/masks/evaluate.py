@@ -36,6 +36,7 @@ from fastseg.quality.headers import check_pairs
 from fastseg.runtime.device import Runtime, choose_runtime, versions
 from fastseg.runtime.files import atomic_write, make_folder
 from fastseg.runtime.memory import retain_freed_memory
+from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads, map_ahead
 
@@ -125,6 +126,7 @@ def evaluate(
     Raises:
         CheckpointError, ConfigError, DataError: a file, field or folder cannot be used.
         OutputError: `out` cannot be written; the scores are logged.
+        FastsegError: the memory is full, even with one image per forward pass.
     """
     if refine not in METHODS:
         raise ConfigError(f"refine: must be one of {', '.join(METHODS)}; got {refine!r}. Use none.")
@@ -138,7 +140,8 @@ def evaluate(
         pairs = check_pairs(pairs, bad_samples=config.bad_samples, num_workers=config.num_workers)
     alone = replace(runtime, rank=0, world_size=1)
     loader = make_loader(pairs, config.replace(cache="off"), alone, training=False)
-    with retain_freed_memory(runtime.device):
+    advice = "Lower batch_size or num_workers"
+    with retain_freed_memory(runtime.device), report_out_of_memory(runtime.device, advice):
         score = partial(_score, pairs=pairs, config=config, full_size=full_size, refine=refine)
         totals = _score_pairs(runtime.to_device(model), loader, runtime, config, score, keep_worst=out is not None)
     scores = _summarise(totals, full_size, pairs.image_dir)
@@ -194,9 +197,14 @@ def _score_pairs(
 def _network_outputs(model: UNet, loader: Loader, runtime: Runtime) -> Generator[_Output, None, None]:
     """The network's output for every pair that can be decoded, in order."""
     position = 0
-    for images, masks, indices in loader:
+
+    def predict_logits(images: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():
-            logits = model(normalise(images)).float().cpu()
+            return model(normalise(images)).float().cpu()
+
+    forward = halve_until_it_fits(predict_logits, runtime.device)
+    for images, masks, indices in loader:
+        logits = forward(images)
         masks = masks.cpu()
         for i, index in enumerate(indices):
             if index == position:  # otherwise another pair replaces one that is broken

@@ -35,6 +35,7 @@ from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime, choose_runtime
 from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
 from fastseg.runtime.memory import retain_freed_memory
+from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads, map_ahead
 
@@ -124,6 +125,7 @@ def predict(
     Raises:
         CheckpointError, ConfigError, DataError: before anything is written.
         OutputError: a file cannot be written; earlier ones stay.
+        FastsegError: the memory is full, even with one photo per forward pass.
     """
     began = time.perf_counter()
     for field, value, known in (
@@ -140,7 +142,8 @@ def predict(
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
     model, trained = load_model(checkpoint)
-    with process_group(changes.get("device", "auto")):
+    device = changes.get("device", "auto")
+    with process_group(device), report_out_of_memory(device, "Lower batch_size or num_workers"):
         rank, world_size = get_rank(), get_world_size()
         defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": 0}
         config = Config(**{**defaults, **changes})
@@ -151,7 +154,8 @@ def predict(
         make_folders(photos, out, csv)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
-        forward = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
+        network = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
+        forward = halve_until_it_fits(network, runtime.device)
         started = time.perf_counter()
         clock["start-up"] = started - began
         with retain_freed_memory(runtime.device):
@@ -177,7 +181,7 @@ def _predict_photos(
     photos: list[Photo],
     options: OutputOptions,
     config: Config,
-    forward: Callable[[list[NDArray[np.uint8]]], Tensor],
+    forward: Callable[[Tensor], Tensor],
     clock: Clock,
     *,
     shown: bool,
@@ -231,7 +235,7 @@ def _read(photo: Photo, options: OutputOptions) -> Row | _Decoded:
 def _through_network(
     read: Iterator[Row | _Decoded],
     batch_size: int,
-    forward: Callable[[list[NDArray[np.uint8]]], Tensor],
+    forward: Callable[[Tensor], Tensor],
     clock: Clock,
 ) -> Iterator[Row | tuple[Photo, Size, Tensor]]:
     """Photos with their logits (1, h, w), and the rows of photos that need none, in order."""
@@ -243,16 +247,16 @@ def _through_network(
             # A photo keeps its place in the batch, whatever the others are: a resumed run sums in the same order.
             blank = np.zeros_like(next(iter(decoded.values())).pixels)
             pixels = [decoded[i].pixels if i in decoded else blank for i in range(len(batch))]
-            logits = dict(enumerate(forward(pixels)))
+            logits = dict(enumerate(forward(torch.from_numpy(np.stack(pixels)))))
             clock["network"] += time.perf_counter() - began
         for i, item in enumerate(batch):
             yield (item.photo, item.size, logits[i]) if isinstance(item, _Decoded) else item
 
 
-def _predict_logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: list[NDArray[np.uint8]]) -> Tensor:
+def _predict_logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: Tensor) -> Tensor:
     """(B, 1, h, w) float32 on the CPU, where threads turn them into masks."""
     with torch.inference_mode(), runtime.autocast():
-        inputs = normalise(torch.from_numpy(np.stack(pixels)).to(runtime.device))
+        inputs = normalise(pixels.to(runtime.device))
         logits = model(inputs).float()
         if flip:
             logits = (logits + model(inputs.flip(3)).float().flip(3)) / 2

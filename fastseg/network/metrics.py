@@ -11,6 +11,7 @@ from fastseg.network.losses import bce_dice_loss
 from fastseg.network.normalise import normalise, to_targets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce
+from fastseg.runtime.out_of_memory import halve_until_it_fits
 
 __all__ = ["BOUNDARY_PIXELS", "Scores", "boundary_band", "boundary_iou", "score_batches"]
 
@@ -79,17 +80,24 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
 
     Returns:
         `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`.
+
+    Raises:
+        FastsegError: one image does not fit in memory. Batches that do not fit are halved.
     """
+
+    def predict_logits(images: Tensor) -> Tensor:
+        with runtime.autocast():
+            return model(normalise(images))
+
+    forward = halve_until_it_fits(predict_logits, runtime.device)
     scores = Scores(runtime.device)
     loss = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over images, and their number
     with torch.inference_mode():
         for images, masks, _ in batches:
             if not len(images):  # this rank's slice of a last batch that is smaller than the number of ranks
                 continue
-            inputs, targets = normalise(images), to_targets(masks)
-            with runtime.autocast():
-                logits = model(inputs)
-            loss[0] += bce_dice_loss(logits, targets) * len(images)
+            logits = forward(images)
+            loss[0] += bce_dice_loss(logits, to_targets(masks)) * len(images)
             loss[1] += len(images)
             scores.update(logits[:, 0] > 0, masks >= 128)
     all_reduce(scores.sums)

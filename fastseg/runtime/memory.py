@@ -1,22 +1,46 @@
-"""Keep freed memory in the process while a CPU trains or predicts.
+"""How much memory is free, and how freed memory stays in the process while a CPU trains or predicts.
 
 A step on a CPU allocates and frees its activations: hundreds of blocks of megabytes. By default glibc returns blocks of
 that size to the kernel, and the next step maps and zeroes them again, with tens of thousands of page faults.
 benchmarks/README.md has the measurement. Source: mallopt(3).
 """
 
+import contextlib
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-__all__ = ["restore_default_allocator", "retain_freed_memory", "set_retaining_allocator"]
+__all__ = [
+    "free_host_memory",
+    "free_memory",
+    "restore_default_allocator",
+    "retain_freed_memory",
+    "set_retaining_allocator",
+]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 RETAIN = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
 # glibc raises its thresholds to these values in a process that frees large blocks, until mallopt fixes them.
 DEFAULT = {M_TRIM_THRESHOLD: 2**26, M_MMAP_THRESHOLD: 2**25, M_MMAP_MAX: 2**16}
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that other allocations on a device can take; on a GPU without what torch's allocator has reserved."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes that can be allocated without swapping and within a container's limit."""
+    with open("/proc/meminfo") as file:
+        fields = dict(line.split(":") for line in file)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup 2, 1
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            free = min(free, int(Path(limit).read_text()))
+    return free
 
 
 @contextmanager

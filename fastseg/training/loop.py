@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,9 @@ from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
-from fastseg.training.augment import augment, resize, sample_params
+from fastseg.training.augment import AugmentParams, augment, resize, sample_params
 from fastseg.training.compile import check_compile, restore_cudnn_benchmark
+from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
 from fastseg.training.recipe import (
     learning_rate,
     num_small_steps,
@@ -75,11 +77,11 @@ def train(
         ConfigError, DataError, CheckpointError: the configuration, the data or a checkpoint cannot be used. Nothing is
             written before all of them have been checked.
         OutputError: the run's folder cannot be written, which is checked before any data is read; or the disk is full.
-        FastsegError: the loss became infinite or NaN.
+        FastsegError: the loss became infinite or NaN; or the memory is full, even with one pair at a time.
     """
     start_time = time.perf_counter()
     config = as_config(config)
-    with process_group(config.device), restore_cudnn_benchmark():
+    with process_group(config.device), restore_cudnn_benchmark(), report_training_out_of_memory(config):
         runtime = choose_runtime(config)
         check_compile(config, runtime)
         import_writer(config)  # a missing package is reported before anything else happens
@@ -124,19 +126,34 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
     set_learning_rate(run.optimizer, learning_rate(config, step, total))
     # Drawn for the whole batch, so that several ranks augment as a single process does.
     params = sample_params(config, config.batch_size, run.generator).take(run.runtime.rank_slice)
-    inputs, targets = augment(images, masks, params)
-    inputs, targets = resize(inputs, targets, *training_size(config, step, total))
-    with run.runtime.autocast():
-        logits = run.forward(inputs)
-    loss = training_loss(config, logits, targets)
-    run.scaler.scale(loss).backward()
+    loss = fit_micro_batch(run, partial(_accumulate_gradients, run, images, masks, params), len(images))
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     if run.ema_model is not None:
         update_ema(run.ema_model, run.model, config.ema_decay, step)
-    run.loss_sum += loss.detach()
+    run.loss_sum += loss
     run.step += 1
+
+
+def _accumulate_gradients(run: Run, images: Tensor, masks: Tensor, params: AugmentParams, micro_batch: int) -> Tensor:
+    """Add the gradients of the batch's mean loss to the parameters, and return that loss; see `train_step`.
+
+    Args:
+        micro_batch: pairs per forward pass.
+    """
+    size = training_size(run.config, run.steps_done, run.total_steps)
+    losses = []
+    for start in range(0, len(images), micro_batch):
+        part = slice(start, start + micro_batch)
+        inputs, targets = augment(images[part], masks[part], params.take(part))
+        inputs, targets = resize(inputs, targets, *size)
+        with run.runtime.autocast():
+            logits = run.forward(inputs)
+        loss = training_loss(run.config, logits, targets) * (len(inputs) / len(images))
+        run.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    return sum(losses[1:], losses[0])
 
 
 def _train_epoch(run: Run) -> None:

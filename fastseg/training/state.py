@@ -64,6 +64,7 @@ class Run:
     stop_requested: bool = False  # this process has received Ctrl-C or SIGTERM
     interrupted: bool = False  # all ranks have agreed to stop
     warm_sizes: set[tuple[int, int]] = field(default_factory=set)  # image sizes at which a step has run in this call
+    micro_batch: int = 0  # pairs per forward pass that fit in memory; 0: the whole batch
     trained_pairs: int = 0  # in this call
     start_time: float = 0.0  # time.perf_counter() at the beginning of this call
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by part of the run
