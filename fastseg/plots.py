@@ -1,4 +1,7 @@
-"""Plots of a run: learning curves, and outlines drawn over images."""
+"""Plots of a run: learning curves, and outlines drawn over images.
+
+matplotlib is imported when the first plot is drawn, so that the first training step does not wait for it.
+"""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -6,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -43,6 +45,8 @@ def draw_curves(history: list[dict[str, Any]], path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    from matplotlib.figure import Figure
+
     epochs = [entry["epoch"] for entry in history]
     best = max(history, key=lambda entry: entry["val_dice"])
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -126,6 +130,8 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
     Raises:
         OutputError: the file cannot be written.
     """
+    from matplotlib.figure import Figure
+
     columns = min(columns, len(shown))
     aspects = [photo.shape[0] / photo.shape[1] for photo, *_ in shown]
     heights = [width * max(aspects[i : i + columns]) + 0.35 for i in range(0, len(shown), columns)]

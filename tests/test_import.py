@@ -49,6 +49,13 @@ def test_dali_would_be_seen(tmp_path):
     assert loaded_by("import fastseg\nimport nvidia.dali", "nvidia.dali", "numba", path=tmp_path) == {"nvidia.dali"}
 
 
+def test_training_loads_neither_matplotlib_nor_kornia_before_they_are_needed():
+    modules = ("matplotlib", "kornia", "torch")
+    assert loaded_by("from fastseg.training.loop import train", *modules) == {"torch"}
+    code = "from fastseg.training.loop import train\nimport kornia, matplotlib.figure"
+    assert loaded_by(code, *modules) == {*modules}
+
+
 def test_every_public_name_is_there():
     for name in fastseg.__all__:
         assert getattr(fastseg, name).__name__ == name

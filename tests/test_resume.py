@@ -21,9 +21,11 @@ import itertools, signal, sys
 import torch
 from fastseg.cli import main
 from fastseg.data.loader import Loader
+from fastseg.training.writer import CheckpointWriter
 
 name, place, number, *arguments = sys.argv[1:]
 batches, save, count = Loader.__iter__, torch.save, itertools.count(1)
+start_saving = CheckpointWriter.save
 
 def send_signal_in_time():
     if next(count) == int(number):
@@ -42,8 +44,13 @@ def save_slowly(state, file):
     file.seek(0)
     save(state, file)
 
+def save_and_wait(writer, states):
+    start_saving(writer, states)
+    writer.wait()
+
 if place == "batch":
     Loader.__iter__ = iterate
+    CheckpointWriter.save = save_and_wait  # so that it is known which checkpoint the signal finds
 else:
     torch.save = save_slowly
 main(arguments)

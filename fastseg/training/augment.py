@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from kornia.geometry.transform import get_affine_matrix2d
 from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
@@ -219,6 +218,8 @@ def augment_torch(
 
 def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
     """(B, 3, 3) on the CPU, from pixels of the source to pixels of the result: flip, scale, rotation, shift."""
+    from kornia.geometry.transform import get_affine_matrix2d  # here, because only training needs kornia
+
     batch = len(params.flip)
     flip = torch.eye(3).repeat(batch, 1, 1)
     flip[:, 0, 0] = 1 - 2 * params.flip

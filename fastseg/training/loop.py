@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fastseg.config import Config, as_config
 from fastseg.errors import FastsegError
-from fastseg.network.checkpoint import save_checkpoint
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
@@ -45,6 +44,7 @@ from fastseg.training.state import (
     log_epoch,
     resolve_config,
     resume,
+    save_epoch,
     save_last,
 )
 from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, summarise
@@ -67,7 +67,8 @@ def train(
 
     Args:
         config: a `Config`, a mapping of its fields, or the path of a JSON file such as `hyperparams.json`.
-        after_epoch: called with each epoch's entry of metrics.jsonl; the run ends when it returns true.
+        after_epoch: called with each epoch's entry of metrics.jsonl; the run ends when it returns true. The epoch's
+            checkpoints may not be on disk yet.
 
     Returns:
         The scores and the run's folder. It holds `config.json`, `metrics.jsonl` (one line per epoch), `summary.json`,
@@ -96,21 +97,25 @@ def train(
         create_run_dir(run)
         writer = open_writer(config, run.epoch) if runtime.rank == 0 else None
         run.seconds["start-up"] = time.perf_counter() - start_time
-        with _stop_on_signal(run), retain_freed_memory(runtime.device):
-            while not run.interrupted and not _is_finished(run):
-                _train_epoch(run)
-                if run.interrupted:
-                    break
-                _validate(run)
-                if writer:
-                    write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
-                if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
-                    log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
-                    break
-        if writer:
-            writer.close()
+        with run.checkpoints:  # which waits for the last checkpoint at its end
+            with _stop_on_signal(run), retain_freed_memory(runtime.device):
+                while not run.interrupted and not _is_finished(run):
+                    _train_epoch(run)
+                    if run.interrupted:
+                        break
+                    _validate(run)
+                    if writer:
+                        write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                    if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
+                        log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
+                        break
+            if writer:
+                writer.close()
+            trained = time.perf_counter()
+            if run.interrupted:
+                save_last(run)
+        run.seconds["checkpoints"] += time.perf_counter() - trained
         if run.interrupted:
-            save_last(run)
             log.info("interrupted in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
         return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
@@ -204,7 +209,7 @@ def _train_epoch(run: Run) -> None:
 
 
 def _validate(run: Run) -> None:
-    """Score the epoch, write its line and its checkpoints, and advance to the next."""
+    """Score the epoch, write its line, start writing its checkpoints, and advance to the next."""
     began = time.perf_counter()
     model = run.eval_model.eval()
     scores = score_batches(model, run.val_loader, run.runtime)
@@ -223,10 +228,7 @@ def _validate(run: Run) -> None:
     run.loss_sum.zero_()
     if run.runtime.rank == 0:
         log_epoch(run.config.run_dir, entry)
-        if run.best is entry:
-            weights = {"config": run.config.model_dump(), "model": model.state_dict(), "scores": entry}
-            save_checkpoint(run.config.run_dir / "best.pt", weights)
-        save_last(run)
+    save_epoch(run)
     run.seconds["checkpoints"] += time.perf_counter() - scored
 
 

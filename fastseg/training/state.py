@@ -17,13 +17,14 @@ from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import ConfigError, OutputError
-from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights, save_checkpoint
+from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
 from fastseg.runtime.files import atomic_write, check_writable, make_folder
 from fastseg.training.compile import capture_graphs, choose_compile
 from fastseg.training.recipe import make_ema_model, make_optimizer, training_size
+from fastseg.training.writer import CheckpointWriter
 
 __all__ = [
     "Run",
@@ -35,6 +36,7 @@ __all__ = [
     "log_epoch",
     "resolve_config",
     "resume",
+    "save_epoch",
     "save_last",
 ]
 
@@ -58,6 +60,7 @@ class Run:
     train_loader: Loader
     val_loader: Loader
     loss_sum: Tensor  # scalar float32 on the device, over the steps of this epoch
+    checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
     epoch: int = 0
     step: int = 0  # within the epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per epoch, as in metrics.jsonl
@@ -189,15 +192,37 @@ def compile_model(run: Run) -> None:
         run.forward = capture_graphs(run.model, run.runtime, [(config.batch_size, 3, *size) for size in sizes])
 
 
-def save_last(run: Run) -> None:
-    """Write the complete state of the run to `last.pt`; only rank 0 writes.
+def save_epoch(run: Run) -> None:
+    """Start writing `best.pt`, if the last epoch is the best, and then `last.pt`; only rank 0 writes.
 
     Raises:
-        OutputError: the file cannot be written; the previous one is intact.
+        OutputError: the save before this one failed.
     """
     if run.runtime.rank > 0:
         return
-    state = {
+    folder, last = run.config.run_dir, _last_state(run)
+    states = {folder / "last.pt": last}
+    if run.best is run.history[-1]:
+        # The same tensors as in last.pt, which are copied once.
+        weights = last["model"] if run.ema_model is None else last["ema_model"]
+        best = {"config": last["config"], "model": weights, "scores": run.best}
+        states = {folder / "best.pt": best, **states}
+    run.checkpoints.save(states)
+
+
+def save_last(run: Run) -> None:
+    """Start writing the complete state of the run to `last.pt`; only rank 0 writes.
+
+    Raises:
+        OutputError: the save before this one failed.
+    """
+    if run.runtime.rank == 0:
+        run.checkpoints.save({run.config.run_dir / "last.pt": _last_state(run)})
+
+
+def _last_state(run: Run) -> dict[str, Any]:
+    """The content of `last.pt`. Its tensors are those of the run, not copies."""
+    return {
         "config": run.config.model_dump(),
         "model": run.model.state_dict(),
         "ema_model": run.ema_model.state_dict() if run.ema_model else None,
@@ -210,7 +235,6 @@ def save_last(run: Run) -> None:
         "loss_sum": run.loss_sum,
         "history": run.history,
     }
-    save_checkpoint(run.config.run_dir / "last.pt", state)
 
 
 def resume(run: Run, state: dict[str, Any] | None) -> None:
