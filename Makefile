@@ -2,7 +2,8 @@
 # make test   install, run the tests            make lint   ruff, mypy, import-linter
 # make docs   install, build the pages of docs/ as HTML in build/docs; a warning is an error
 # make gpu-check OUT=DIR   tests and benchmarks that need a GPU, eight minutes, results as JSON in DIR
-# make install   only the virtual environment   make clean  remove what these made (data/ and runs/ stay)
+# make install   only the virtual environment, with numba's kernels compiled and cached
+# make clean     remove what these made (data/ and runs/ stay)
 # make peers     .venv-peers: fastseg beside the libraries that the benchmarks compare it with
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,6 +22,7 @@ peers: .venv-peers/installed
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "fastseg needs Python 3.10 or newer; this is " + sys.version.split()[0] + ". Run make PYTHON=/path/to/a/newer/python3.")'
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[$(EXTRA)]'
+	$*/bin/python scripts/compile_kernels.py
 	touch $@
 
 demo: $(STAMP)
