@@ -29,7 +29,7 @@ from torch import Tensor
 import fastseg
 from fastseg.config import Config
 from fastseg.data.batch import Batch
-from fastseg.data.dali import DaliDecoder
+from fastseg.data.dali.decoder import DaliDecoder
 from fastseg.data.decode import image_size
 from fastseg.data.host import HostDecoder
 from fastseg.data.loader import epoch_order

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from test_decode import draw_disc, draw_photo, encode, expected_cells, expected_centres, mean_error
 
-from fastseg.data import dali, host
+from fastseg.data import host
 from fastseg.data.batch import BadSamples, Batch
-from fastseg.data.dali import DaliDecoder
+from fastseg.data.dali import decoder as dali
+from fastseg.data.dali.decoder import DaliDecoder
 from fastseg.data.gif import encode_gif
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs, find_pairs

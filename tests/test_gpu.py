@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.data.dali import DaliDecoder
+from fastseg.data.dali.decoder import DaliDecoder
 from fastseg.data.loader import Loader, epoch_order
 from fastseg.network.unet import UNet
 from tests.conftest import write_pair

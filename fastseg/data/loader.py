@@ -129,7 +129,7 @@ class Loader:
         name, reason = _choose_decoder(choice, self.device.type == "cuda")
         if name == "dali":
             try:
-                from fastseg.data.dali import DaliDecoder  # imports DALI, so only if it is used
+                from fastseg.data.dali.decoder import DaliDecoder  # imports DALI, so only if it is used
 
                 decoder = DaliDecoder(self.pairs, height, width, device=self.device, **options)
                 decoder.build(-(-self.batch_size // self.world_size))  # now, because the cache depends on the decoder

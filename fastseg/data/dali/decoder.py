@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastseg.data.batch import Batch, empty_batch, wait_on_current_stream
-from fastseg.data.dali_errors import DaliFileError, dali_config_errors, dali_run_errors
+from fastseg.data.dali.errors import DaliFileError, dali_config_errors, dali_run_errors
 from fastseg.data.decode import Size, as_dali_input, decode_mask
 from fastseg.data.host import HostDecoder, check_sizes, decode_file
 from fastseg.data.pairs import Pairs
