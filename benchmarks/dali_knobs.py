@@ -46,7 +46,7 @@ class Row(NamedTuple):
 
     decoder: str  # host, dali or both
     threads: int
-    hw_decoder_load: float = 0.65
+    hw_decoder_load: float = 0.0
     batches_ahead: int = 2
     preallocate: bool = False
     host_share: float = 0.5
@@ -65,7 +65,7 @@ def make_rows(threads: int) -> list[Row]:
     return [
         Row("host", threads),
         default,
-        *(default._replace(hw_decoder_load=load) for load in (0.0, 0.8, 1.0)),
+        *(default._replace(hw_decoder_load=load) for load in (0.65, 1.0)),
         *(default._replace(threads=count) for count in sorted({2, 4} - {threads})),
         default._replace(batches_ahead=4),
         default._replace(preallocate=True),
