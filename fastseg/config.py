@@ -85,9 +85,7 @@ class Config(BaseModel):
     ema_decay: float = _field(0.0, "decay per step of the EMA of the weights, which is scored; 0: no EMA", ge=0, lt=1)
     progressive_resizing: float = _field(0.7, "fraction of steps, the first, on images of half the size", ge=0, le=1)
     batch_size: int = _field(16, "pairs per step, over all processes", ge=1)
-    micro_batch: int = _field(
-        0, "pairs per forward pass and process, with accumulated gradients; 0: halve the batch until it fits", ge=0
-    )
+    micro_batch: int = _field(0, "pairs per forward pass and process; 0: halve the batch until it fits", ge=0)
     num_epochs: int = _field(3, "passes over the training pairs; by default more if min_steps needs them", ge=1)
     min_steps: int = _field(240, "minimum number of steps if num_epochs is not given", ge=0)
     early_stopping: int = _field(0, "stop after this many epochs without a better Dice; 0: never", ge=0)
