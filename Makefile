@@ -1,7 +1,7 @@
 # make demo   install, make Carvana-like pairs, train, evaluate, draw: everything from nothing
 # make test   install, run the tests            make lint   ruff, mypy, import-linter
 # make docs   install, build the pages of docs/ as HTML in build/docs; a warning is an error
-# make gpu-check OUT=DIR   tests and benchmarks that need a GPU, eight minutes, results as JSON in DIR
+# make gpu-check OUT=DIR   tests and benchmarks that need a GPU, nine minutes, results as JSON in DIR
 # make install   only the virtual environment, with numba's kernels compiled and cached
 # make clean     remove what these made (data/ and runs/ stay)
 # make peers     .venv-peers: fastseg beside the libraries that the benchmarks compare it with

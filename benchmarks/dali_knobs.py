@@ -4,11 +4,13 @@
     python benchmarks/dali_knobs.py --device cpu --pairs 32 --channels 4 --seconds 1       # a small one, without a GPU
 
 Every row decodes the same pairs, epoch after epoch, without a cache: alone for `--seconds`, then as long beside a
-network that trains on one resident batch. Columns: pairs per second alone and beside training, CPU cores in use, and
-the share of its speed that training loses. First every row's pixels are compared with those of the host decoder.
+network that trains on one resident batch. Columns: pairs per second alone and beside training, CPU cores in use, the
+share of its speed that training loses, and how busy the GPU's JPEG engines were at most. First every row's pixels are
+compared with those of the host decoder.
 """
 
 import itertools
+import subprocess
 import sys
 import threading
 import time
@@ -59,18 +61,20 @@ class Row(NamedTuple):
         return text if self.decoder == "dali" else f"{self.host_share:.0%} host + {text}"
 
 
-def make_rows(threads: int) -> list[Row]:
-    """The default, and rows that differ from it in one setting."""
+def make_rows(threads: int, *, all_rows: bool) -> list[Row]:
+    """The default, and rows that differ from it in one setting: the five that matter most, or all."""
     default = Row("dali", threads)
-    return [
+    rows = [
         Row("host", threads),
         default,
         *(default._replace(hw_decoder_load=load) for load in (0.65, 1.0)),
-        *(default._replace(threads=count) for count in sorted({2, 4} - {threads})),
-        default._replace(batches_ahead=4),
-        default._replace(preallocate=True),
-        *(Row("both", threads, host_share=share) for share in (0.25, 0.5, 0.75)),
+        Row("both", threads),
     ]
+    if all_rows:
+        rows += [default._replace(threads=count) for count in sorted({2, 4} - {threads})]
+        rows += [default._replace(batches_ahead=4), default._replace(preallocate=True)]
+        rows += [Row("both", threads, host_share=share) for share in (0.25, 0.75)]
+    return rows
 
 
 def open_row(row: Row, pairs: fastseg.Pairs, device: torch.device) -> Iterator[Batch]:
@@ -154,6 +158,25 @@ class Training:
                 self.steps += 1
 
 
+class JpegEngines:
+    """How busy the GPU's JPEG engines are within the block, in percent, at most; None where the driver does not say."""
+
+    COMMAND = ("nvidia-smi", "--query-gpu=utilization.jpeg", "--format=csv,noheader,nounits", "--loop-ms=100")
+
+    def __enter__(self) -> "JpegEngines":
+        self.busiest: int | None = None
+        try:
+            self._sampler = subprocess.Popen(self.COMMAND, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError:  # no driver
+            self._sampler = subprocess.Popen(["true"], stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sampler.terminate()
+        printed, _ = self._sampler.communicate()
+        self.busiest = max((int(line) for line in printed.split() if line.isdigit()), default=None)
+
+
 def measure(batches: Iterator[Batch], seconds: float, device: torch.device) -> tuple[list[float], float]:
     """Pairs per second in each window of the seconds, and the CPU cores that this process used meanwhile."""
     for _ in range(WARM_UP_BATCHES):
@@ -181,7 +204,8 @@ def measure_row(
     error = check_pixels(row, pairs, device, exact)
     decode = partial(measure, seconds=options.seconds, device=device)
     with closing(open_row(row, pairs, device)) as batches:
-        alone, busy = decode(batches)
+        with JpegEngines() as engines:
+            alone, busy = decode(batches)
         with Training(options.channels, device) as training:
             undisturbed, _ = steps_per_s(training, partial(time.sleep, options.seconds))
             disturbed, (beside, _) = steps_per_s(training, partial(decode, batches))
@@ -194,6 +218,7 @@ def measure_row(
         "pairs_per_s_beside_training": round(median(beside), 1),
         "pairs_per_s_beside_training_spread": round(spread(beside), 1),
         "training_loss_pct": round(100 * (1 - disturbed / undisturbed), 1) if undisturbed else None,
+        "jpeg_engines_pct": engines.busiest,
         "error": round(error, 3),
     }
 
@@ -204,9 +229,10 @@ def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
     for row in rows:
         alone, beside = (plus_minus(row[rate], row[f"{rate}_spread"]) for rate in rates)
         loss = "-" if row["training_loss_pct"] is None else f"{row['training_loss_pct']}"
-        table.append([row["row"], alone, f"{row['cpu_cores']}", beside, loss, f"{row['error']}"])
-    header = ["", "pairs/s", "CPU cores", "pairs/s beside training", "training loses, %", "error, grey levels"]
-    print_table(header, table, missing)
+        engines = "-" if row["jpeg_engines_pct"] is None else f"{row['jpeg_engines_pct']}"
+        table.append([row["row"], alone, f"{row['cpu_cores']}", beside, loss, engines, f"{row['error']}"])
+    header = ["", "pairs/s", "CPU cores", "pairs/s beside training", "training loses, %", "JPEG engines, %"]
+    print_table([*header, "error, grey levels"], table, missing)
 
 
 def main() -> None:
@@ -215,21 +241,25 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=64, help="of the network that trains")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each of three measurements")
     parser.add_argument("--threads", type=int, default=cores(), help="of a decoder")
+    parser.add_argument("--all-rows", action="store_true", help="measure every setting, not only five")
     options = parser.parse_args()
     device = choose_device(options.device)
     pairs, files = carvana_pairs(options.data, max(options.pairs // BATCH_SIZE, 1) * BATCH_SIZE)
     exact = next(HostDecoder(pairs, HEIGHT, WIDTH, num_workers=options.threads).decode([np.arange(len(pairs))])).images
-    rows, missing = [], {}
-    for row in make_rows(options.threads):
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    content = {"rows": rows, "missing": missing, "files": files}
+    for row in make_rows(options.threads, all_rows=options.all_rows):
         print(row.describe(), file=sys.stderr)
         try:
             rows.append(measure_row(row, pairs, device, exact.float(), options))
             print(rows[-1], file=sys.stderr)
         except RuntimeError as error:  # wrong pixels, or a setting that DALI refuses
             missing[row.describe()] = one_line(error)
+        write_report("dali_knobs", content, options.json, finished=False)
     print(f"\n{len(pairs)} pairs, {describe_machine()}\n")
     print_rows(rows, missing)
-    write_report("dali_knobs", {"rows": rows, "missing": missing, "files": files}, options.json)
+    write_report("dali_knobs", content, options.json)
 
 
 if __name__ == "__main__":

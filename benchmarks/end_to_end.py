@@ -4,9 +4,10 @@
     python benchmarks/end_to_end.py --pairs 256 --channels 8 --ways eager    # a small one, for a CPU
 
 Carvana-like files, linked several times up to `--pairs`; a tenth of the cars is validation. Each way is the command in
-a process of its own: `eager` does not compile, `graphs` captures CUDA graphs (on a GPU only), `cold` compiles into an
-empty folder, `warm` finds the compiled code of `cold`, `auto` is the default with that folder. Everything counts:
-Python, imports, checks of the files, decoding, compiling, validation, checkpoints, pictures.
+a process of its own: `eager` does not compile, `host` and `dali` neither and have a fixed decoder, `graphs` captures
+CUDA graphs (on a GPU only), `cold` compiles into an empty folder, `warm` finds the compiled code of `cold`, `auto` is
+the default with that folder. Everything counts: Python, imports, checks of the files, decoding, compiling, validation,
+checkpoints, pictures.
 """
 
 import argparse
@@ -31,8 +32,16 @@ import fastseg
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import choose_device
 
-# The name of a way, and its `compile`. A run of `warm` or `auto` needs one of `cold` before it.
-WAYS = {"graphs": "graphs", "cold": "on", "warm": "on", "auto": "auto", "eager": "off"}
+# The name of a way, and its fields. A run of `warm` or `auto` needs one of `cold` before it.
+WAYS = {
+    "graphs": {"compile": "graphs"},
+    "cold": {"compile": "on"},
+    "warm": {"compile": "on"},
+    "auto": {"compile": "auto"},
+    "eager": {"compile": "off"},
+    "host": {"compile": "off", "decoder": "host"},
+    "dali": {"compile": "off", "decoder": "dali"},
+}
 VAL_SHARE = 0.1
 TARGETS = (0.97, 0.99)
 numbers = itertools.count()  # of the runs
@@ -54,7 +63,7 @@ def train(folder: Path, way: str, options: argparse.Namespace) -> dict[str, Any]
         batch_size=options.batch_size,
         num_workers=options.workers,
         device=options.device,
-        compile=WAYS[way],
+        **WAYS[way],
         out_dir=folder / "runs",
         name=name,
     )
@@ -119,10 +128,17 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=1, help="processes per way")
     options = parser.parse_args()
     on_gpu = choose_device(options.device).type == "cuda"
-    ways = options.ways or [way for way in WAYS if on_gpu or way != "graphs"]
+    ways = options.ways or [way for way in WAYS if on_gpu or way not in ("graphs", "dali")]
     if "graphs" in ways and not on_gpu:
         raise ConfigError("--ways: graphs needs a GPU. Use the others.")
     pairs, files = carvana_pairs(options.data, options.files)
+    settings = {"pairs": options.pairs, "channels": options.channels, "epochs": options.epochs}
+
+    def save(runs: dict[str, list[dict[str, Any]]], missing: dict[str, str], finished: bool = False) -> None:
+        rows = [summarise(way, done) for way, done in runs.items()]
+        content = {"rows": rows, "missing": missing, "settings": settings, "files": files}
+        write_report("end_to_end", content, options.json, ("kornia",), finished=finished)
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train_pairs, val_pairs = fastseg.split_by_group(pairs, VAL_SHARE, seed=0)
@@ -130,14 +146,12 @@ def main() -> None:
         link_pairs(train_pairs, folder, "train", options.pairs - val_count)
         link_pairs(val_pairs, folder, "val", val_count)
         print(f"fastseg train on {options.pairs - val_count} + {val_count} pairs", file=sys.stderr)
-        runs, missing = run_in_turn({way: partial(train, folder, way, options) for way in ways}, options.repeat)
-    rows = [summarise(way, done) for way, done in runs.items()]
-    settings = {"pairs": options.pairs, "channels": options.channels, "epochs": options.epochs}
+        jobs = {way: partial(train, folder, way, options) for way in ways}
+        runs, missing = run_in_turn(jobs, options.repeat, save)
     print("\n{pairs} pairs, {channels} channels, {epochs} epochs, batch ".format(**settings), end="")
     print(f"{options.batch_size}; {describe_machine()}\n")
-    print_rows(rows, missing)
-    content = {"rows": rows, "missing": missing, "settings": settings, "files": files}
-    write_report("end_to_end", content, options.json, ("kornia",))
+    print_rows([summarise(way, done) for way, done in runs.items()], missing)
+    save(runs, missing, finished=True)
 
 
 if __name__ == "__main__":

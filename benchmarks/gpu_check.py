@@ -3,7 +3,7 @@
     make gpu-check OUT=results                     # or: python benchmarks/gpu_check.py --out results
     PYTHONPATH=. python3 benchmarks/gpu_check.py --out results --only tests,end_to_end
 
-Runs from the source tree, with any Python that has the dependencies. Each step has its share of eight minutes, and the
+Runs from the source tree, with any Python that has the dependencies. Each step has its share of nine minutes, and the
 time that the steps before it did not use. A step that takes longer is stopped with all its processes and fails; the
 next step runs. gpu_check.json has the results of all. Without a GPU the script prints a message and exits with status
 0.
@@ -29,38 +29,39 @@ LOG_TAIL = 4000  # characters of the log of a failed step; its finished rows are
 FILES = 256  # different pairs, generated before the clock starts
 TESTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
 
-# name: its share of the seconds, and its command; {out} is the folder of the results
+
+def pytest_step(name: str, *selection: str) -> list[str]:
+    return ["-m", "pytest", *TESTS, "-m", "gpu", "-v", "--durations=0", "-p", "no:cacheprovider",
+            f"--junitxml={{out}}/{name}.xml", "-k", *selection]  # fmt: skip
+
+
+def profile_flags(name: str, batch: str, ways: str, precisions: str) -> list[str]:
+    return ["benchmarks/profile_step.py", "--batch", batch, "--ways", ways, "--precisions", precisions,
+            "--json", f"{{out}}/{name}.json"]  # fmt: skip
+
+
+def end_to_end_flags(name: str, ways: str) -> list[str]:
+    return ["benchmarks/end_to_end.py", "--files", str(FILES), "--ways", ways, "--json", f"{{out}}/{name}.json"]
+
+
+# name: its share of the seconds, and its command; {out} is the folder of the results. What a later step builds on comes
+# first, and what compiles comes last.
 STEPS: dict[str, tuple[int, list[str]]] = {
-    "tests": (
-        130,
-        ["-m", "pytest", *TESTS, "-m", "gpu", "-v", "--durations=0",
-         "-p", "no:cacheprovider", "--junitxml={out}/tests.xml"],
+    "torn": (50, pytest_step("torn", "torn")),
+    "profile": (50, profile_flags("profile", "16,64", "eager,graphs", "bf16,fp16")),
+    "end_to_end": (100, end_to_end_flags("end_to_end", "eager,host,graphs")),
+    "profile_compiled": (60, profile_flags("profile_compiled", "64", "eager,compile", "bf16")),
+    "tests": (90, pytest_step("tests", "not torn and not bf16-on")),
+    "dali_knobs": (
+        40, ["benchmarks/dali_knobs.py", "--pairs", str(FILES), "--seconds", "0.7", "--json", "{out}/dali_knobs.json"],
     ),
     "training": (
-        100,
+        40,
         ["benchmarks/training.py", "--pairs", str(FILES), "--channels", "64", "--steps", "40", "--rounds", "2",
-         "--repeat", "1", "--rows", "fastseg,graphs,compile,plain", "--json", "{out}/training.json"],
+         "--repeat", "1", "--rows", "fastseg,graphs,plain", "--json", "{out}/training.json"],
     ),
-    "end_to_end": (
-        135,
-        ["benchmarks/end_to_end.py", "--files", str(FILES), "--ways", "graphs,cold,warm,eager",
-         "--json", "{out}/end_to_end.json"],
-    ),
-    "dali_knobs": (
-        45,
-        ["benchmarks/dali_knobs.py", "--pairs", str(FILES), "--seconds", "0.7", "--json", "{out}/dali_knobs.json"],
-    ),
-    "profile_step": (
-        35,
-        ["benchmarks/profile_step.py", "--batch", "16,64,256", "--ways", "eager,benchmark,graphs",
-         "--json", "{out}/profile_step.json"],
-    ),
-    "augment": (15, ["benchmarks/augment.py", "--device", "cuda", "--json", "{out}/augment.json"]),
-    "model": (
-        20,
-        ["benchmarks/model.py", "--channels", "64", "--batch", "64", "--dtypes", "bf16", "--repeat", "1",
-         "--json", "{out}/model.json"],
-    ),
+    "end_to_end_compiled": (80, end_to_end_flags("end_to_end_compiled", "cold,warm")),
+    "tests_compiled": (30, pytest_step("tests_compiled", "bf16-on")),
 }  # fmt: skip
 
 
@@ -78,8 +79,8 @@ def run_step(name: str, out: Path, limit_s: float) -> dict[str, Any]:
             os.killpg(process.pid, signal.SIGKILL)  # with its workers, which would occupy the GPU
             process.wait()
             result = f"failed: stopped after {limit_s:.0f} s"
-    if name == "tests" and result == "passed":
-        result = judge_tests(out / "tests.xml")
+    if result == "passed" and "pytest" in command:
+        result = judge_tests(out / f"{name}.xml")
     seconds = round(time.perf_counter() - started, 1)
     print(f"{name}: {result}, {seconds:.0f} s; {log}", flush=True)
     found = out / f"{name}.json"
@@ -118,7 +119,7 @@ def main() -> int:
     for name in options.only:
         share += STEPS[name][0]
         steps.append(run_step(name, out, share - (time.perf_counter() - started)))
-    (out / "gpu_check.json").write_text(json.dumps({"machine": machine(), "steps": steps}, indent=1) + "\n")
+        (out / "gpu_check.json").write_text(json.dumps({"machine": machine(), "steps": steps}, indent=1) + "\n")
     print(json.dumps({"suite": "gpu_check", "machine": machine(), "steps": steps}))
     return 0 if all(step["result"] == "passed" for step in steps) else 1
 

@@ -25,8 +25,15 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def run_in_turn(jobs: dict[Any, Callable[[], Any]], repeat: int) -> tuple[dict[Any, list[Any]], dict[str, str]]:
+def run_in_turn(
+    jobs: dict[Any, Callable[[], Any]],
+    repeat: int,
+    after_run: Callable[[dict[Any, list[Any]], dict[str, str]], None] = lambda runs, missing: None,
+) -> tuple[dict[Any, list[Any]], dict[str, str]]:
     """Run the jobs in turn, `repeat` times, so that a disturbance of the machine hits all of them alike.
+
+    Args:
+        after_run: called after each run with what is returned at the end.
 
     Returns:
         The results of each job, and the reason why a job is missing: one failure removes it.
@@ -41,6 +48,7 @@ def run_in_turn(jobs: dict[Any, Callable[[], Any]], repeat: int) -> tuple[dict[A
             except FAILURES as error:
                 missing[str(name)] = one_line(error)
                 del runs[name]
+            after_run({name: done for name, done in runs.items() if done}, missing)
     return runs, missing
 
 

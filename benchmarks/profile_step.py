@@ -12,6 +12,7 @@ a large matrix product; the floor of memory is the traffic of batch norms, ReLUs
 rate of a large copy.
 """
 
+import itertools
 import os
 import tempfile
 import time
@@ -61,6 +62,7 @@ WAYS = {
     "max_autotune": 'torch.compile(mode="max-autotune-no-cudagraphs"), cuDNN tries its algorithms',
 }
 MODES = {"compile": None, "compile_graphs": "reduce-overhead", "max_autotune": "max-autotune-no-cudagraphs"}
+PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 NEED_GPU = ("graphs", "compile_graphs")
 KINDS = (  # the first kind that has a word in the name of the operation or kernel
     ("convolution", ("triton_tem",)),  # a template of max-autotune
@@ -219,16 +221,22 @@ def main() -> None:
     parser = make_parser(__doc__, device=True)
     parser.add_argument("--channels", type=int, default=64)
     parser.add_argument("--batch", type=integers, default="16")
+    parser.add_argument(
+        "--precisions", type=some_of(PRECISIONS), default="auto", help=f"some of {','.join(PRECISIONS)}"
+    )
     parser.add_argument("--ways", type=some_of(WAYS), default="eager", help=f"some of {','.join(WAYS)}")
     options = parser.parse_args()
     device = choose_device(options.device)
     if device.type == "cpu" and (missing := [way for way in options.ways if way in NEED_GPU]):
         raise ConfigError(f"--ways: {', '.join(missing)} needs a GPU. Use the others.")
-    rows, missing = [], {}
+    rows: list[dict[str, Any]] = []
+    missing: dict[str, str] = {}
+    content = {"channels": options.channels, "rows": rows, "missing": missing}
     for batch in options.batch:
-        config = Config(base_channels=options.channels, batch_size=batch, device=options.device)
         first_loss = None
-        for way in options.ways:
+        for precision, way in itertools.product(options.precisions, options.ways):
+            fields = {"base_channels": options.channels, "batch_size": batch, "precision": precision}
+            config = Config(**fields, device=options.device)
             with tempfile.TemporaryDirectory() as folder:
                 os.environ |= {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
                 try:
@@ -236,11 +244,12 @@ def main() -> None:
                     first_loss = first_loss or rows[-1]["first_loss"]
                     print_row(rows[-1])
                 except RuntimeError as error:  # a wrong loss, or too little memory
-                    missing[f"batch {batch}, {way}"] = one_line(error)
+                    missing[f"batch {batch}, {precision}, {way}"] = one_line(error)
             torch.compiler.reset()
+            write_report("profile_step", content, options.json, finished=False)
     print(f"\n{describe_machine()}")
     print_missing(missing)
-    write_report("profile_step", {"channels": options.channels, "rows": rows, "missing": missing}, options.json)
+    write_report("profile_step", content, options.json)
 
 
 if __name__ == "__main__":

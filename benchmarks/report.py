@@ -149,11 +149,19 @@ def print_missing(missing: dict[str, str]) -> None:
         print(f"{name}: not measured ({reason})")
 
 
-def write_report(suite: str, content: dict[str, Any], path: str | None, packages: Sequence[str] = ()) -> None:
-    """Print the result as one line of JSON, and write it to `path` if there is one."""
+def write_report(
+    suite: str, content: dict[str, Any], path: str | None, packages: Sequence[str] = (), *, finished: bool = True
+) -> None:
+    """Print the result as one line of JSON, and write it to `path` if there is one.
+
+    A benchmark that still runs passes `finished=False` after each row: nothing is printed, and if it is stopped, its
+    rows so far are in the file.
+    """
+    if not (path or finished):
+        return
     arguments = [Path(argument).name if os.path.isabs(argument) else argument for argument in sys.argv[1:]]
     others = round(_others_share(), 3)
-    if others > BUSY:
+    if others > BUSY and finished:
         print(f"The machine was not idle: other processes took {others:.0%} of its CPU time.")
     result = {
         "suite": suite,
@@ -166,7 +174,8 @@ def write_report(suite: str, content: dict[str, Any], path: str | None, packages
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result), flush=True)
+    if finished:
+        print(json.dumps(result), flush=True)
 
 
 START = {"clock": time.perf_counter(), "others": _others_seconds(), "load": round(os.getloadavg()[0], 2)}

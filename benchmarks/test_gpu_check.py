@@ -30,7 +30,7 @@ def test_without_a_gpu_it_passes(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in gpu_check.STEPS if name != "tests"])
+@pytest.mark.parametrize("name", [name for name, (_, command) in gpu_check.STEPS.items() if "pytest" not in command])
 def test_every_flag_of_a_step_exists(name: str) -> None:
     _, (script, *arguments) = gpu_check.STEPS[name]
     usage = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
@@ -58,8 +58,8 @@ def test_kind_of_a_kernel(kernel: str, kind: str) -> None:
     assert profile_step.kind_of(kernel) == kind
 
 
-def test_the_steps_fit_into_eight_minutes() -> None:
-    assert sum(limit_s for limit_s, _ in gpu_check.STEPS.values()) <= 8 * 60
+def test_the_steps_fit_into_nine_minutes() -> None:
+    assert sum(limit_s for limit_s, _ in gpu_check.STEPS.values()) <= 9 * 60
 
 
 @pytest.mark.dali

@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import textwrap
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def best_workers(names: list[str], setting: Setting) -> dict[str, int]:
 
 
 def measure_all(
-    names: list[str], setting: Setting, repeat: int
+    names: list[str], setting: Setting, repeat: int, after_run: Callable[[dict[str, Any], dict[str, str]], None]
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """The runs of each row, and the reason why a row is missing."""
     exact_losses: list[float] = []
@@ -104,7 +105,7 @@ def measure_all(
         return found
 
     with tempfile.TemporaryDirectory() as folder:
-        runs, missing = run_in_turn({name: partial(run_once, name, folder) for name in names}, repeat)
+        runs, missing = run_in_turn({name: partial(run_once, name, folder) for name in names}, repeat, after_run)
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR", None)
     return runs, missing
 
@@ -235,7 +236,12 @@ def main() -> None:
     missing = find_missing(options.rows, options.no_compile, device)
     names = [name for name in options.rows if name not in missing]
     setting = setting._replace(reader_workers=best_workers(names, setting))
-    runs, failed = measure_all(names, setting, options.repeat)
+
+    def save(runs: dict[str, list[dict[str, Any]]], failed: dict[str, str]) -> None:
+        rows = [summarise(name, done) for name, done in runs.items()]
+        write_report("training", {"rows": rows, "missing": failed, **content}, options.json, PACKAGES, finished=False)
+
+    runs, failed = measure_all(names, setting, options.repeat, save)
     missing |= failed
     rows = [summarise(name, done) for name, done in runs.items()]
     print_rows(rows, missing)
