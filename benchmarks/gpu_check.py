@@ -31,7 +31,8 @@ TESTS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("tests/test_*.
 
 
 def pytest_step(name: str, *selection: str) -> list[str]:
-    return ["-m", "pytest", *TESTS, "-m", "gpu", "-v", "--durations=0", "-p", "no:cacheprovider",
+    """Warnings are no errors: that machine may have other versions than those that the suite is run with."""
+    return ["-m", "pytest", *TESTS, "-m", "gpu", "-v", "-W", "default", "--durations=0", "-p", "no:cacheprovider",
             f"--junitxml={{out}}/{name}.xml", "-k", *selection]  # fmt: skip
 
 
