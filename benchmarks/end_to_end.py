@@ -81,6 +81,7 @@ def train(folder: Path, way: str, options: argparse.Namespace) -> dict[str, Any]
         "seconds": round(seconds, 2),
         "val_dice": round(summary["val_dice"], 5),
         "pairs_per_s": round(summary["pairs_per_s"], 1),
+        "pairs_per_s_by_epoch": [round(line["pairs_per_s"], 1) for line in lines],
         "data_wait_pct": [round(line["data_wait_pct"], 2) for line in lines],
         **{f"seconds_to_{target}": seconds_to(target, lines, begun) for target in TARGETS},
         "seconds_by_part": {"python and imports": round(begun, 2), **summary["seconds_by_part"]},

@@ -85,8 +85,8 @@ def kind_of(name: str) -> str:
     return next((kind for kind, words in KINDS if any(word in name for word in words)), "the rest")
 
 
-def make_step(config: Config, runtime: Runtime, way: str = "eager") -> Callable[[], Tensor]:
-    """fastseg's step on one resident batch; it returns the loss, before its update."""
+def make_step(config: Config, runtime: Runtime, way: str = "eager") -> Callable[..., Tensor]:
+    """fastseg's step, on one resident batch unless a batch is given; it returns the loss, before its update."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = way not in ("default_allocator", "eager", "graphs")
     model = runtime.to_device(UNet(config.base_channels, config.depth)).train()
@@ -101,7 +101,7 @@ def make_step(config: Config, runtime: Runtime, way: str = "eager") -> Callable[
     images = torch.from_numpy(rng.integers(0, 256, (*shape, 3), np.uint8)).to(runtime.device)
     masks = torch.from_numpy(rng.integers(0, 256, shape, np.uint8)).to(runtime.device)
 
-    def step() -> Tensor:
+    def step(images: Tensor = images, masks: Tensor = masks) -> Tensor:
         inputs, targets = augment(images, masks, sample_params(config, config.batch_size, generator))
         with runtime.autocast():
             logits = forward(inputs)

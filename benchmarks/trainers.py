@@ -24,8 +24,9 @@ from fastseg.network.checkpoint import build_model
 from fastseg.network.losses import bce_loss
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.memory import set_retaining_allocator
+from fastseg.training.compile import compile_model
 from fastseg.training.loop import train_step
-from fastseg.training.state import Run, build_run, compile_model
+from fastseg.training.state import Run, build_run
 
 WATERFALL = {
     "tutorial": "torch DataLoader, Pillow, kornia's classes, Adam, float32, NCHW",

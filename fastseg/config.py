@@ -93,7 +93,7 @@ class Config(BaseModel):
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "dtype of the network's arithmetic")
     compile: Literal["auto", "on", "graphs", "off"] = _field(
-        "auto", "on: torch.compile; graphs: CUDA graphs; auto: torch.compile for long runs"
+        "auto", "on: torch.compile; graphs: CUDA graphs; auto: graphs on a GPU, torch.compile for long runs"
     )
     seed: int = _field(0, "seed of order, augmentation, split and initial weights", ge=0, lt=2**63)
 

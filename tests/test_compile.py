@@ -1,14 +1,25 @@
 """torch.compile and CUDA graphs: when they are used, and that they equal the eager network."""
 
+import math
 import os
+import time
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastseg
 from fastseg.runtime.device import Runtime, choose_runtime
-from fastseg.training.compile import capture_graphs, decide_compile
+from fastseg.training import compile
+from fastseg.training.compile import (
+    capture_graphs,
+    choose_compile,
+    compile_if_it_pays,
+    compile_model,
+    seconds_of_steps,
+)
+from fastseg.training.recipe import training_size
 from tests.test_training import config, weights
 
 
@@ -26,15 +37,74 @@ def test_compiled_training_reaches_the_same_loss(pairs_dir, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("device", "steps", "warm", "choice"),
-    [("cpu", 10**6, True, "off"), ("cuda", 954, False, "off"), ("cuda", 954, True, "on"), ("cuda", 9540, False, "on")],
+    ("device", "world_size", "micro_batch", "choice"),
+    [("cpu", 1, 0, "off"), ("cuda", 1, 0, "graphs"), ("cuda", 2, 0, "off"), ("cuda", 1, 4, "off")],
 )
-def test_compile_auto_weighs_the_steps_that_remain(device, steps, warm, choice):
-    chosen, reason = decide_compile(fastseg.Config(), torch.device(device), steps, warm=warm)
-    assert chosen == choice
-    assert device == "cpu" or str(steps) in reason
-    for asked in ("off", "graphs"):
-        assert decide_compile(fastseg.Config(compile=asked), torch.device(device), steps, warm=warm)[0] == asked
+def test_compile_auto_captures_graphs_where_it_can(device, world_size, micro_batch, choice):
+    runtime = Runtime(torch.device(device), torch.float32, world_size=world_size)
+    settings = fastseg.Config(micro_batch=micro_batch)
+    assert choose_compile(settings, runtime)[0] == choice
+    assert choose_compile(settings.replace(compile="on"), runtime) == ("on", "as asked")
+
+
+def make_run(steps_s, *, num_epochs=10, **changes):
+    """A run on a GPU after the first of `num_epochs` epochs of 100 steps, which took `steps_s` seconds."""
+    return SimpleNamespace(
+        config=fastseg.Config(num_epochs=num_epochs, progressive_resizing=0.5, **changes),
+        runtime=Runtime(torch.device("cuda"), torch.float32),
+        total_steps=100 * num_epochs,
+        steps_done=100,
+        first_step=0,
+        seconds={"steps": steps_s},
+        compiled="graphs",
+        start_time=time.perf_counter(),
+    )
+
+
+@pytest.mark.parametrize(("start", "stop"), [(0, 100), (100, 1000), (450, 550), (600, 700), (100, 100)])
+def test_the_time_of_steps_follows_their_pixels(start, stop):
+    run = make_run(2.0)
+    sizes = [training_size(run.config, step, run.total_steps) for step in range(1000)]
+    expected = sum(0.02 * math.prod(size) / math.prod(sizes[0]) for size in sizes[start:stop])
+    assert seconds_of_steps(run, start, stop) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("steps_s", "cached", "changes", "compiles"),
+    [
+        (1, False, {}, False),  # about 25 s remain, of which compiling saves 5
+        (4, False, {}, False),  # about 100 s, 20 s: less than it takes to compile two sizes
+        (4.5, True, {}, True),
+        (30, False, {}, True),
+        (30, False, {"compile": "graphs"}, False),
+        (30, False, {"time_limit_s": 60}, False),
+    ],
+)
+def test_a_run_compiles_after_an_epoch_if_that_saves_time(steps_s, cached, changes, compiles, tmp_path, monkeypatch):
+    monkeypatch.setattr(compile, "USERS_INDUCTOR_CACHE", str(tmp_path))
+    if cached:
+        (tmp_path / "fxgraph/code").mkdir(parents=True)
+    monkeypatch.setattr(compile, "_compile", lambda run: None)
+    run = make_run(steps_s, **changes)
+    compile_if_it_pays(run)
+    assert run.compiled == ("on" if compiles else "graphs")
+
+
+@pytest.mark.parametrize(("choice", "compiled"), [("auto", "off"), ("graphs", None)])
+def test_graphs_that_do_not_fit_in_memory(monkeypatch, choice, compiled):
+    """`auto` goes on without them, and can then split the batch; `graphs` is refused."""
+
+    def capture(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(compile, "capture_graphs", capture)
+    monkeypatch.setattr(compile, "choose_compile", lambda config, runtime: ("graphs", "for the test"))
+    run = SimpleNamespace(
+        config=fastseg.Config(compile=choice), steps_done=0, total_steps=4, model=None, runtime=None, compiled="off"
+    )
+    with nullcontext() if compiled else pytest.raises(torch.OutOfMemoryError):
+        compile_model(run)
+    assert run.compiled == "off"
 
 
 def test_graphs_are_refused_without_a_gpu(tmp_path):

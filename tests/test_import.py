@@ -56,6 +56,18 @@ def test_training_loads_neither_matplotlib_nor_kornia_before_they_are_needed():
     assert loaded_by(code, *modules) == {*modules}
 
 
+def test_a_step_of_the_optimizer_does_not_load_dynamo():
+    step = (
+        "import torch, fastseg\nfrom fastseg.training.recipe import make_optimizer\n"
+        "model = torch.nn.Linear(1, 1)\nmodel(torch.ones(1, 1)).sum().backward()\n"
+        "for recipe in 'fast', 'tutorial':\n"
+        "    optimizer = {}\n    optimizer.step()\n    optimizer.zero_grad()"
+    )
+    ours, theirs = "make_optimizer(fastseg.Config(recipe=recipe), model)", "torch.optim.Adam(model.parameters())"
+    assert loaded_by(step.format(ours), "torch._dynamo", "torch") == {"torch"}
+    assert loaded_by(step.format(theirs), "torch._dynamo", "torch") == {"torch._dynamo", "torch"}
+
+
 def test_every_public_name_is_there():
     for name in fastseg.__all__:
         assert getattr(fastseg, name).__name__ == name

@@ -349,6 +349,23 @@ def test_decoder_that_cannot_be_loaded_is_refused(make: Callable[..., Loader], m
     assert make(decoder="auto").decoder.name == "host"
 
 
+@pytest.mark.parametrize(
+    ("on_gpu", "threads", "dali", "expected"),
+    [
+        (False, 2, True, "host"),
+        (True, 2, True, "dali"),
+        (True, 16, True, "host"),
+        (True, 2, False, "host"),
+    ],
+)
+def test_auto_takes_the_faster_decoder(
+    monkeypatch: pytest.MonkeyPatch, on_gpu: bool, threads: int, dali: bool, expected: str
+) -> None:
+    monkeypatch.setattr(loader_module, "_has_dali", lambda: dali)
+    assert loader_module._choose_decoder("auto", on_gpu, threads)[0] == expected
+    assert loader_module._choose_decoder("dali", on_gpu, threads)[0] == "dali"
+
+
 def refuse_driver(*_: Any) -> None:
     raise RuntimeError("CUDA driver version is insufficient for CUDA runtime version")
 

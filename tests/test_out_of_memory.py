@@ -196,7 +196,7 @@ def test_captured_graphs_are_not_split(pairs_dir, tmp_path):
     with pytest.raises(fastseg.ConfigError, match=r"^micro_batch: .*graphs.*got 2.*compile=auto"):
         config(pairs_dir, tmp_path, compile="graphs", micro_batch=2)
     run = make_run(config(pairs_dir, tmp_path))
-    run.config = run.config.replace(compile="graphs")
+    run.compiled = "graphs"
 
     def backward(micro_batch):
         assert micro_batch == 4

@@ -1,12 +1,14 @@
 """The recipe: learning rate, image sizes, weight averaging, patience."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 import fastseg
 from fastseg.training.loop import train_step
-from fastseg.training.recipe import learning_rate, training_size
+from fastseg.training.recipe import learning_rate, make_optimizer, training_size
 from tests.test_training import config, weights
 
 
@@ -55,6 +57,34 @@ def test_the_ema_of_the_weights_is_scored_and_saved(pairs_dir, tmp_path, monkeyp
         assert not torch.allclose(saved[key].double(), states[-1][key], atol=1e-6)
     scores = fastseg.evaluate(result.run_dir / "best.pt", pairs_dir / "images", pairs_dir / "masks", device="cpu")
     assert scores["images"] == 12
+
+
+@pytest.mark.parametrize("recipe", ["fast", "tutorial"])
+def test_the_optimizer_equals_torch(recipe):
+    """Bit for bit, weights and state, also after its state was loaded."""
+    settings = fastseg.Config(recipe=recipe, weight_decay=0.1)
+    models = [torch.nn.Linear(5, 3) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    ours = make_optimizer(settings, models[0])
+    groups = [
+        {
+            **group,
+            "params": [models[1].weight if parameter.ndim > 1 else models[1].bias for parameter in group["params"]],
+        }
+        for group in ours.param_groups
+    ]
+    theirs = {"fast": torch.optim.AdamW, "tutorial": torch.optim.Adam}[recipe](groups)
+    for step in range(4):
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            torch.manual_seed(step)
+            model(torch.randn(7, 5)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if step == 1:
+            ours.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert torch.equal(models[0].bias, models[1].bias)
+    assert str(ours.state_dict()) == str(theirs.state_dict())
 
 
 @pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 9), (0.0, 3)])

@@ -41,6 +41,7 @@ CHOICES = {
     "cache": ("auto", "device", "memory", "disk", "off"),
     "bad_samples": ("raise", "skip"),
 }
+ENOUGH_THREADS = 6  # with as many or more, `decoder=auto` decodes on the host, though a GPU could decode
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Loader:
     def _open_decoder(
         self, choice: str, height: int, width: int, log_level: int, options: dict[str, Any]
     ) -> HostDecoder:
-        name, reason = _choose_decoder(choice, self.device.type == "cuda")
+        name, reason = _choose_decoder(choice, self.device.type == "cuda", options["num_workers"])
         if name == "dali":
             try:
                 from fastseg.data.dali.decoder import DaliDecoder  # imports DALI, so only if it is used
@@ -291,14 +292,16 @@ def _move(batch: Batch, device: torch.device) -> Batch:
     )
 
 
-def _choose_decoder(name: str, on_gpu: bool) -> tuple[str, str]:
+def _choose_decoder(name: str, on_gpu: bool, num_threads: int) -> tuple[str, str]:
     if name != "auto":
         return name, "as configured"
-    if on_gpu and _has_dali():
-        return "dali", "the GPU decodes"
-    if on_gpu:
-        return "host", "DALI is not installed"
-    return "host", "several times as fast as DALI on a CPU"
+    if not on_gpu:
+        return "host", "several times as fast as DALI on a CPU"
+    if num_threads >= ENOUGH_THREADS:
+        return "host", f"{num_threads} threads decode faster than the GPU"
+    if _has_dali():
+        return "dali", f"the GPU decodes faster than {num_threads} threads"
+    return "host", "DALI is not installed"
 
 
 def _has_dali() -> bool:

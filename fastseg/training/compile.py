@@ -1,7 +1,7 @@
-"""How the network is compiled: torch.compile if the run is long enough, or CUDA graphs of the eager network.
+"""How the network runs: eagerly, as CUDA graphs of the eager network, or through torch.compile.
 
 In every step the host launches hundreds of kernels, and a GPU that is faster than that waits for the host. A CUDA graph
-is one launch. Capturing it costs a few steps, where compiling costs most of a minute, but its kernels are not fused.
+is one launch. Capturing it takes as long as a few steps; compiling takes most of a minute, but fuses kernels as well.
 """
 
 import copy
@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,16 +21,28 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import Runtime
+from fastseg.runtime.distributed import any_rank
 from fastseg.runtime.files import user_cache
+from fastseg.runtime.out_of_memory import is_out_of_memory, release_memory
+from fastseg.training.recipe import num_small_steps, training_size
+from fastseg.training.state import Run
 
-__all__ = ["capture_graphs", "check_compile", "choose_compile", "decide_compile", "restore_cudnn_benchmark"]
+__all__ = [
+    "capture_graphs",
+    "check_compile",
+    "choose_compile",
+    "compile_if_it_pays",
+    "compile_model",
+    "restore_cudnn_benchmark",
+    "seconds_of_steps",
+]
 
 INDUCTOR_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # where torch keeps compiled code; torch sets it at its first compilation
 USERS_INDUCTOR_CACHE = os.environ.get(INDUCTOR_CACHE, "")
 
-# Steps after which compiling has paid for itself on a GPU. Estimates, not measurements: 40 s of compiling, or 6 s where
-# the compiled code is cached, against 20 ms saved per step of the 64-channel network at batch 16.
-PAYS_AFTER_COLD, PAYS_AFTER_WARM = 2000, 300
+# Measured on an H100 with the 64-channel network (benchmarks/results/gpu): seconds until a network is compiled for one
+# image size, without and with its code in the cache, and the share of an uncompiled step that a compiled one saves.
+COMPILE_COLD_S, COMPILE_WARM_S, COMPILED_SAVES = 26.0, 10.0, 0.2
 
 log = logging.getLogger(__name__)
 
@@ -55,35 +68,94 @@ def check_compile(config: Config, runtime: Runtime) -> None:
         raise ConfigError(f"compile: graphs needs one process on a GPU; the network is on {where}. Use auto.")
 
 
-def choose_compile(config: Config, runtime: Runtime, steps: int) -> str:
-    """How the network runs for `steps` more steps: "on" (torch.compile), "graphs" or "off". Logs the reason.
-
-    Compiled code is cached in the user's cache folder, in one folder per network, machine and version of torch. A
-    second run finds it there and needs seconds instead of most of a minute.
-    """
-    cache = _inductor_cache(config, runtime)
-    choice, reason = decide_compile(config, runtime.device, steps, warm=any(cache.glob("fxgraph/*")))
-    log.info("compile: %s (%s)", choice, reason)
-    if choice == "on":
-        os.environ[INDUCTOR_CACHE] = str(cache)
-    return choice
-
-
-def decide_compile(config: Config, device: torch.device, steps: int, *, warm: bool) -> tuple[str, str]:
-    """The decision and its reason. `warm` means that compiled code of this network is cached."""
+def choose_compile(config: Config, runtime: Runtime) -> tuple[str, str]:
+    """How the network runs from the first step on, "on" (torch.compile), "graphs" or "off", and the reason."""
     if config.compile != "auto":
         return config.compile, "as asked"
-    if device.type == "cpu":
+    if runtime.device.type == "cpu":
         return "off", "on a CPU, compiling takes longer than it saves"
-    minimum = PAYS_AFTER_WARM if warm else PAYS_AFTER_COLD
-    state = "compiled before" if warm else "not compiled before"
-    if steps < minimum:
-        return "off", f"{state}: pays from {minimum} steps on, and {steps} remain"
-    return "on", f"{state}: {steps} steps remain, and it pays from {minimum} on"
+    if runtime.world_size > 1 or config.micro_batch:
+        return "off", "CUDA graphs need one process and whole batches"
+    return "graphs", "captured in a second; if enough steps remain after an epoch, torch.compile"
+
+
+def compile_model(run: Run) -> None:
+    """Let the network of a run that is about to start run as `config.compile` says; logs the reason."""
+    if run.steps_done >= run.total_steps:
+        return
+    choice, reason = choose_compile(run.config, run.runtime)
+    log.info("compile: %s (%s)", choice, reason)
+    if choice == "on":
+        _compile(run)
+    elif choice == "graphs":
+        sizes = [training_size(run.config, step, run.total_steps) for step in (run.steps_done, run.total_steps - 1)]
+        shapes = [(run.config.batch_size, 3, *size) for size in dict.fromkeys(sizes)]
+        try:
+            run.forward = capture_graphs(run.model, run.runtime, shapes)
+        except RuntimeError as error:
+            if run.config.compile != "auto" or not is_out_of_memory(error):
+                raise
+            release_memory(error)
+            log.info("compile: off (a graph of %d pairs does not fit in memory)", run.config.batch_size)
+            return
+    run.compiled = choice
+
+
+def compile_if_it_pays(run: Run) -> None:
+    """With `compile=auto` on a GPU, compile the network if the steps that remain win back the time; after an epoch.
+
+    The seconds that the run's own steps have taken tell how long the others will take.
+    """
+    config, total, done = run.config, run.total_steps, run.steps_done
+    if config.compile != "auto" or run.compiled == "on" or run.runtime.device.type == "cpu":
+        return
+    remaining_s = seconds_of_steps(run, done, total)
+    if config.time_limit_s:
+        remaining_s = min(remaining_s, config.time_limit_s - (time.perf_counter() - run.start_time))
+    sizes = len({training_size(config, step, total) for step in (done, total - 1)})
+    cached = any(_inductor_cache(config, run.runtime).glob("fxgraph/*"))
+    compile_s = sizes * (COMPILE_WARM_S if cached else COMPILE_COLD_S)
+    if any_rank(COMPILED_SAVES * remaining_s > compile_s, run.runtime.device):
+        log.info(
+            "compile: on (takes about %.0f s and saves about %.0f %% of the %.0f s that remain)",
+            *(compile_s, 100 * COMPILED_SAVES, remaining_s),
+        )
+        _compile(run)
+        run.compiled = "on"
+
+
+def seconds_of_steps(run: Run, start: int, stop: int) -> float:
+    """Estimate the seconds that these steps of a run take, from the steps that it has taken in this call.
+
+    A step's time is taken to be proportional to the pixels of its images.
+    """
+
+    def pixels(start: int, stop: int) -> int:
+        small = max(min(stop, num_small) - start, 0)
+        return small * size_of(0) + (stop - start - small) * size_of(run.total_steps)
+
+    def size_of(step: int) -> int:
+        height, width = training_size(run.config, step, run.total_steps)
+        return height * width
+
+    num_small = num_small_steps(run.config, run.total_steps)
+    return run.seconds["steps"] / pixels(run.first_step, run.steps_done) * pixels(start, stop)
+
+
+def _compile(run: Run) -> None:
+    os.environ[INDUCTOR_CACHE] = str(_inductor_cache(run.config, run.runtime))
+    # At most two sizes occur, each with static shapes. A run long enough to compile also gains from cuDNN's search.
+    torch.backends.cudnn.benchmark = True
+    network = run.model if run.runtime.world_size == 1 else run.forward
+    run.forward = torch.compile(network, dynamic=False)
+    run.warm_sizes.clear()
 
 
 def _inductor_cache(config: Config, runtime: Runtime) -> Path:
-    """The folder of compiled code: the user's choice, or one named by a hash of everything the code depends on."""
+    """The folder of compiled code: the user's choice, or one named by a hash of everything the code depends on.
+
+    A second run finds the code there and needs seconds instead of most of a minute.
+    """
     if USERS_INDUCTOR_CACHE:
         return Path(USERS_INDUCTOR_CACHE)
     shape = [config.batch_size // runtime.world_size, config.image_height, config.image_width, config.depth]

@@ -24,7 +24,7 @@ from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.augment import AugmentParams, augment, resize, sample_params
-from fastseg.training.compile import check_compile, restore_cudnn_benchmark
+from fastseg.training.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
 from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
 from fastseg.training.recipe import (
     learning_rate,
@@ -37,7 +37,6 @@ from fastseg.training.recipe import (
 from fastseg.training.state import (
     Run,
     build_run,
-    compile_model,
     create_run_dir,
     find_splits,
     load_or_init_model,
@@ -93,6 +92,7 @@ def train(
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         run.start_time = start_time
         resume(run, state)
+        run.first_step = run.steps_done
         compile_model(run)
         create_run_dir(run)
         writer = open_writer(config, run.epoch) if runtime.rank == 0 else None
@@ -109,6 +109,7 @@ def train(
                     if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                         break
+                    compile_if_it_pays(run)
             if writer:
                 writer.close()
             trained = time.perf_counter()

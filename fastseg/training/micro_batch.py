@@ -37,7 +37,7 @@ def fit_micro_batch(run: Run, backward: Callable[[int], Tensor], num_pairs: int)
             captured for it, or other ranks use the same.
     """
     config = run.config
-    can_halve = not config.micro_batch and config.compile != "graphs" and run.runtime.world_size == 1
+    can_halve = not config.micro_batch and run.compiled != "graphs" and run.runtime.world_size == 1
     while True:
         size = min(config.micro_batch or run.micro_batch or num_pairs, num_pairs)
         restore = _copy_buffers(run.model) if can_halve and size > 1 else None
@@ -83,8 +83,8 @@ def _explain(run: Run, size: int) -> tuple[str, str]:
     problem = f"{field}: {size} pairs do not fit in memory; by estimate {fits} do"
     if not fits:
         return problem, SMALLER_NETWORK
-    if config.compile == "graphs":
-        return problem, f"Use batch_size={fits}, or compile=auto, which can split the batch"
+    if run.compiled == "graphs":
+        return problem, f"Use batch_size={fits}, or compile=off, which can split the batch"
     if run.runtime.world_size > 1:
         return problem, f"Use micro_batch={fits}, which counts the pairs of each process"
     return problem, f"Use micro_batch={fits}, or 0 to halve the batch until it fits"

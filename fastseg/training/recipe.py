@@ -5,7 +5,9 @@ of beginners' UNet projects: Adam at a constant learning rate on BCE.
 """
 
 import copy
+import inspect
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +46,22 @@ def training_loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """The recipe's optimizer. Biases and batch norms have no weight decay."""
     if config.recipe == "tutorial":
-        return torch.optim.Adam(model.parameters(), lr=config.learning_rate)
+        return _without_dynamo(torch.optim.Adam)(model.parameters(), lr=config.learning_rate)
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+    return _without_dynamo(torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
+
+
+def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+    """One of torch's optimizers, without the import of `torch._dynamo` on its first call, which takes seconds.
+
+    torch wraps the methods below, so that `torch.compile` of a whole step leaves them as they are. fastseg compiles the
+    network only.
+    """
+    names = ("add_param_group", "load_state_dict", "state_dict", "step", "zero_grad")
+    methods = {name: inspect.unwrap(getattr(optimizer, name)) for name in names}
+    return type(optimizer.__name__, (optimizer,), methods | {"step": torch.no_grad()(methods["step"])})
 
 
 def make_ema_model(config: Config, model: nn.Module) -> nn.Module | None:

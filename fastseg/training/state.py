@@ -22,14 +22,12 @@ from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
 from fastseg.runtime.files import atomic_write, check_writable, make_folder
-from fastseg.training.compile import capture_graphs, choose_compile
-from fastseg.training.recipe import make_ema_model, make_optimizer, training_size
+from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.writer import CheckpointWriter
 
 __all__ = [
     "Run",
     "build_run",
-    "compile_model",
     "create_run_dir",
     "find_splits",
     "load_or_init_model",
@@ -66,6 +64,8 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per epoch, as in metrics.jsonl
     stop_requested: bool = False  # this process has received Ctrl-C or SIGTERM
     interrupted: bool = False  # all ranks have agreed to stop
+    compiled: str = "off"  # what `forward` is: "on" (torch.compile), "graphs" (CUDA graphs) or "off"
+    first_step: int = 0  # of this call, as `steps_done` counts
     warm_sizes: set[tuple[int, int]] = field(default_factory=set)  # image sizes at which a step has run in this call
     micro_batch: int = 0  # pairs per forward pass that fit in memory; 0: the whole batch
     trained_pairs: int = 0  # in this call
@@ -175,21 +175,6 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         val_loader=make_loader(val_pairs, config, runtime, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
     )
-
-
-def compile_model(run: Run) -> None:
-    """Compile the forward and backward pass if it saves time over the remaining steps, or capture CUDA graphs."""
-    config, total = run.config, run.total_steps
-    if run.steps_done >= total:
-        return
-    choice = choose_compile(config, run.runtime, total - run.steps_done)
-    if choice == "on":
-        # At most two sizes occur, each with static shapes. A run long enough to compile also gains from cuDNN's search.
-        torch.backends.cudnn.benchmark = True
-        run.forward = torch.compile(run.forward, dynamic=False)
-    elif choice == "graphs":
-        sizes = {training_size(config, step, total) for step in (run.steps_done, total - 1)}
-        run.forward = capture_graphs(run.model, run.runtime, [(config.batch_size, 3, *size) for size in sizes])
 
 
 def save_epoch(run: Run) -> None:
