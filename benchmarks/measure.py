@@ -16,6 +16,7 @@ import torch
 
 from fastseg.errors import FastsegError
 
+AfterRun = Callable[[dict[Any, list[Any]], dict[str, str]], None]  # takes what `run_in_turn` returns
 FAILURES = (ImportError, OSError, RuntimeError, ValueError, BrokenProcessPool, FastsegError)  # that end one row only
 
 
@@ -28,7 +29,7 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def run_in_turn(
     jobs: dict[Any, Callable[[], Any]],
     repeat: int,
-    after_run: Callable[[dict[Any, list[Any]], dict[str, str]], None] = lambda runs, missing: None,
+    after_run: AfterRun = lambda runs, missing: None,
 ) -> tuple[dict[Any, list[Any]], dict[str, str]]:
     """Run the jobs in turn, `repeat` times, so that a disturbance of the machine hits all of them alike.
 

@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 from chart import OURS, PEER, Bar, draw_bars
 from engines import search_workers
 from files import carvana_pairs
-from measure import in_fresh_process, median, run_in_turn, short, spread
+from measure import AfterRun, in_fresh_process, median, run_in_turn, short, spread
 from report import cores, describe_machine, make_parser, plus_minus, print_table, run, some_of, write_report
 from time_to_dice import RACERS, race
 from train_row import run_row
@@ -90,7 +89,7 @@ def best_workers(names: list[str], setting: Setting) -> dict[str, int]:
 
 
 def measure_all(
-    names: list[str], setting: Setting, repeat: int, after_run: Callable[[dict[str, Any], dict[str, str]], None]
+    names: list[str], setting: Setting, repeat: int, after_run: AfterRun = lambda runs, missing: None
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, str]]:
     """The runs of each row, and the reason why a row is missing."""
     exact_losses: list[float] = []
