@@ -252,9 +252,9 @@ def test_gpu_writes_the_masks_that_the_cpu_does(checkpoint, photos, tmp_path):
     fastseg.predict(checkpoint, photos, tmp_path / "bare", **on_gpu)
     for path in (tmp_path / "cpu").rglob("*_mask.png"):
         name = path.relative_to(tmp_path / "cpu")
-        on_gpu, bare = (read_mask(tmp_path / run / name) for run in ("gpu", "bare"))
-        assert (read_mask(path) != on_gpu).mean() < 1e-2  # TF32 convolutions
-        assert (on_gpu != bare).mean() < 1e-5  # cuDNN sums in no fixed order
+        probable, bare = (read_mask(tmp_path / run / name) for run in ("gpu", "bare"))
+        assert (read_mask(path) != probable).mean() < 1e-2  # TF32 convolutions
+        assert (probable != bare).mean() < 1e-4  # cuDNN sums in no fixed order
 
 
 def test_gif_sides_have_a_limit():
