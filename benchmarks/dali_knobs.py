@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from decode_process import decode_in_process
 from files import HEIGHT, WIDTH, carvana_pairs
 from measure import median, one_line, spread, synchronise
 from profile_step import make_step
@@ -44,7 +45,7 @@ WARM_UP_BATCHES, WINDOWS = 3, 5  # of a measurement: the median of the windows c
 class Row(NamedTuple):
     """A decoder and its settings; with `both`, the host decodes `host_share` of each batch."""
 
-    decoder: str  # host, dali or both
+    decoder: str  # host, process (the host decoder in a process of its own), dali or both
     threads: int
     hw_decoder_load: float = 0.0
     batches_ahead: int = 2
@@ -52,8 +53,8 @@ class Row(NamedTuple):
     host_share: float = 0.5
 
     def describe(self) -> str:
-        if self.decoder == "host":
-            return f"host, {self.threads} threads"
+        if self.decoder in ("host", "process"):
+            return f"host{' in a process' if self.decoder == 'process' else ''}, {self.threads} threads"
         text = f"dali, {self.threads} threads, hw load {self.hw_decoder_load:g}, {self.batches_ahead} ahead"
         text += ", preallocated" if self.preallocate else ""
         return text if self.decoder == "dali" else f"{self.host_share:.0%} host + {text}"
@@ -63,7 +64,7 @@ def make_rows(threads: int, *, all_rows: bool) -> list[Row]:
     """The host decoder, DALI's default, and rows that differ from these in one setting: the first ones, or all."""
     default = Row("dali", threads)
     rows = [
-        *(Row("host", count) for count in sorted({4, 8, threads}) if count <= threads),
+        *(Row(kind, count) for kind in ("host", "process") for count in sorted({4, 8, threads}) if count <= threads),
         default,
         *(default._replace(hw_decoder_load=load) for load in (0.65, 1.0)),
         Row("both", threads),
@@ -79,10 +80,14 @@ def open_row(row: Row, pairs: fastseg.Pairs, device: torch.device) -> Iterator[B
     """Endless batches of 16 on the device."""
     orders = (epoch_order(len(pairs), 0, epoch) for epoch in range(FEED_EPOCHS))
     batches = [np.array(batch) for order in orders for batch in np.split(order, len(order) // BATCH_SIZE)]
+    pin_memory = device.type == "cuda"
+    if row.decoder == "process":
+        settings = {"num_workers": row.threads, "pin_memory": pin_memory}
+        return _join([decode_in_process(pairs, HEIGHT, WIDTH, batches, **settings)], device)
     cut = {"host": BATCH_SIZE, "dali": 0, "both": round(row.host_share * BATCH_SIZE)}[row.decoder]
     parts = []
     if cut:
-        host = HostDecoder(pairs, HEIGHT, WIDTH, num_workers=row.threads, pin_memory=device.type == "cuda")
+        host = HostDecoder(pairs, HEIGHT, WIDTH, num_workers=row.threads, pin_memory=pin_memory)
         parts.append(host.decode([batch[:cut] for batch in batches]))
     if cut < BATCH_SIZE:
         with open(pairs.image_path(0), "rb") as file:

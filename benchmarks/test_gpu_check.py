@@ -73,6 +73,12 @@ def test_host_and_dali_share_a_batch(pairs: fastseg.Pairs, share: float) -> None
         dali_knobs.check_pixels(row, some, torch.device("cpu"), 255 - exact.float())
 
 
+def test_a_decoding_process_gives_the_batches_of_threads(pairs: fastseg.Pairs) -> None:
+    some = pairs.subset(np.arange(16) % len(pairs))
+    exact = next(HostDecoder(some, dali_knobs.HEIGHT, dali_knobs.WIDTH).decode([np.arange(16)])).images
+    assert dali_knobs.check_pixels(dali_knobs.Row("process", 2), some, torch.device("cpu"), exact.float()) == 0
+
+
 def test_end_to_end_counts_from_the_start_of_the_process(pairs: fastseg.Pairs, tmp_path: Path) -> None:
     end_to_end.link_pairs(pairs, tmp_path, "train", 20)
     end_to_end.link_pairs(pairs, tmp_path, "val", 4)

@@ -68,7 +68,7 @@ class Config(BaseModel):
     check_data: bool = _field(True, "check every file's header before training")
 
     # Loading
-    num_workers: int = _field(0, "decoding threads; 0: one per core", ge=0, le=256)
+    num_workers: int = _field(0, "decoding threads; 0: one per core, at most 8 beside a GPU", ge=0, le=256)
     pin_memory: bool = _field(True, "pinned host memory on a GPU: copies overlap with training steps")
     decoder: Literal["auto", "host", "dali"] = _field("auto", "host: decode in threads; dali: in a DALI pipeline")
     cache: Literal["auto", "device", "memory", "disk", "off"] = _field("auto", "where to cache decoded pairs")

@@ -41,7 +41,10 @@ CHOICES = {
     "cache": ("auto", "device", "memory", "disk", "off"),
     "bad_samples": ("raise", "skip"),
 }
-ENOUGH_THREADS = 6  # with as many or more, `decoder=auto` decodes on the host, though a GPU could decode
+# On an H100 (benchmarks/results/gpu): training with CUDA graphs sees 1,100 pairs/s from 4 threads, 1,008 from 8, 728 from
+# 16, because they compete for the GIL with the thread that launches kernels; from DALI 630.
+MAX_THREADS_BESIDE_GPU = 8  # by default
+ENOUGH_THREADS = 4  # with as many or more, `decoder=auto` decodes on the host, though a GPU could decode
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,7 @@ class Loader:
             processes, some slices are empty.
         device: where batches arrive.
         decoder: "host", "dali", or "auto".
-        num_workers: decoding threads; 0: one per core.
+        num_workers: decoding threads; 0: one per core, at most 8 beside a GPU.
         mask_resize: "area" or "nearest".
         cache: "auto", "device", "memory", "disk" or "off".
         cache_dir: of the disk cache; empty: the user's cache folder.
@@ -118,7 +121,10 @@ class Loader:
         # One stream for all epochs: torch caches freed memory per stream, and would allocate more for each new one.
         self._copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         log_level = logging.INFO if shuffle else logging.DEBUG  # validation repeats training's choices
-        options = {"mask_resize": mask_resize, "num_workers": count_threads(num_workers), "bad": self.bad}
+        num_threads = count_threads(num_workers)
+        if on_gpu and not num_workers:
+            num_threads = min(num_threads, MAX_THREADS_BESIDE_GPU)
+        options = {"mask_resize": mask_resize, "num_workers": num_threads, "bad": self.bad}
         self.decoder = self._open_decoder(decoder, height, width, log_level, options)
         self.cache = open_cache(cache, self.decoder, self.device, cache_dir, log_level=log_level)
         if self.cache is not None and self.cache.filled.all():
