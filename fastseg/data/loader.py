@@ -41,8 +41,8 @@ CHOICES = {
     "cache": ("auto", "device", "memory", "disk", "off"),
     "bad_samples": ("raise", "skip"),
 }
-# On an H100 (benchmarks/results/gpu), training with CUDA graphs gets 1,100 pairs/s from 4 threads, 1,008 from 8, 728 from
-# 16, because they compete for the GIL with the thread that launches kernels; from DALI 630.
+# On an H100 (benchmarks/results/gpu), training with CUDA graphs gets 1,100 pairs/s from 4 threads, 1,008 from 8 and 728
+# from 16, because they compete for the GIL with the thread that launches kernels; from DALI 630.
 MAX_THREADS_BESIDE_GPU = 8  # by default
 ENOUGH_THREADS = 4  # with as many or more, `decoder=auto` decodes on the host, though a GPU could decode
 
