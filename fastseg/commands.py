@@ -224,6 +224,7 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
         "--trials", metavar="N", type=int, required=True, help="total number of trials, those of earlier runs included"
     )
     parser.add_argument("--out", metavar="DIR", required=True, help="folder of the study; an existing study resumes")
+    parser.add_argument("--processes", metavar="N", type=int, default=1, help="trials at once, each on its own cores")
     parser.add_argument("--study", metavar="NAME", default="", help="name of the study (default: name of the folder)")
     add_all_fields(parser)
 
@@ -233,7 +234,8 @@ def _tune(options: argparse.Namespace) -> int:
 
     from fastseg.tuning.tune import tune
 
-    result = tune(config, search, trials=options.trials, out_dir=options.out, study=options.study)
+    where = {"out_dir": options.out, "study": options.study, "processes": options.processes}
+    result = tune(config, search, trials=options.trials, **where)
     if result.best is not None:
         from fastseg.tuning.report import print_study  # needs Optuna, which `tune` has checked for
 

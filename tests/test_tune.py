@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from fastseg.cli import main
 from fastseg.flags import read_search
 from fastseg.tuning import report, worker
 from fastseg.tuning import study as study_module
+from fastseg.tuning.processes import split_cores
 from fastseg.tuning.report import trial_rows
 from fastseg.tuning.search_space import format_distribution, parse_search
 from fastseg.tuning.study import MAX_DEATHS, open_study
@@ -428,3 +430,43 @@ def test_two_processes_share_a_study(tmp_path):
     assert outputs == [f"12 {max(map(float, values))}\n"] * 2
     with open(tmp_path / "study/trials.csv", newline="") as file:
         assert [row["state"] for row in csv.DictReader(file)] == ["complete"] * 12
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_processes_share_a_study_and_have_cores_of_their_own(pairs_dir, tmp_path):
+    settings = small_config(pairs_dir, tmp_path, num_epochs=2).model_dump()
+    before = os.sched_getaffinity(0)
+    result = fastseg.tune(settings, SEARCH, trials=4, out_dir=tmp_path / "study", processes=2)
+    assert os.sched_getaffinity(0) == before
+    assert [row["state"] for row in result.trials] == ["complete"] * 4
+    devices = [json.loads(path.read_text())["device"] for path in tmp_path.glob("study/trials/*/summary.json")]
+    assert len(devices) == 4
+    assert all(device.startswith(f"CPU, {len(before) // 2} thread") for device in devices)
+    parts = split_cores(2)
+    assert sorted(parts[0] + parts[1]) == sorted(before)
+
+
+def test_processes_that_cannot_train_are_reported(pairs_dir, tmp_path):
+    settings = small_config(pairs_dir, tmp_path, num_epochs=2, train_img_dir=str(tmp_path / "gone")).model_dump()
+    with pytest.raises(fastseg.FastsegError, match="gone"):
+        fastseg.tune(settings, SEARCH, trials=2, out_dir=tmp_path / "study", processes=min(2, os.cpu_count() or 1))
+    with pytest.raises(fastseg.ConfigError, match=r"^processes: .*cores; got 0"):
+        fastseg.tune(settings, SEARCH, trials=2, out_dir=tmp_path / "study", processes=0)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_ctrl_c_ends_all_processes(pairs_dir, tmp_path):
+    settings = small_config(pairs_dir, tmp_path, num_epochs=500)
+    settings.to_json(tmp_path / "config.json")
+    command = [sys.executable, "-m", "fastseg", "tune", "--config", str(tmp_path / "config.json"), "--trials", "2"]
+    command += ["--out", str(tmp_path / "study"), "--search", "flip=0,0.5", "--processes", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("study/trials/*/metrics.jsonl"))) < 2 and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, printed
+    assert "resume" in printed
+    assert list(tmp_path.glob("study/trials/*/last.pt")) == []

@@ -51,7 +51,8 @@ class Runtime:
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {short}"
-        return f"CPU, {torch.get_num_threads()} threads, {short}"
+        count = torch.get_num_threads()
+        return f"CPU, {count} thread{'s' * (count > 1)}, {short}"
 
 
 def choose_runtime(config: Config) -> Runtime:

@@ -19,6 +19,7 @@ from torch import Tensor
 from fastseg.config import Config, as_config
 from fastseg.errors import FastsegError
 from fastseg.network.metrics import score_batches
+from fastseg.runtime.contention import core_use, warn_about_contention
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.memory import retain_freed_memory
@@ -167,7 +168,7 @@ def _train_epoch(run: Run) -> None:
     loader, config = run.train_loader, run.config
     run.model.train()
     began, logged, waited, first_step = time.perf_counter(), 0.0, loader.wait_seconds, run.step
-    first_steps = run.seconds[FIRST_STEPS]
+    first_steps, cores = run.seconds[FIRST_STEPS], core_use()
     with progress_bar() as bar:
         task = bar.add_task(f"epoch {run.epoch + 1}/{config.num_epochs}", total=len(loader), note="")
         for images, masks, _ in loader:
@@ -180,6 +181,8 @@ def _train_epoch(run: Run) -> None:
                 wait = 100 * (loader.wait_seconds - waited) / (now - began)
                 loss = run.loss_sum.item() / run.step
                 dice = f"  Dice {run.history[-1]['val_dice']:.4f}" if run.history else ""
+                if not run.contention_checked and run.runtime.device.type == "cpu":
+                    run.contention_checked = warn_about_contention(cores)
                 note = f"loss {loss:.3f}{dice}  {rate:.0f} pairs/s  data wait {wait:.0f} %"
                 bar.update(task, completed=run.step, note=note)
             if run.runtime.world_size == 1 or run.step % AGREE_STEPS == 0:

@@ -64,6 +64,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per epoch, as in metrics.jsonl
     stop_requested: bool = False  # this process has received Ctrl-C or SIGTERM
     interrupted: bool = False  # all ranks have agreed to stop
+    contention_checked: bool = False
     compiled: str = "off"  # what `forward` is: "on" (torch.compile), "graphs" (CUDA graphs) or "off"
     first_step: int = 0  # of this call, as `steps_done` counts
     warm_sizes: set[tuple[int, int]] = field(default_factory=set)  # image sizes at which a step has run in this call

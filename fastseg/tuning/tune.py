@@ -39,6 +39,7 @@ def tune(
     trials: int,
     out_dir: str | os.PathLike[str],
     study: str = "",
+    processes: int = 1,
 ) -> TuneResult:
     """Search for the settings with the highest validation Dice, and write the results to `out_dir`.
 
@@ -51,13 +52,15 @@ def tune(
         trials: total number of trials in the study, those of earlier calls included.
         out_dir: folder of the study. Trial N trains in `trials/NNNN`, which keeps all files of a run but `last.pt`.
         study: name of the study; the name of the folder if empty. A folder holds one study.
+        processes: trials that run at once, each in a process on cores of its own; 1: in this process.
 
     Returns:
         The best settings and all trials. `out_dir` holds `study.db`, `best.json` (a configuration for `train`),
         `trials.csv`, `history.png` and `parallel.png`.
 
     Raises:
-        ConfigError: Optuna is missing, a field or value cannot be searched, or the folder holds another study.
+        ConfigError: Optuna is missing, a field or value cannot be searched, there are fewer cores than processes, or
+            the folder holds another study.
         DataError: the data set cannot be used; this uses up no trial.
         FastsegError: no trial has a score, because all failed.
 
@@ -66,6 +69,7 @@ def tune(
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tune: needs Optuna. Install it with pip install 'fastseg-dali[tune]'.")
+    from fastseg.tuning.processes import run_processes, split_cores
     from fastseg.tuning.report import best_trial, draw_study, trial_rows, write_best, write_trials
     from fastseg.tuning.search_space import choices_or_bounds, parse_search
     from fastseg.tuning.study import open_study, storage_errors
@@ -78,13 +82,17 @@ def tune(
         raise ConfigError(f"trials: must be at least 1; got {trials}.")
     if get_world_size() > 1:
         raise ConfigError("tune: must not be started by torchrun. Start it several times with the same folder instead.")
+    split_cores(processes)  # raises if there are too few
     space = parse_search(config, search)
     for field, distribution in space.items():
         for value in choices_or_bounds(distribution):
             choose_runtime(config.replace(**{field: value}))  # raises if this machine does not support the value
     opened = open_study(folder, study, config, space)
     with storage_errors(folder):
-        interrupted = run_trials(opened, trials)
+        if processes == 1:
+            interrupted = run_trials(opened, trials)
+        else:
+            interrupted = run_processes(opened, search, trials, processes)
         write_trials(opened)
         rows, best = trial_rows(opened), best_trial(opened)
         if best is not None:
