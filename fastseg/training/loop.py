@@ -87,7 +87,7 @@ def train(
         import_writer(config)  # a missing package is reported before anything else happens
         model, state = load_or_init_model(config)
         train_pairs, val_pairs = find_splits(config)
-        config = resolve_config(config, len(train_pairs))
+        config = resolve_config(config, len(train_pairs), runtime.world_size)
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         run.start_time = start_time

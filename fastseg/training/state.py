@@ -123,11 +123,23 @@ def _has_files(folder: str) -> bool:
         return any(entries)
 
 
-def resolve_config(config: Config, num_pairs: int) -> Config:
-    """Fit batch size and number of epochs to the number of training pairs; changes are logged."""
+def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Config:
+    """Fit batch size and number of epochs to the number of training pairs; changes are logged.
+
+    A batch size that is lowered stays divisible by the number of processes.
+
+    Raises:
+        ConfigError: there are fewer pairs than processes.
+    """
+    if num_pairs < world_size:
+        raise ConfigError(
+            f"batch_size: each process needs a pair of every batch; got {num_pairs} training pair(s) for {world_size} "
+            "processes. Start fewer processes, or add pairs."
+        )
     if config.batch_size > num_pairs:
-        log.info("batch_size: lowered to %d, the number of training pairs", num_pairs)
-        config = config.replace(batch_size=num_pairs)
+        batch_size = num_pairs // world_size * world_size
+        log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
+        config = config.replace(batch_size=batch_size)
     if "num_epochs" not in config.model_fields_set:
         epochs = max(config.num_epochs, math.ceil(config.min_steps / (num_pairs // config.batch_size)))
         if epochs > config.num_epochs:
