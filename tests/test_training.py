@@ -1,7 +1,10 @@
 """Whole runs on small pairs: accuracy, files, determinism and refusals."""
 
 import json
+import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,9 @@ import torch
 from PIL import Image
 
 import fastseg
+from fastseg.network.checkpoint import init_model
+from fastseg.training import loop
+from fastseg.training.state import find_splits
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -159,3 +165,59 @@ def test_missing_tensorboard_is_reported_before_anything_is_written(tmp_path, mo
     with pytest.raises(fastseg.ConfigError, match=r"^tensorboard: .*fastseg-dali\[tensorboard\].*tensorboard=false"):
         fastseg.train(config(tmp_path / "nowhere", tmp_path, tensorboard=True))
     assert not any(tmp_path.iterdir())
+
+
+def test_runs_in_two_threads_equal_runs_one_after_the_other(pairs_dir, tmp_path, monkeypatch):
+    settings = [config(pairs_dir, tmp_path, name=f"seed{seed}", seed=seed, num_epochs=1) for seed in (0, 1)]
+    alone = [weights(fastseg.train(one).run_dir / "last.pt") for one in settings]
+    seed, both_seeded = torch.manual_seed, threading.Barrier(2)
+
+    def seed_and_wait(number):  # a thread must not draw from the generator that the other one has seeded
+        seed(number)
+        both_seeded.wait(10)
+
+    monkeypatch.setattr(torch, "manual_seed", seed_and_wait)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(fastseg.train, [one.replace(name=f"{one.name}t") for one in settings]))
+    for before, result in zip(alone, together, strict=True):
+        assert same(before, weights(result.run_dir / "last.pt"))
+
+
+def test_first_weights_are_those_of_torchs_modules_and_leave_its_generator_alone():
+    settings = fastseg.Config(base_channels=4, depth=2, seed=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = fastseg.UNet(4, 2).state_dict()
+        state = torch.get_rng_state()
+        found = init_model(settings).state_dict()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same(expected, found)
+
+
+def test_two_runs_in_one_folder_are_refused(pairs_dir, tmp_path):
+    """The second names the process that holds the folder; afterwards the folder is free, without a lock file."""
+    settings, refused = config(pairs_dir, tmp_path, num_epochs=1), []
+
+    def start_another(entry):
+        with pytest.raises(fastseg.FastsegError, match=rf"carvana: .*process {os.getpid()}\b.*name") as error:
+            fastseg.train(settings)
+        refused.append(error)
+
+    result = fastseg.train(settings, after_epoch=start_another)
+    assert refused
+    assert not list(result.run_dir.glob(".*"))
+    fastseg.train(settings.replace(num_epochs=2))
+
+
+def test_a_run_that_ended_meanwhile_is_not_overwritten(pairs_dir, tmp_path, monkeypatch):
+    """Another process trains in the folder between the look for last.pt and the lock."""
+    settings = config(pairs_dir, tmp_path, num_epochs=1)
+
+    def find_splits_slowly(given):
+        monkeypatch.setattr(loop, "find_splits", find_splits)
+        fastseg.train(settings)
+        return find_splits(given)
+
+    monkeypatch.setattr(loop, "find_splits", find_splits_slowly)
+    with pytest.raises(fastseg.FastsegError, match=r"last\.pt: .*another.*again"):
+        fastseg.train(settings)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError, OutputError
-from fastseg.network.unet import UNet
+from fastseg.network.unet import UNet, init_weights
 from fastseg.runtime.files import atomic_write
 
-__all__ = ["build_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
+__all__ = ["build_model", "init_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
 
 FORMAT = 1
 
@@ -63,6 +63,15 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def build_model(config: Config) -> UNet:
     """A new network with random weights, as configured."""
     return UNet(config.base_channels, config.depth)
+
+
+def init_model(config: Config) -> UNet:
+    """A new network with the initial weights of `config.seed`. torch's global generator is neither read nor changed."""
+    with torch.device("meta"):  # shapes without memory
+        model = build_model(config)
+    model.to_empty(device="cpu")
+    init_weights(model, torch.Generator().manual_seed(config.seed))
+    return model
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:

@@ -17,7 +17,7 @@ from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import ConfigError, OutputError
-from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights
+from fastseg.network.checkpoint import init_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
@@ -156,9 +156,7 @@ def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None
         OutputError: the run's folder cannot be written.
     """
     check_writable(config.run_dir)
-    with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
-        torch.manual_seed(config.seed)
-        model = build_model(config)
+    model = init_model(config)
     if config.checkpoint:
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
     path = config.run_dir / "last.pt"
