@@ -2,16 +2,31 @@
 
 import errno
 import os
+import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastseg.errors import OutputError
+from filelock import FileLock, Timeout
 
-__all__ = ["atomic_write", "check_writable", "make_folder", "target_of_temporary", "user_cache"]
+from fastseg.errors import FastsegError, OutputError
+
+__all__ = [
+    "FileVersion",
+    "atomic_write",
+    "check_writable",
+    "file_version",
+    "lock_folder",
+    "make_folder",
+    "target_of_temporary",
+    "user_cache",
+]
+
+FileVersion = tuple[int, int] | None
 
 TEMPORARY_SUFFIX = ".tmp"
+LOCK = ".writer.lock"
 
 
 @contextmanager
@@ -76,6 +91,49 @@ def make_folder(path: str | os.PathLike[str]) -> None:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         raise OutputError(path, error) from None
+
+
+@contextmanager
+def lock_folder(folder: Path, remedy: str) -> Iterator[None]:
+    """Hold a folder for the duration of the block. The system releases it if the process dies.
+
+    Args:
+        folder: must exist.
+        remedy: what the user can do if another process holds it.
+
+    Raises:
+        FastsegError: another process, or another call in this one, holds the folder.
+        OutputError: the lock file cannot be written.
+    """
+    path = folder / LOCK
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+    except Timeout:
+        holder = ""
+        with suppress(OSError):
+            holder = path.read_text(encoding="utf-8", errors="replace")
+        raise FastsegError(
+            f"{folder}: is held by {holder or 'another process'}, which writes to it. {remedy}."
+        ) from None
+    except OSError as error:
+        raise OutputError(folder, error) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # before the release: afterwards it may be another process's
+            path.unlink()
+        lock.release()
+
+
+def file_version(path: Path) -> FileVersion:
+    """What changes when a file is written again; None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def user_cache() -> Path:

@@ -21,6 +21,7 @@ from fastseg.errors import FastsegError
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
+from fastseg.runtime.files import file_version
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.augment import AugmentParams, augment, resize, sample_params
@@ -37,16 +38,14 @@ from fastseg.training.recipe import (
 from fastseg.training.state import (
     Run,
     build_run,
-    create_run_dir,
     find_splits,
     load_or_init_model,
-    log_epoch,
     resolve_config,
     resume,
     save_epoch,
     save_last,
 )
-from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, summarise
+from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, log_epoch, open_run_dir, summarise
 from fastseg.training.tensorboard import import_writer, open_writer, write_epoch
 
 __all__ = ["train", "train_step"]
@@ -85,6 +84,7 @@ def train(
         runtime = choose_runtime(config)
         check_compile(config, runtime)
         import_writer(config)  # a missing package is reported before anything else happens
+        read = file_version(config.run_dir / "last.pt")
         model, state = load_or_init_model(config)
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
@@ -94,31 +94,36 @@ def train(
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
-        create_run_dir(run)
-        writer = open_writer(config, run.epoch) if runtime.rank == 0 else None
-        run.seconds["start-up"] = time.perf_counter() - start_time
-        with run.checkpoints:  # which waits for the last checkpoint at its end
-            with _stop_on_signal(run), retain_freed_memory(runtime.device):
-                while not run.interrupted and not _is_finished(run):
-                    _train_epoch(run)
-                    if run.interrupted:
-                        break
-                    _validate(run)
-                    if writer:
-                        write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
-                    if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
-                        log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
-                        break
-                    compile_if_it_pays(run)
-            if writer:
-                writer.close()
-            trained = time.perf_counter()
-            if run.interrupted:
-                save_last(run)
-        run.seconds["checkpoints"] += time.perf_counter() - trained
+        with open_run_dir(run, read):
+            run.seconds["start-up"] = time.perf_counter() - start_time
+            _train_epochs(run, after_epoch)
+            return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
+
+
+def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
+    """Train until the last epoch is done or the run is interrupted, and wait until its checkpoints are on disk."""
+    writer = open_writer(run.config, run.epoch) if run.runtime.rank == 0 else None
+    with run.checkpoints:  # which waits for the last checkpoint at its end
+        with _stop_on_signal(run), retain_freed_memory(run.runtime.device):
+            while not run.interrupted and not _is_finished(run):
+                _train_epoch(run)
+                if run.interrupted:
+                    break
+                _validate(run)
+                if writer:
+                    write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
+                    log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
+                    break
+                compile_if_it_pays(run)
+        if writer:
+            writer.close()
+        trained = time.perf_counter()
         if run.interrupted:
-            log.info("interrupted in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
-        return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
+            save_last(run)
+    run.seconds["checkpoints"] += time.perf_counter() - trained
+    if run.interrupted:
+        log.info("interrupted in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
 
 
 def train_step(run: Run, images: Tensor, masks: Tensor) -> None:

@@ -1,13 +1,11 @@
 """The state of a training run: built from a configuration, saved to `last.pt` and resumed from it."""
 
-import json
 import logging
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,22 +14,20 @@ from torch import Tensor, nn
 from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-from fastseg.errors import ConfigError, OutputError
+from fastseg.errors import ConfigError
 from fastseg.network.checkpoint import init_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
-from fastseg.runtime.files import atomic_write, check_writable, make_folder
+from fastseg.runtime.files import check_writable
 from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.writer import CheckpointWriter
 
 __all__ = [
     "Run",
     "build_run",
-    "create_run_dir",
     "find_splits",
     "load_or_init_model",
-    "log_epoch",
     "resolve_config",
     "resume",
     "save_epoch",
@@ -260,38 +256,3 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         log.info("%s: all %d epochs are done; raise num_epochs to train longer", path, run.epoch)
     else:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
-
-
-def create_run_dir(run: Run) -> None:
-    """Make the run's folder with `config.json` and `metrics.jsonl`; only rank 0 writes.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    if run.runtime.rank > 0:
-        return
-    folder = run.config.run_dir
-    make_folder(folder)
-    with atomic_write(folder / "config.json") as temporary:
-        run.config.to_json(temporary)
-    # A killed run may have logged an epoch after its last checkpoint. It is trained again, so its line is removed.
-    with atomic_write(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(map(_json_line, run.history)))
-
-
-def log_epoch(run_dir: Path, entry: dict[str, Any]) -> None:
-    """Append an epoch's entry to `metrics.jsonl`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    path = run_dir / "metrics.jsonl"
-    try:
-        with open(path, "a") as file:
-            file.write(_json_line(entry))
-    except OSError as error:
-        raise OutputError(path, error) from None
-
-
-def _json_line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
