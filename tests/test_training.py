@@ -1,6 +1,8 @@
 """Whole runs on small pairs: accuracy, files, determinism and refusals."""
 
+import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -221,3 +223,66 @@ def test_a_run_that_ended_meanwhile_is_not_overwritten(pairs_dir, tmp_path, monk
     monkeypatch.setattr(loop, "find_splits", find_splits_slowly)
     with pytest.raises(fastseg.FastsegError, match=r"last\.pt: .*another.*again"):
         fastseg.train(settings)
+
+
+def spoil_weights(monkeypatch, after):
+    """Make the weights NaN after the step of that number, whose loss is finite."""
+    step, count = loop.train_step, itertools.count(1)
+
+    def spoil(run, images, masks):
+        step(run, images, masks)
+        if next(count) == after:
+            run.model.head.bias.data.fill_(math.nan)
+
+    monkeypatch.setattr(loop, "train_step", spoil)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_no_checkpoint_has_weights_that_are_not_finite(pairs_dir, tmp_path, monkeypatch, epoch):
+    """The weights become NaN in the last step of an epoch, whose losses are finite."""
+    settings = config(pairs_dir, tmp_path, num_epochs=4)
+    spoil_weights(monkeypatch, after=2 * epoch)
+    with pytest.raises(fastseg.FastsegError, match=r"^learning_rate: .*not finite.*Lower it") as error:
+        fastseg.train(settings)
+    assert ("load_model=false" in str(error.value)) == (epoch == 2)  # otherwise there is nothing to resume from
+    assert (settings.run_dir / "last.pt").exists() == (settings.run_dir / "best.pt").exists() == (epoch == 2)
+    monkeypatch.undo()
+    if epoch == 2:
+        assert all(value.isfinite().all() for value in weights(settings.run_dir / "last.pt").values())
+    advised = settings.replace(learning_rate=1e-4, load_model=False)
+    assert len(fastseg.train(advised).history) == 4
+
+
+def test_a_loss_that_is_not_finite_is_noticed_within_the_epoch(pairs_dir, tmp_path, monkeypatch):
+    settings = config(pairs_dir, tmp_path, batch_size=1, num_epochs=1)
+    steps = []
+    monkeypatch.setattr(loop, "LOG_SECONDS", 0)
+    spoil_weights(monkeypatch, after=2)
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda run, *batch: (steps.append(1), step(run, *batch)))
+    with pytest.raises(fastseg.FastsegError, match=r"^learning_rate: .*loss became nan in epoch 1.*Lower it"):
+        fastseg.train(settings)
+    assert len(steps) == 3  # of 8
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_last_checkpoint_of_nan_is_refused(pairs_dir, tmp_path):
+    settings = config(pairs_dir, tmp_path, num_epochs=1)
+    last = fastseg.train(settings).run_dir / "last.pt"
+    state = torch.load(last, weights_only=True)
+    state["model"]["head.bias"].fill_(math.nan)
+    torch.save(state, last)
+    with pytest.raises(fastseg.CheckpointError, match=r"last\.pt: .*not finite.*load_model=false"):
+        fastseg.train(settings)
+
+
+def test_json_files_hold_null_for_nan(pairs_dir, tmp_path, monkeypatch):
+    """A run that is interrupted in its first epoch has no scores."""
+    step = loop.train_step
+    monkeypatch.setattr(
+        loop, "train_step", lambda run, *batch: (step(run, *batch), setattr(run, "stop_requested", True))
+    )
+    result = fastseg.train(config(pairs_dir, tmp_path))
+    assert result.interrupted
+    summary = json.loads((result.run_dir / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["val_dice"] is None

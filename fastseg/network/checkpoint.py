@@ -13,7 +13,15 @@ from fastseg.errors import CheckpointError, ConfigError, OutputError
 from fastseg.network.unet import UNet, init_weights
 from fastseg.runtime.files import atomic_write
 
-__all__ = ["build_model", "init_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
+__all__ = [
+    "build_model",
+    "has_finite_weights",
+    "init_model",
+    "load_checkpoint",
+    "load_model",
+    "load_weights",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 
@@ -72,6 +80,12 @@ def init_model(config: Config) -> UNet:
     model.to_empty(device="cpu")
     init_weights(model, torch.Generator().manual_seed(config.seed))
     return model
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether no weight or batch statistic is infinite or NaN; waits for the device."""
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:

@@ -1,12 +1,15 @@
 """Atomic writes, checks of folders, and the user's cache folder."""
 
 import errno
+import json
+import math
 import os
 import platform
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +20,7 @@ __all__ = [
     "atomic_write",
     "check_writable",
     "file_version",
+    "json_text",
     "lock_folder",
     "make_folder",
     "target_of_temporary",
@@ -134,6 +138,19 @@ def file_version(path: Path) -> FileVersion:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON of nested dictionaries and lists, with null for numbers that are not finite: JSON has no NaN."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def user_cache() -> Path:

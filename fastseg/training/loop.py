@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from fastseg.config import Config, as_config
-from fastseg.errors import FastsegError
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
@@ -38,6 +37,7 @@ from fastseg.training.recipe import (
 from fastseg.training.state import (
     Run,
     build_run,
+    check_finite,
     find_splits,
     load_or_init_model,
     resolve_config,
@@ -76,7 +76,7 @@ def train(
         ConfigError, DataError, CheckpointError: the configuration, the data or a checkpoint cannot be used. Nothing is
             written before all of them have been checked.
         OutputError: the run's folder cannot be written, which is checked before any data is read; or the disk is full.
-        FastsegError: the loss became infinite or NaN; or the memory is full, even with one pair at a time.
+        FastsegError: the loss or a weight became infinite or NaN, which no checkpoint contains; or the memory is full, even with one pair at a time.
     """
     start_time = time.perf_counter()
     config = as_config(config)
@@ -184,6 +184,8 @@ def _train_epoch(run: Run) -> None:
                 rate = (run.step - first_step) * config.batch_size / (now - began)
                 wait = 100 * (loader.wait_seconds - waited) / (now - began)
                 loss = run.loss_sum.item() / run.step
+                if not math.isfinite(loss):
+                    check_finite(run, loss)
                 dice = f"  Dice {run.history[-1]['val_dice']:.4f}" if run.history else ""
                 note = f"loss {loss:.3f}{dice}  {rate:.0f} pairs/s  data wait {wait:.0f} %"
                 bar.update(task, completed=run.step, note=note)
@@ -192,11 +194,7 @@ def _train_epoch(run: Run) -> None:
             if run.interrupted:
                 break
     mean_loss = all_reduce(run.loss_sum.clone()).item() / max(run.step * run.runtime.world_size, 1)
-    if not math.isfinite(mean_loss):
-        raise FastsegError(
-            f"learning_rate: the loss became {mean_loss} in epoch {run.epoch + 1}; learning_rate is "
-            f"{config.learning_rate:g}. Lower it, or pass precision=fp32; the previous epoch's checkpoint is intact."
-        )
+    check_finite(run, mean_loss)
     seconds, waited = time.perf_counter() - began, loader.wait_seconds - waited
     run.trained_pairs += (run.step - first_step) * config.batch_size
     run.seconds["waiting for data"] += waited

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-from fastseg.errors import ConfigError
-from fastseg.network.checkpoint import init_model, load_checkpoint, load_weights
+from fastseg.errors import CheckpointError, ConfigError, FastsegError
+from fastseg.network.checkpoint import has_finite_weights, init_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
@@ -26,6 +26,7 @@ from fastseg.training.writer import CheckpointWriter
 __all__ = [
     "Run",
     "build_run",
+    "check_finite",
     "find_splits",
     "load_or_init_model",
     "resolve_config",
@@ -159,6 +160,11 @@ def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None
     if config.load_model and path.exists():
         state = load_checkpoint(path)
         load_weights(model, state, path, config)
+        if not has_finite_weights(model):
+            raise CheckpointError(
+                f"{path}: its weights are not finite, so the run cannot resume from it. Pass load_model=false to start "
+                "from scratch, and a lower learning_rate."
+            )
         return model, state
     origin = f"weights from {config.checkpoint}" if config.checkpoint else "random weights"
     log.info("new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
@@ -180,6 +186,29 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         train_loader=make_loader(train_pairs, config, runtime, training=True),
         val_loader=make_loader(val_pairs, config, runtime, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
+    )
+
+
+def check_finite(run: Run, loss: float = 0.0) -> None:
+    """Check the loss and, where it is finite, the weights of the last step.
+
+    Raises:
+        FastsegError: one of them is infinite or NaN. The message tells how to continue.
+    """
+    if not math.isfinite(loss):
+        problem = f"the loss became {loss}"
+    elif not all(has_finite_weights(model) for model in (run.model, run.ema_model) if model):
+        problem = "the weights are not finite"
+    else:
+        return
+    config = run.config
+    advice = f"Lower it, for example to {config.learning_rate / 10:g}"
+    if config.precision != "fp32":
+        advice += ", or pass precision=fp32"
+    if run.epoch or run.first_step:
+        advice += "; and pass load_model=false to start from scratch, because last.pt comes from the same learning rate"
+    raise FastsegError(
+        f"learning_rate: {problem} in epoch {run.epoch + 1}; learning_rate is {config.learning_rate:g}. {advice}."
     )
 
 

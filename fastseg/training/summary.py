@@ -1,6 +1,5 @@
 """The files of a run besides its checkpoints: `config.json`, `metrics.jsonl`, plots and `summary.json`."""
 
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from fastseg.errors import FastsegError, OutputError
 from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.plots import draw_curves, draw_overlay
 from fastseg.runtime.device import versions
-from fastseg.runtime.files import FileVersion, atomic_write, file_version, lock_folder, make_folder
+from fastseg.runtime.files import FileVersion, atomic_write, file_version, json_text, lock_folder, make_folder
 from fastseg.training.state import Run
 
 __all__ = ["FIRST_STEPS", "TrainResult", "draw_val_overlay", "log_epoch", "open_run_dir", "summarise"]
@@ -88,7 +87,7 @@ def log_epoch(run_dir: Path, entry: dict[str, Any]) -> None:
 
 
 def _json_line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+    return json_text(entry) + "\n"
 
 
 def draw_val_overlay(run: Run, model: nn.Module) -> Path:
@@ -144,7 +143,7 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     }
     if run.runtime.rank == 0:
         with atomic_write(folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+            temporary.write_text(json_text(summary, indent=2) + "\n")
     parts = ", ".join(
         f"{part} {seconds:.1f} s" for part, seconds in sorted(run.seconds.items(), key=lambda item: -item[1])
     )
