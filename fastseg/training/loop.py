@@ -76,8 +76,8 @@ def train(
         ConfigError, DataError, CheckpointError: the configuration, the data or a checkpoint cannot be used. Nothing is
             written before all of them have been checked.
         OutputError: the run's folder cannot be written, which is checked before any data is read; or the disk is full.
-        FastsegError: the loss or a weight became infinite or NaN, which no checkpoint contains; the memory is full, even
-            with one pair at a time; or another process trains in the run's folder.
+        FastsegError: the loss or a weight became infinite or NaN, which no checkpoint contains; the memory is full,
+            even with one pair at a time; or another process trains in the run's folder.
     """
     start_time = time.perf_counter()
     config = as_config(config)
