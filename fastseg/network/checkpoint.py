@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError, OutputError
 from fastseg.network.unet import UNet, init_weights
-from fastseg.runtime.files import atomic_write
+from fastseg.runtime.files import atomic_write, check_regular
 
 __all__ = [
     "build_model",
@@ -50,6 +50,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or not a checkpoint of fastseg.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:

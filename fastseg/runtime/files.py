@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastseg.errors import FastsegError, OutputError
 __all__ = [
     "FileVersion",
     "atomic_write",
+    "check_regular",
     "check_writable",
     "file_version",
     "json_text",
@@ -69,6 +71,17 @@ def target_of_temporary(name: str) -> str | None:
     """The name of the file that a temporary file of `atomic_write` would have replaced; None for other files."""
     match = re.fullmatch(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}", name)
     return match and match[1]
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse to read from a pipe, which may block for ever, or from a device, which may never end.
+
+    Raises:
+        OSError: the path is neither a regular file nor a folder, or does not exist.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # opening a folder has an error of its own
+        raise OSError(errno.EINVAL, "is not a regular file")
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
