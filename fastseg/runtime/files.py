@@ -1,17 +1,21 @@
 """Atomic writes, checks of folders, and the user's cache folder."""
 
 import errno
+import hashlib
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from fastseg.errors import FastsegError, OutputError
@@ -25,6 +29,7 @@ __all__ = [
     "json_text",
     "lock_folder",
     "make_folder",
+    "remove_dead_temporaries",
     "target_of_temporary",
     "user_cache",
 ]
@@ -32,7 +37,9 @@ __all__ = [
 FileVersion = tuple[int, int] | None
 
 TEMPORARY_SUFFIX = ".tmp"
+TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,9})\.tmp", re.DOTALL)  # the file that it replaces, and the process
 LOCK = ".writer.lock"
+MAX_NAME_BYTES = 255  # of a file on common file systems
 
 
 @contextmanager
@@ -40,11 +47,11 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     """Write a temporary file beside `path`, which replaces `path` when the block ends.
 
     A reader finds the old or the new file, never a part. An exception leaves the old file in place. A killed process
-    leaves its temporary file, `.NAME.PID.tmp`.
+    leaves its temporary file, `.NAME.PID.tmp`. A link is followed; a device or a pipe is written to, not replaced.
 
     Args:
-        sync: flush the file to disk before the rename, so that a power failure loses neither file. Too slow for
-            thousands of small files that can be made again.
+        sync: flush the file to disk before the rename, so that a power failure loses neither file, and remove what
+            killed processes have left of it. Too slow for thousands of small files that can be made again.
 
     Yields:
         The path of the temporary file, for the block to write.
@@ -52,14 +59,20 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     Raises:
         OutputError: the block, the flush or the rename failed with an OSError.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    if _is_device(path):
+        with _copy_to_device(path) as temporary:
+            yield temporary
+        return
+    target = Path(os.path.realpath(path) if os.path.islink(path) else path)
+    temporary = target.with_name(_temporary_name(target.name))
     try:
         yield temporary
         if sync:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, target)
+        if sync:
+            remove_dead_temporaries(target.parent, target.name)
     except OSError as error:
         raise OutputError(path, error) from None
     finally:
@@ -67,9 +80,49 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
             temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def _copy_to_device(path: str | os.PathLike[str]) -> Iterator[Path]:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, "file")
+            yield temporary
+            with open(temporary, "rb") as source, open(path, "wb") as device:
+                shutil.copyfileobj(source, device)
+    except OSError as error:
+        raise OutputError(path, error) from None
+
+
+def _is_device(path: str | os.PathLike[str]) -> bool:
+    """Whether a path exists and is neither a regular file nor a folder."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _temporary_name(name: str) -> str:
+    suffix = f".{os.getpid()}{TEMPORARY_SUFFIX}"
+    if len(os.fsencode(name)) + len(suffix) >= MAX_NAME_BYTES:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}{suffix}"
+
+
+def remove_dead_temporaries(folder: Path, name: str = "") -> None:
+    """Delete the temporary files in a folder whose process has died.
+
+    Args:
+        name: of the file that they would have replaced; empty for all files.
+    """
+    for found in os.listdir(folder):
+        match = TEMPORARY.fullmatch(found)
+        if match and name in ("", match[1]) and not psutil.pid_exists(int(match[2])):
+            (folder / found).unlink(missing_ok=True)
+
+
 def target_of_temporary(name: str) -> str | None:
     """The name of the file that a temporary file of `atomic_write` would have replaced; None for other files."""
-    match = re.fullmatch(rf"\.(.+)\.\d+{re.escape(TEMPORARY_SUFFIX)}", name)
+    match = TEMPORARY.fullmatch(name)
     return match and match[1]
 
 
@@ -90,7 +143,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OutputError: it cannot.
     """
-    existing = next(folder for folder in (Path(path), *Path(path).absolute().parents) if folder.exists())
+    existing = next(folder for folder in (Path(path), *Path(path).absolute().parents) if os.path.exists(folder))
     if not existing.is_dir():
         raise OutputError(path, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(existing, os.W_OK | os.X_OK):

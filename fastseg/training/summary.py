@@ -14,7 +14,15 @@ from fastseg.errors import FastsegError, OutputError
 from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.plots import draw_curves, draw_overlay
 from fastseg.runtime.device import versions
-from fastseg.runtime.files import FileVersion, atomic_write, file_version, json_text, lock_folder, make_folder
+from fastseg.runtime.files import (
+    FileVersion,
+    atomic_write,
+    file_version,
+    json_text,
+    lock_folder,
+    make_folder,
+    remove_dead_temporaries,
+)
 from fastseg.training.state import Run
 
 __all__ = ["FIRST_STEPS", "TrainResult", "draw_val_overlay", "log_epoch", "open_run_dir", "summarise"]
@@ -60,6 +68,7 @@ def open_run_dir(run: Run, read: FileVersion) -> Iterator[None]:
     with lock_folder(folder, "Wait for its end, or choose another name"):
         if file_version(folder / "last.pt") != read:
             raise FastsegError(f"{folder / 'last.pt'}: another process has just written it. Start again to resume.")
+        remove_dead_temporaries(folder)
         _write_run_files(run, folder)
         yield
 
