@@ -277,7 +277,7 @@ def _write_results(folder: Path, totals: _Totals, summary: dict[str, Any]) -> No
     try:
         with (
             atomic_write(folder / "scores.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.DictWriter(file, list(_Row.__dataclass_fields__))
             writer.writeheader()

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from fastseg.errors import FastsegError, OutputError
 
 __all__ = [
+    "MAX_NAME_BYTES",
     "FileVersion",
     "atomic_write",
     "check_regular",
