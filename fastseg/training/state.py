@@ -35,7 +35,8 @@ __all__ = [
     "save_last",
 ]
 
-NO_SCORES = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
+SCORES = ("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels")
+NO_SCORES = {"epoch": 0, **dict.fromkeys(SCORES, math.nan)}
 
 log = logging.getLogger(__name__)
 
@@ -267,17 +268,18 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         return
     path = run.config.run_dir / "last.pt"
     try:
+        _check_progress(state, len(run.train_loader))
         run.train_loader.load_state_dict(state["loader"])
         if run.ema_model:
             run.ema_model.load_state_dict(state["ema_model"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])
         run.loss_sum.copy_(state["loss_sum"])
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: does not fit this configuration ({error}). Choose another name, or pass load_model=false."
         ) from None
@@ -285,3 +287,29 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         log.info("%s: all %d epochs are done; raise num_epochs to train longer", path, run.epoch)
     else:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
+
+
+def _check_progress(state: dict[str, Any], num_batches: int) -> None:
+    """ValueError if a state's counts contradict each other: somebody has changed the file."""
+    loader, history = state["loader"], state["history"]
+    counts = {"epoch": state["epoch"], "step": state["step"], "seed": loader["seed"]}
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r}")
+    if (loader["epoch"], loader["step"]) != (state["epoch"], state["step"]) or state["step"] > num_batches:
+        raise ValueError(f"it ends at epoch {state['epoch']}, step {state['step']}; its loader disagrees")
+    numbers = [entry[name] for entry in history for name in ("epoch", *SCORES, "train_loss", "val_loss")]
+    if len(history) != state["epoch"] or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("its history is not that of its epochs")
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state. torch's fused step would read beyond tensors of other shapes."""
+    options = [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups] != options:
+        raise ValueError("its optimizer has other options")
+    for parameter, values in optimizer.state.items():
+        shapes = {name: value.shape for name, value in values.items()}
+        if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            raise ValueError("its optimizer has other shapes")
