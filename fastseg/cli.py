@@ -1,6 +1,7 @@
 """The command `fastseg`: an error prints one message to standard error and exits with status 2, Ctrl-C with 130."""
 
 import argparse
+import io
 import logging
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its status."""
     parser = _parser()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
         options, unknown = parser.parse_known_args(arguments)
         if unknown:

@@ -4,7 +4,6 @@ A command imports torch only when it runs, so that `--help` and wrong flags are 
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,6 +71,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from fastseg.masks.evaluate import evaluate
+    from fastseg.runtime.files import json_text
 
     scores = evaluate(
         options.checkpoint,
@@ -94,7 +94,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(
             f"scores.csv, summary.json{' and worst.png' if options.full_size == 'true' else ''} are in {options.out}/"
         )
-    print(json.dumps(scores))
+    print(json_text(scores))
     return 0
 
 

@@ -39,6 +39,7 @@ RULES = {
     "value_error": "{error}",
 }
 REMOVED = ("elastic", "blur")  # fields of older checkpoints and config.json files; ignored if 0
+MAX_NAME_BYTES = 255  # of a folder on common file systems
 MAX_SHOWN = 80  # characters of a wrong value in its error message
 
 
@@ -136,6 +137,8 @@ class Config(BaseModel):
     def _name_is_a_folder_name(cls, name: str) -> str:
         if not name.strip(".") or set(name) & set("/\\"):
             raise ValueError("must be a folder's name, not a path (out_dir takes the path)")
+        if len(os.fsencode(name)) > MAX_NAME_BYTES:
+            raise ValueError(f"must be at most {MAX_NAME_BYTES} bytes long")
         return name
 
     @field_validator("device")

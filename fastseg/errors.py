@@ -1,5 +1,6 @@
 """Errors that a user can fix. Each message names the file or field, the rule, what was found and what to do."""
 
+import errno
 from typing import Literal
 
 __all__ = ["CheckpointError", "ConfigError", "DataError", "FastsegError", "OutputError"]
@@ -40,8 +41,10 @@ class OutputError(FastsegError):
     Args:
         path: the file or folder.
         error: what the operating system reported.
-        remedy: what the user can do.
+        remedy: what the user can do; by default it depends on the error.
     """
 
-    def __init__(self, path: object, error: OSError, remedy: str = "Make room, or choose another place") -> None:
+    def __init__(self, path: object, error: OSError, remedy: str = "") -> None:
+        default = "Choose a shorter name" if error.errno == errno.ENAMETOOLONG else "Make room, or choose another place"
+        remedy = remedy or default
         super().__init__(f"{path}: cannot be written ({error.strerror}). {remedy}.")

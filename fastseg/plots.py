@@ -144,7 +144,8 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
         for values, colour, line in ((true, TRUE, 1.4), (predicted, PREDICTED, 0.9)):
             if values.min() < 0.5 <= values.max():
                 axes.contour(values, levels=[0.5], colors=[colour], linewidths=line)
-        axes.set_title(title, fontsize=max(8, 1.7 * width))
+        # Names of files need not be UTF-8, and their dollar signs begin no formula.
+        axes.set_title(title.encode(errors="replace").decode(), fontsize=max(8, 1.7 * width), parse_math=False)
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
     with atomic_write(path) as temporary:

@@ -495,3 +495,39 @@ def test_full_size_is_what_pillow_shows(orientation):
         mask = decode_full_mask(encode(disc, kind))
         assert mask.dtype == np.bool_
         assert np.array_equal(mask, disc)
+
+
+def forge_size(data: bytes, width: int, height: int) -> bytes:
+    """A JPEG whose header claims another size. The frame header is the first segment FF C0 or FF C2."""
+    at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
+    return data[: at + 5] + height.to_bytes(2, "big") + width.to_bytes(2, "big") + data[at + 9 :]
+
+
+@pytest.mark.parametrize("read", [image_size, check_readable, lambda d: as_dali_input(d, 8, 8)])
+@pytest.mark.parametrize("picture", [np.zeros((16, 16, 3), np.uint8), np.zeros((16, 16), np.uint8)])
+def test_a_progressive_jpeg_is_limited_by_what_its_decoding_holds(read, picture: np.ndarray) -> None:
+    """libjpeg holds all coefficients of a progressive file, at whatever scale it decodes."""
+    data = encode(picture, progressive=True)
+    assert read(data) is not None
+    stray = data[:2] + b"stray" + data[2:]  # libjpeg skips bytes between segments
+    for forged in (forge_size(data, 60000, 60000), forge_size(stray, 60000, 60000)):
+        with pytest.raises(DataError, match=r"60000x60000.*768 MiB"):
+            read(forged)
+        with pytest.raises(DataError, match=r"60000x60000.*768 MiB"):
+            decode_image(forged, np.empty((8, 8, 3), np.uint8))
+
+
+def test_a_large_baseline_jpeg_is_decoded_at_its_scale() -> None:
+    """Its coefficients are held row by row."""
+    assert image_size(forge_size(encode(np.zeros((16, 16, 3), np.uint8)), 60000, 60000)) == (60000, 60000)
+
+
+def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photo() -> None:
+    thumbnail, photo = encode(draw_photo(60, 80)), encode(draw_photo(480, 640))
+    exif = b"Exif\0\0" + thumbnail
+    segment = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
+    whole = photo[:2] + segment + photo[2:]
+    assert check_readable(whole) == (480, 640)
+    for size in (len(whole) // 2, len(segment) + 600, len(whole) - 3):
+        with pytest.raises(DataError, match="truncated"):
+            check_readable(whole[:size])

@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastseg
 from fastseg.runtime.distributed import local_batch_size
+from fastseg.training.state import resolve_config
+from tests.conftest import write_pair
 
+KINDS = (("img", "image"), ("mask", "mask"))
 FIELDS = {
     "image_height": 32,
     "image_width": 48,
@@ -67,3 +71,26 @@ def test_the_batch_must_be_divisible_by_the_ranks():
     assert local_batch_size(16, 4) == 4
     with pytest.raises(fastseg.ConfigError, match=r"^batch_size: .*got 16.*15 or 18"):
         local_batch_size(16, 3)
+
+
+def test_two_processes_share_fewer_pairs_than_the_batch_size(tmp_path):
+    """Five pairs, a batch of 16 and two processes: steps of four pairs, as in one process with a batch of 4."""
+    for car in range(5):
+        write_pair(tmp_path, f"car{car}_01", seed=car)
+    folders = {f"{split}_{kind}_dir": str(tmp_path / f"{name}s") for split in ("train", "val") for kind, name in KINDS}
+    config = fastseg.Config(**{**FIELDS, **folders, "out_dir": str(tmp_path)})
+    one = fastseg.train(config.replace(name="one", batch_size=4))
+    finished = run_two(config.replace(name="two", batch_size=16), tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    weights = [torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("one", "two")]
+    for key, value in weights[0].items():
+        torch.testing.assert_close(weights[1][key], value, atol=1e-4, rtol=1e-3, msg=key)
+    assert len(one.history) == 2
+
+
+def test_fewer_pairs_than_processes_are_refused():
+    config = fastseg.Config(batch_size=16)
+    assert resolve_config(config, num_pairs=15, world_size=2).batch_size == 14
+    assert resolve_config(config, num_pairs=15, world_size=1).batch_size == 15
+    with pytest.raises(fastseg.ConfigError, match=r"^batch_size: .*1 training pair.*2 processes"):
+        resolve_config(config, num_pairs=1, world_size=2)

@@ -4,11 +4,18 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import fastseg
-from fastseg.runtime.files import atomic_write, check_writable, make_folder, target_of_temporary
+from fastseg.runtime.files import (
+    atomic_write,
+    check_writable,
+    make_folder,
+    remove_dead_temporaries,
+    target_of_temporary,
+)
 
 KILLED = """
 import os, signal, sys
@@ -84,3 +91,64 @@ def test_folders_are_tested_without_being_made(tmp_path):
 @pytest.mark.parametrize("name", ["a.json", ".a.json.tmp", ".a.json.12", ".12.tmp", "a.json.12.tmp"])
 def test_other_files_are_no_temporary_ones(name):
     assert target_of_temporary(name) is None
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    target, link = tmp_path / "real" / "a.json", tmp_path / "link.json"
+    link.symlink_to(target)
+    for text in ("new", "newer"):  # a link to nothing, then to a file
+        with atomic_write(link) as temporary:
+            temporary.write_text(text)
+        assert link.is_symlink()
+        assert target.read_text() == text
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.json", "link.json", "real"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_devices_and_pipes_are_written_to(tmp_path):
+    """A rename would replace them: as root even /dev/null."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in (fifo, tmp_path / "null"):
+        with atomic_write(path) as temporary:
+            temporary.write_text("a line")
+        assert not path.is_file()
+        assert path.exists()
+    assert os.read(reader, 100) == b"a line"
+    os.close(reader)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo", "null"]
+    assert not Path("/dev/null").is_file()
+
+
+def test_temporary_files_of_dead_processes_are_removed(tmp_path):
+    path, others = tmp_path / "a.json", [tmp_path / f".a.json.{os.getpid()}.tmp", tmp_path / "a.json.1.tmp"]
+    for name in others:
+        name.touch()
+    subprocess.run([sys.executable, "-c", KILLED, str(path)])
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_dead_temporaries(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(others)  # of a live process, and of another program
+
+
+def test_a_write_removes_what_a_killed_one_has_left(tmp_path):
+    path = tmp_path / "a.json"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)])
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("length", [237, 255])
+def test_a_long_name_is_written(tmp_path, length):
+    path = tmp_path / ("ä" * 100 + "a" * (length - 200))
+    with atomic_write(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_a_name_that_is_too_long_is_an_output_error(tmp_path):
+    with pytest.raises(fastseg.OutputError, match=r"too long.*shorter"):
+        make_folder(tmp_path / ("a" * 300))

@@ -1,5 +1,8 @@
 """check_pairs: every faulty file is found and named before training, and no good one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -214,3 +217,34 @@ def test_skip_refuses_a_set_without_a_usable_pair(folder):
     assert message.startswith(f"{folder}/images: 1 of 1 pairs")
     assert "c_01_mask.gif: is empty" in message
     assert "bad_samples" not in message
+
+
+def read_without_hanging(code: str, folder: Path) -> str:
+    """Run code in a process, which is ended after a while: reading a FIFO would wait for ever."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=40,
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs FIFOs")
+def test_only_regular_files_are_read(tmp_path):
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_DATA, (2**30, 2**30))\n"
+        "from fastseg.data.host import read_file\n"
+        "from fastseg.network.checkpoint import load_checkpoint\n"
+        "for name in 'zero.jpg', 'fifo.jpg':\n"
+        "    for read in read_file, load_checkpoint:\n"
+        "        try: read(name)\n"
+        "        except Exception as error: print(type(error).__name__, error)\n"
+    )
+    output = read_without_hanging(code, tmp_path)
+    assert output.count("DataError") == output.count("CheckpointError") == 2, output
+    assert output.count("is not a regular file") == 4, output

@@ -174,7 +174,9 @@ def test_kill_nine_does_not_change_the_result(pairs_dir, tmp_path):
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert last.exists() == (epoch is not None)
         assert epoch is None or torch.load(last, weights_only=True)["epoch"] == epoch
+    assert list(settings.run_dir.glob(".*.tmp"))
     resumed = fastseg.train(settings)
+    assert not list(settings.run_dir.glob(".*"))  # neither temporary files nor a lock of the killed processes
     assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
     lines = [json.loads(line) for line in (resumed.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]

@@ -1,7 +1,12 @@
 """Whole runs on small pairs: accuracy, files, determinism and refusals."""
 
+import itertools
 import json
+import math
+import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +15,9 @@ import torch
 from PIL import Image
 
 import fastseg
+from fastseg.network.checkpoint import init_model
+from fastseg.training import loop
+from fastseg.training.state import find_splits
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -159,3 +167,122 @@ def test_missing_tensorboard_is_reported_before_anything_is_written(tmp_path, mo
     with pytest.raises(fastseg.ConfigError, match=r"^tensorboard: .*fastseg-dali\[tensorboard\].*tensorboard=false"):
         fastseg.train(config(tmp_path / "nowhere", tmp_path, tensorboard=True))
     assert not any(tmp_path.iterdir())
+
+
+def test_runs_in_two_threads_equal_runs_one_after_the_other(pairs_dir, tmp_path, monkeypatch):
+    settings = [config(pairs_dir, tmp_path, name=f"seed{seed}", seed=seed, num_epochs=1) for seed in (0, 1)]
+    alone = [weights(fastseg.train(one).run_dir / "last.pt") for one in settings]
+    seed, both_seeded = torch.manual_seed, threading.Barrier(2)
+
+    def seed_and_wait(number):  # a thread must not draw from the generator that the other one has seeded
+        seed(number)
+        both_seeded.wait(10)
+
+    monkeypatch.setattr(torch, "manual_seed", seed_and_wait)
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(fastseg.train, [one.replace(name=f"{one.name}t") for one in settings]))
+    for before, result in zip(alone, together, strict=True):
+        assert same(before, weights(result.run_dir / "last.pt"))
+
+
+def test_first_weights_are_those_of_torchs_modules_and_leave_its_generator_alone():
+    settings = fastseg.Config(base_channels=4, depth=2, seed=5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = fastseg.UNet(4, 2).state_dict()
+        state = torch.get_rng_state()
+        found = init_model(settings).state_dict()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert same(expected, found)
+
+
+def test_two_runs_in_one_folder_are_refused(pairs_dir, tmp_path):
+    """The second names the process that holds the folder; afterwards the folder is free, without a lock file."""
+    settings, refused = config(pairs_dir, tmp_path, num_epochs=1), []
+
+    def start_another(entry):
+        with pytest.raises(fastseg.FastsegError, match=rf"carvana: .*process {os.getpid()}\b.*name") as error:
+            fastseg.train(settings)
+        refused.append(error)
+
+    result = fastseg.train(settings, after_epoch=start_another)
+    assert refused
+    assert not list(result.run_dir.glob(".*"))
+    fastseg.train(settings.replace(num_epochs=2))
+
+
+def test_a_run_that_ended_meanwhile_is_not_overwritten(pairs_dir, tmp_path, monkeypatch):
+    """Another process trains in the folder between the look for last.pt and the lock."""
+    settings = config(pairs_dir, tmp_path, num_epochs=1)
+
+    def find_splits_slowly(given):
+        monkeypatch.setattr(loop, "find_splits", find_splits)
+        fastseg.train(settings)
+        return find_splits(given)
+
+    monkeypatch.setattr(loop, "find_splits", find_splits_slowly)
+    with pytest.raises(fastseg.FastsegError, match=r"last\.pt: .*another.*again"):
+        fastseg.train(settings)
+
+
+def spoil_weights(monkeypatch, after):
+    """Make the weights NaN after the step of that number, whose loss is finite."""
+    step, count = loop.train_step, itertools.count(1)
+
+    def spoil(run, images, masks):
+        step(run, images, masks)
+        if next(count) == after:
+            run.model.head.bias.data.fill_(math.nan)
+
+    monkeypatch.setattr(loop, "train_step", spoil)
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_no_checkpoint_has_weights_that_are_not_finite(pairs_dir, tmp_path, monkeypatch, epoch):
+    """The weights become NaN in the last step of an epoch, whose losses are finite."""
+    settings = config(pairs_dir, tmp_path, num_epochs=4)
+    spoil_weights(monkeypatch, after=2 * epoch)
+    with pytest.raises(fastseg.FastsegError, match=r"^learning_rate: .*not finite.*Lower it") as error:
+        fastseg.train(settings)
+    assert ("load_model=false" in str(error.value)) == (epoch == 2)  # otherwise there is nothing to resume from
+    assert (settings.run_dir / "last.pt").exists() == (settings.run_dir / "best.pt").exists() == (epoch == 2)
+    monkeypatch.undo()
+    if epoch == 2:
+        assert all(value.isfinite().all() for value in weights(settings.run_dir / "last.pt").values())
+    advised = settings.replace(learning_rate=1e-4, load_model=False)
+    assert len(fastseg.train(advised).history) == 4
+
+
+def test_a_loss_that_is_not_finite_is_noticed_within_the_epoch(pairs_dir, tmp_path, monkeypatch):
+    settings = config(pairs_dir, tmp_path, batch_size=1, num_epochs=1)
+    steps = []
+    monkeypatch.setattr(loop, "LOG_SECONDS", 0)
+    spoil_weights(monkeypatch, after=2)
+    step = loop.train_step
+    monkeypatch.setattr(loop, "train_step", lambda run, *batch: (steps.append(1), step(run, *batch)))
+    with pytest.raises(fastseg.FastsegError, match=r"^learning_rate: .*loss became nan in epoch 1.*Lower it"):
+        fastseg.train(settings)
+    assert len(steps) == 3  # of 8
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_a_last_checkpoint_of_nan_is_refused(pairs_dir, tmp_path):
+    settings = config(pairs_dir, tmp_path, num_epochs=1)
+    last = fastseg.train(settings).run_dir / "last.pt"
+    state = torch.load(last, weights_only=True)
+    state["model"]["head.bias"].fill_(math.nan)
+    torch.save(state, last)
+    with pytest.raises(fastseg.CheckpointError, match=r"last\.pt: .*not finite.*load_model=false"):
+        fastseg.train(settings)
+
+
+def test_json_files_hold_null_for_nan(pairs_dir, tmp_path, monkeypatch):
+    """A run that is interrupted in its first epoch has no scores."""
+    step = loop.train_step
+    monkeypatch.setattr(
+        loop, "train_step", lambda run, *batch: (step(run, *batch), setattr(run, "stop_requested", True))
+    )
+    result = fastseg.train(config(pairs_dir, tmp_path))
+    assert result.interrupted
+    summary = json.loads((result.run_dir / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["val_dice"] is None

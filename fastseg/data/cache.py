@@ -107,7 +107,7 @@ class DiskCache(Cache):
         pixels = [FORMAT, os.path.realpath(pairs.image_dir), os.path.realpath(pairs.mask_dir)]
         pixels += [height, width, decoder.mask_resize, decoder.name]
         key = hashlib.sha256(repr(pixels).encode()).hexdigest()[:16]
-        names = hashlib.sha256("\0".join([*pairs.images, *pairs.masks]).encode()).hexdigest()[:16]
+        names = hashlib.sha256(os.fsencode("\0".join([*pairs.images, *pairs.masks]))).hexdigest()[:16]
         self.path = folder / f"{key}-{names}.fastseg"
         self.stamps = _stamps(pairs)
         self._temporary: IO[bytes] | None = None
@@ -216,7 +216,7 @@ def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
     def rows() -> Iterator[bytes]:
         for index in range(len(pairs)):
             text = stamp(pairs.image_path(index)) + "\0" + stamp(pairs.mask_path(index))
-            yield hashlib.blake2b(text.encode(), digest_size=STAMP_BYTES).digest()
+            yield hashlib.blake2b(os.fsencode(text), digest_size=STAMP_BYTES).digest()
 
     return np.frombuffer(b"".join(rows()), np.uint8).reshape(len(pairs), STAMP_BYTES)
 

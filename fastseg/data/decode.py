@@ -17,6 +17,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from fastseg.data.formats.jpeg import check_memory, find_scan
 from fastseg.data.gif import MAX_PIXELS, decode_gif_mask
 from fastseg.data.resample import binary_mask, resize_area, sample_mask, sampling_grid
 from fastseg.errors import DataError
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
-JPEG_SCAN, JPEG_END = b"\xff\xda", b"\xff\xd9"  # markers: start of scan, end of image
+JPEG_END = b"\xff\xd9"  # the marker
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # some of Pillow's other formats start other programs
 
 Size = tuple[int, int]  # height, width
@@ -162,7 +163,7 @@ def check_readable(data: bytes) -> Size:
     """
     size = image_size(data)
     if data.startswith(JPEG_MAGIC):
-        if data.rfind(JPEG_END, max(data.find(JPEG_SCAN), 0)) < 0:  # phones append videos after the end
+        if (scan := find_scan(data)) < 0 or data.rfind(JPEG_END, scan) < 0:  # phones append videos after the end
             raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
     else:
         with _pillow_errors():
@@ -175,6 +176,7 @@ def _jpeg_size(data: bytes) -> Size | None:
     """Stored height and width of a JPEG that simplejpeg decodes; None for all other files."""
     if not data.startswith(JPEG_MAGIC):
         return None
+    check_memory(data)
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
@@ -244,6 +246,8 @@ def _open(data: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are decoded")
+    if image.format == "JPEG":
+        check_memory(data)
     return image
 
 

@@ -18,6 +18,7 @@ from fastseg.data.batch import BadSamples, Batch, empty_batch
 from fastseg.data.decode import Size, decode_image, decode_mask
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
+from fastseg.runtime.files import check_regular
 
 __all__ = ["HostDecoder", "check_sizes", "decode_file", "load_photo", "read_file"]
 
@@ -145,6 +146,7 @@ class _BatchInProgress:
 def read_file(path: str) -> bytes:
     """The bytes of a file; a DataError, without the path, if it cannot be read."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             return file.read()
     except OSError as error:

@@ -1,7 +1,6 @@
 """Scores of a trained network on a folder of pairs, at the training size and at the photos' own size."""
 
 import csv
-import json
 import logging
 import os
 from collections.abc import Callable, Generator
@@ -34,7 +33,7 @@ from fastseg.network.unet import UNet
 from fastseg.plots import Outlined, draw_worst
 from fastseg.quality.headers import check_pairs
 from fastseg.runtime.device import Runtime, choose_runtime, versions
-from fastseg.runtime.files import atomic_write, make_folder
+from fastseg.runtime.files import atomic_write, json_text, make_folder
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
 from fastseg.runtime.progress import progress_bar
@@ -278,15 +277,15 @@ def _write_results(folder: Path, totals: _Totals, summary: dict[str, Any]) -> No
     try:
         with (
             atomic_write(folder / "scores.csv") as temporary,
-            open(temporary, "w", newline="", encoding="utf-8") as file,
+            open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
         ):
             writer = csv.DictWriter(file, list(_Row.__dataclass_fields__))
             writer.writeheader()
             writer.writerows(asdict(row) for row in totals.rows)
         with atomic_write(folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
         if totals.worst:
             draw_worst([outlined for _, outlined in totals.worst], folder / "worst.png")
     except OutputError:
-        log.error("scores: %s", json.dumps(summary))
+        log.error("scores: %s", json_text(summary))
         raise

@@ -18,7 +18,7 @@ from fastseg.masks.encode import encode_overlay, encode_png
 from fastseg.masks.inputs import MASK, OVERLAY, PROBABILITY, Photo
 from fastseg.masks.refine import guide_size, refine
 from fastseg.masks.upsample import threshold_logits, upsample_logits
-from fastseg.runtime.files import atomic_write
+from fastseg.runtime.files import MAX_NAME_BYTES, atomic_write
 
 __all__ = ["OutputOptions", "Row", "failed_row", "find_results", "write_results", "write_table"]
 
@@ -89,6 +89,9 @@ def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptio
     Raises:
         OutputError: a file cannot be written.
     """
+    names = [os.path.basename(path) for path in options.paths(photo)]
+    if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
+        return failed_row(photo, DataError(f"its results have names that are too long (over {MAX_NAME_BYTES} bytes)"))
     try:
         if options.refine != "none":
             guide = torch.from_numpy(load_photo(photo.path, guide_size(*options.cells)))

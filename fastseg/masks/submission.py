@@ -150,7 +150,7 @@ def write_submission(
     broken: list[str] = []
     with (
         atomic_write(out) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="") as file,
+        open(temporary, "w", encoding="utf-8", errors="surrogateescape", newline="") as file,
         progress_bar() as bar,
         ThreadPoolExecutor(count_threads(num_workers), thread_name_prefix="fastseg-encode") as pool,
     ):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from typing import Any
 
 import torch
@@ -10,10 +11,18 @@ from torch import Tensor, nn
 
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError, OutputError
-from fastseg.network.unet import UNet
-from fastseg.runtime.files import atomic_write
+from fastseg.network.unet import UNet, init_weights
+from fastseg.runtime.files import atomic_write, check_regular
 
-__all__ = ["build_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
+__all__ = [
+    "build_model",
+    "has_finite_weights",
+    "init_model",
+    "load_checkpoint",
+    "load_model",
+    "load_weights",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 
@@ -42,6 +51,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or not a checkpoint of fastseg.
     """
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             start = file.read(9)
     except OSError as error:
@@ -50,7 +60,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if start[8:] == b"{":  # safetensors: 8 bytes with the header's length, then the header, a JSON object
             state = _read_safetensors(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = _read_zip(path)
     except Exception:  # torch's reader raises many kinds of error on damaged bytes
         raise CheckpointError(f"{path}: is damaged or not a checkpoint. Use another, or remove it.") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_complete(state):
@@ -63,6 +73,21 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def build_model(config: Config) -> UNet:
     """A new network with random weights, as configured."""
     return UNet(config.base_channels, config.depth)
+
+
+def init_model(config: Config) -> UNet:
+    """A new network with the initial weights of `config.seed`. torch's global generator is neither read nor changed."""
+    with torch.device("meta"):  # shapes without memory
+        model = build_model(config)
+    model.to_empty(device="cpu")
+    init_weights(model, torch.Generator().manual_seed(config.seed))
+    return model
+
+
+def has_finite_weights(model: nn.Module) -> bool:
+    """Whether no weight or batch statistic is infinite or NaN; waits for the device."""
+    values = [value for value in model.state_dict().values() if value.is_floating_point()]
+    return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:
@@ -80,13 +105,20 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLik
                 f"{path}: must hold a network with {field} {getattr(config, field)}, as configured; it has "
                 f"{saved[field]}. Set {field} to {saved[field]}, or {remedy}."
             )
-    try:
-        model.load_state_dict(plain_keys(state["model"]))
-    except (RuntimeError, TypeError):
+    _check_shapes(model, state, path)
+    model.load_state_dict(plain_keys(state["model"]))
+
+
+def _check_shapes(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """CheckpointError if the weights are not those of the network, which may be on the meta device."""
+    weights, saved = plain_keys(state["model"]), state["config"]
+    expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
+    found = {key: (value.shape, value.dtype) for key, value in weights.items() if isinstance(value, Tensor)}
+    if found != expected or len(weights) != len(expected):
         raise CheckpointError(
             f"{path}: its weights do not fit its configuration (base_channels {saved['base_channels']}, depth "
             f"{saved['depth']}). Use another checkpoint."
-        ) from None
+        )
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
@@ -100,7 +132,10 @@ def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
         config = Config(**state["config"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be used ({error}). Use another checkpoint.") from None
-    model = build_model(config)
+    with torch.device("meta"):
+        model = build_model(config)
+    _check_shapes(model, state, path)  # before memory is allocated for a network that the file may only claim
+    model.to_empty(device="cpu")
     load_weights(model, state, path, config)
     return model.eval(), config
 
@@ -110,6 +145,43 @@ def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         config = json.loads((file.metadata() or {}).get("config", "null"))  # files of other programs have none
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
         return {"format": FORMAT, "config": config, "model": weights}
+
+
+def _read_zip(path: str | os.PathLike[str]) -> Any:
+    """The content of a file of `torch.save`, which takes no more memory than the file.
+
+    Raises:
+        Exception: of any kind; the file is damaged, or its content is larger than the file.
+    """
+    size = os.path.getsize(path)
+    with zipfile.ZipFile(path) as file:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+            raise ValueError("has compressed entries, which torch does not write")
+    # Mapped, because torch then checks that tensors lie within the file.
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    places = _find_tensors(state)
+    tensors = {id(tensor): tensor for _, _, tensor in places}
+    if sum(tensor.nbytes for tensor in tensors.values()) > size:
+        raise ValueError("has tensors that share their values, which fastseg does not write")
+    copies = {key: tensor.clone() for key, tensor in tensors.items()}
+    for container, key, tensor in places:
+        container[key] = copies[id(tensor)]
+    return state
+
+
+def _find_tensors(state: Any) -> list[tuple[Any, Any, Tensor]]:
+    """The tensors in nested dictionaries and lists, each with its container and its key there."""
+    places, pending, seen = [], [state], set()
+    while pending:
+        container = pending.pop()
+        if id(container) in seen or not isinstance(container, dict | list):
+            continue
+        seen.add(id(container))
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            if isinstance(value, Tensor):
+                places.append((container, key, value))
+            pending.append(value)
+    return places
 
 
 def _is_complete(state: dict[str, Any]) -> bool:

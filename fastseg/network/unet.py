@@ -1,9 +1,11 @@
 """The network: the UNet of Ronneberger et al. 2015 (arXiv:1505.04597) with padding and batch normalisation."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["UNet"]
+__all__ = ["UNet", "init_weights"]
 
 
 def double_conv(in_channels: int, out_channels: int) -> nn.Sequential:
@@ -59,3 +61,24 @@ class UNet(nn.Module):
         for upsample, block in zip(self.upsample, self.decoder, strict=True):
             x = block(torch.cat([skips.pop(), upsample(x)], dim=1))
         return self.head(x)
+
+
+def init_weights(model: nn.Module, generator: torch.Generator) -> None:
+    """Initialise a network in place: the same values as torch's modules draw from a global generator of that seed.
+
+    The global generator belongs to the whole process: runs in two threads would draw from each other's.
+
+    Args:
+        model: of convolutions and batch norms; their present values are not used.
+        generator: of the CPU.
+
+    Source: `reset_parameters` of torch's convolutions (He et al. 2015, arXiv:1502.01852).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()

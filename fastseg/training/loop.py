@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from fastseg.config import Config, as_config
-from fastseg.errors import FastsegError
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.contention import core_use, warn_about_contention
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
+from fastseg.runtime.files import file_version
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.augment import AugmentParams, augment, resize, sample_params
@@ -38,16 +38,15 @@ from fastseg.training.recipe import (
 from fastseg.training.state import (
     Run,
     build_run,
-    create_run_dir,
+    check_finite,
     find_splits,
     load_or_init_model,
-    log_epoch,
     resolve_config,
     resume,
     save_epoch,
     save_last,
 )
-from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, summarise
+from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, log_epoch, open_run_dir, summarise
 from fastseg.training.tensorboard import import_writer, open_writer, write_epoch
 
 __all__ = ["train", "train_step"]
@@ -78,7 +77,8 @@ def train(
         ConfigError, DataError, CheckpointError: the configuration, the data or a checkpoint cannot be used. Nothing is
             written before all of them have been checked.
         OutputError: the run's folder cannot be written, which is checked before any data is read; or the disk is full.
-        FastsegError: the loss became infinite or NaN; or the memory is full, even with one pair at a time.
+        FastsegError: the loss or a weight became infinite or NaN, which no checkpoint contains; the memory is full,
+            even with one pair at a time; or another process trains in the run's folder.
     """
     start_time = time.perf_counter()
     config = as_config(config)
@@ -86,40 +86,46 @@ def train(
         runtime = choose_runtime(config)
         check_compile(config, runtime)
         import_writer(config)  # a missing package is reported before anything else happens
+        read = file_version(config.run_dir / "last.pt")
         model, state = load_or_init_model(config)
         train_pairs, val_pairs = find_splits(config)
-        config = resolve_config(config, len(train_pairs))
+        config = resolve_config(config, len(train_pairs), runtime.world_size)
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         run.start_time = start_time
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
-        create_run_dir(run)
-        writer = open_writer(config, run.epoch) if runtime.rank == 0 else None
-        run.seconds["start-up"] = time.perf_counter() - start_time
-        with run.checkpoints:  # which waits for the last checkpoint at its end
-            with _stop_on_signal(run), retain_freed_memory(runtime.device):
-                while not run.interrupted and not _is_finished(run):
-                    _train_epoch(run)
-                    if run.interrupted:
-                        break
-                    _validate(run)
-                    if writer:
-                        write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
-                    if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
-                        log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
-                        break
-                    compile_if_it_pays(run)
-            if writer:
-                writer.close()
-            trained = time.perf_counter()
-            if run.interrupted:
-                save_last(run)
-        run.seconds["checkpoints"] += time.perf_counter() - trained
+        with open_run_dir(run, read):
+            run.seconds["start-up"] = time.perf_counter() - start_time
+            _train_epochs(run, after_epoch)
+            return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
+
+
+def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
+    """Train until the last epoch is done or the run is interrupted, and wait until its checkpoints are on disk."""
+    writer = open_writer(run.config, run.epoch) if run.runtime.rank == 0 else None
+    with run.checkpoints:  # which waits for the last checkpoint at its end
+        with _stop_on_signal(run), retain_freed_memory(run.runtime.device):
+            while not run.interrupted and not _is_finished(run):
+                _train_epoch(run)
+                if run.interrupted:
+                    break
+                _validate(run)
+                if writer:
+                    write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
+                    log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
+                    break
+                compile_if_it_pays(run)
+        if writer:
+            writer.close()
+        trained = time.perf_counter()
         if run.interrupted:
-            log.info("interrupted in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
-        return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
+            save_last(run)
+    run.seconds["checkpoints"] += time.perf_counter() - trained
+    if run.interrupted:
+        log.info("interrupted in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
 
 
 def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
@@ -180,6 +186,8 @@ def _train_epoch(run: Run) -> None:
                 rate = (run.step - first_step) * config.batch_size / (now - began)
                 wait = 100 * (loader.wait_seconds - waited) / (now - began)
                 loss = run.loss_sum.item() / run.step
+                if not math.isfinite(loss):
+                    check_finite(run, loss)
                 dice = f"  Dice {run.history[-1]['val_dice']:.4f}" if run.history else ""
                 if not run.contention_checked and run.runtime.device.type == "cpu":
                     run.contention_checked = warn_about_contention(cores)
@@ -190,11 +198,7 @@ def _train_epoch(run: Run) -> None:
             if run.interrupted:
                 break
     mean_loss = all_reduce(run.loss_sum.clone()).item() / max(run.step * run.runtime.world_size, 1)
-    if not math.isfinite(mean_loss):
-        raise FastsegError(
-            f"learning_rate: the loss became {mean_loss} in epoch {run.epoch + 1}; learning_rate is "
-            f"{config.learning_rate:g}. Lower it, or pass precision=fp32; the previous epoch's checkpoint is intact."
-        )
+    check_finite(run, mean_loss)
     seconds, waited = time.perf_counter() - began, loader.wait_seconds - waited
     run.trained_pairs += (run.step - first_step) * config.batch_size
     run.seconds["waiting for data"] += waited

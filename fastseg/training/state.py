@@ -1,13 +1,11 @@
 """The state of a training run: built from a configuration, saved to `last.pt` and resumed from it."""
 
-import json
 import logging
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,29 +14,29 @@ from torch import Tensor, nn
 from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-from fastseg.errors import ConfigError, OutputError
-from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights
+from fastseg.errors import CheckpointError, ConfigError, FastsegError
+from fastseg.network.checkpoint import has_finite_weights, init_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
-from fastseg.runtime.files import atomic_write, check_writable, make_folder
+from fastseg.runtime.files import check_writable
 from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.writer import CheckpointWriter
 
 __all__ = [
     "Run",
     "build_run",
-    "create_run_dir",
+    "check_finite",
     "find_splits",
     "load_or_init_model",
-    "log_epoch",
     "resolve_config",
     "resume",
     "save_epoch",
     "save_last",
 ]
 
-NO_SCORES = {"epoch": 0, **dict.fromkeys(("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels"), math.nan)}
+SCORES = ("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels")
+NO_SCORES = {"epoch": 0, **dict.fromkeys(SCORES, math.nan)}
 
 log = logging.getLogger(__name__)
 
@@ -124,11 +122,23 @@ def _has_files(folder: str) -> bool:
         return any(entries)
 
 
-def resolve_config(config: Config, num_pairs: int) -> Config:
-    """Fit batch size and number of epochs to the number of training pairs; changes are logged."""
+def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Config:
+    """Fit batch size and number of epochs to the number of training pairs; changes are logged.
+
+    A batch size that is lowered stays divisible by the number of processes.
+
+    Raises:
+        ConfigError: there are fewer pairs than processes.
+    """
+    if num_pairs < world_size:
+        raise ConfigError(
+            f"batch_size: each process needs a pair of every batch; got {num_pairs} training pair(s) for {world_size} "
+            "processes. Start fewer processes, or add pairs."
+        )
     if config.batch_size > num_pairs:
-        log.info("batch_size: lowered to %d, the number of training pairs", num_pairs)
-        config = config.replace(batch_size=num_pairs)
+        batch_size = num_pairs // world_size * world_size
+        log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
+        config = config.replace(batch_size=batch_size)
     if "num_epochs" not in config.model_fields_set:
         epochs = max(config.num_epochs, math.ceil(config.min_steps / (num_pairs // config.batch_size)))
         if epochs > config.num_epochs:
@@ -145,15 +155,18 @@ def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None
         OutputError: the run's folder cannot be written.
     """
     check_writable(config.run_dir)
-    with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
-        torch.manual_seed(config.seed)
-        model = build_model(config)
+    model = init_model(config)
     if config.checkpoint:
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
     path = config.run_dir / "last.pt"
     if config.load_model and path.exists():
         state = load_checkpoint(path)
         load_weights(model, state, path, config)
+        if not has_finite_weights(model):
+            raise CheckpointError(
+                f"{path}: its weights are not finite, so the run cannot resume from it. Pass load_model=false to start "
+                "from scratch, and a lower learning_rate."
+            )
         return model, state
     origin = f"weights from {config.checkpoint}" if config.checkpoint else "random weights"
     log.info("new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
@@ -175,6 +188,29 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         train_loader=make_loader(train_pairs, config, runtime, training=True),
         val_loader=make_loader(val_pairs, config, runtime, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
+    )
+
+
+def check_finite(run: Run, loss: float = 0.0) -> None:
+    """Check the loss and, where it is finite, the weights of the last step.
+
+    Raises:
+        FastsegError: one of them is infinite or NaN. The message tells how to continue.
+    """
+    if not math.isfinite(loss):
+        problem = f"the loss became {loss}"
+    elif not all(has_finite_weights(model) for model in (run.model, run.ema_model) if model):
+        problem = "the weights are not finite"
+    else:
+        return
+    config = run.config
+    advice = f"Lower it, for example to {config.learning_rate / 10:g}"
+    if config.precision != "fp32":
+        advice += ", or pass precision=fp32"
+    if run.epoch or run.first_step:
+        advice += "; and pass load_model=false to start from scratch, because last.pt comes from the same learning rate"
+    raise FastsegError(
+        f"learning_rate: {problem} in epoch {run.epoch + 1}; learning_rate is {config.learning_rate:g}. {advice}."
     )
 
 
@@ -233,17 +269,18 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         return
     path = run.config.run_dir / "last.pt"
     try:
+        _check_progress(state, len(run.train_loader))
         run.train_loader.load_state_dict(state["loader"])
         if run.ema_model:
             run.ema_model.load_state_dict(state["ema_model"])
-        run.optimizer.load_state_dict(state["optimizer"])
+        _load_optimizer(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])
         run.loss_sum.copy_(state["loss_sum"])
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: does not fit this configuration ({error}). Choose another name, or pass load_model=false."
         ) from None
@@ -253,36 +290,27 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
 
 
-def create_run_dir(run: Run) -> None:
-    """Make the run's folder with `config.json` and `metrics.jsonl`; only rank 0 writes.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    if run.runtime.rank > 0:
-        return
-    folder = run.config.run_dir
-    make_folder(folder)
-    with atomic_write(folder / "config.json") as temporary:
-        run.config.to_json(temporary)
-    # A killed run may have logged an epoch after its last checkpoint. It is trained again, so its line is removed.
-    with atomic_write(folder / "metrics.jsonl") as temporary:
-        temporary.write_text("".join(map(_json_line, run.history)))
+def _check_progress(state: dict[str, Any], num_batches: int) -> None:
+    """ValueError if a state's counts contradict each other: somebody has changed the file."""
+    loader, history = state["loader"], state["history"]
+    counts = {"epoch": state["epoch"], "step": state["step"], "seed": loader["seed"]}
+    for name, count in counts.items():
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} is {count!r}")
+    if (loader["epoch"], loader["step"]) != (state["epoch"], state["step"]) or state["step"] > num_batches:
+        raise ValueError(f"it ends at epoch {state['epoch']}, step {state['step']}; its loader disagrees")
+    numbers = [entry[name] for entry in history for name in ("epoch", *SCORES, "train_loss", "val_loss")]
+    if len(history) != state["epoch"] or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("its history is not that of its epochs")
 
 
-def log_epoch(run_dir: Path, entry: dict[str, Any]) -> None:
-    """Append an epoch's entry to `metrics.jsonl`.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
-    path = run_dir / "metrics.jsonl"
-    try:
-        with open(path, "a") as file:
-            file.write(_json_line(entry))
-    except OSError as error:
-        raise OutputError(path, error) from None
-
-
-def _json_line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state. torch's fused step would read beyond tensors of other shapes."""
+    options = [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    if [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups] != options:
+        raise ValueError("its optimizer has other options")
+    for parameter, values in optimizer.state.items():
+        shapes = {name: value.shape for name, value in values.items()}
+        if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+            raise ValueError("its optimizer has other shapes")

@@ -1,21 +1,31 @@
-"""The end of a run: plots, `summary.json`, and a log line of times."""
+"""The files of a run besides its checkpoints: `config.json`, `metrics.jsonl`, plots and `summary.json`."""
 
-import json
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from fastseg.errors import FastsegError, OutputError
 from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.plots import draw_curves, draw_overlay
 from fastseg.runtime.device import versions
-from fastseg.runtime.files import atomic_write
+from fastseg.runtime.files import (
+    FileVersion,
+    atomic_write,
+    file_version,
+    json_text,
+    lock_folder,
+    make_folder,
+    remove_dead_temporaries,
+)
 from fastseg.training.state import Run
 
-__all__ = ["FIRST_STEPS", "TrainResult", "draw_val_overlay", "summarise"]
+__all__ = ["FIRST_STEPS", "TrainResult", "draw_val_overlay", "log_epoch", "open_run_dir", "summarise"]
 
 FIRST_STEPS = "first step of each size"  # a part of the time: it compiles and chooses kernels
 
@@ -37,6 +47,56 @@ class TrainResult:
     seconds: float  #: of this call
     interrupted: bool  #: by Ctrl-C or SIGTERM; the same call resumes the run
     history: list[dict[str, Any]]  #: one entry per epoch, as in metrics.jsonl
+
+
+@contextmanager
+def open_run_dir(run: Run, read: FileVersion) -> Iterator[None]:
+    """Make the run's folder with `config.json` and `metrics.jsonl`, and hold it for the block; only rank 0 writes.
+
+    Args:
+        read: version of the `last.pt` that the run has read.
+
+    Raises:
+        FastsegError: another process trains in the folder, or has since `last.pt` was read.
+        OutputError: it cannot be written.
+    """
+    if run.runtime.rank > 0:
+        yield
+        return
+    folder = run.config.run_dir
+    make_folder(folder)
+    with lock_folder(folder, "Wait for its end, or choose another name"):
+        if file_version(folder / "last.pt") != read:
+            raise FastsegError(f"{folder / 'last.pt'}: another process has just written it. Start again to resume.")
+        remove_dead_temporaries(folder)
+        _write_run_files(run, folder)
+        yield
+
+
+def _write_run_files(run: Run, folder: Path) -> None:
+    with atomic_write(folder / "config.json") as temporary:
+        run.config.to_json(temporary)
+    # A killed run may have logged an epoch after its last checkpoint. It is trained again, so its line is removed.
+    with atomic_write(folder / "metrics.jsonl") as temporary:
+        temporary.write_text("".join(map(_json_line, run.history)))
+
+
+def log_epoch(run_dir: Path, entry: dict[str, Any]) -> None:
+    """Append an epoch's entry to `metrics.jsonl`.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    path = run_dir / "metrics.jsonl"
+    try:
+        with open(path, "a") as file:
+            file.write(_json_line(entry))
+    except OSError as error:
+        raise OutputError(path, error) from None
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    return json_text(entry) + "\n"
 
 
 def draw_val_overlay(run: Run, model: nn.Module) -> Path:
@@ -92,7 +152,7 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     }
     if run.runtime.rank == 0:
         with atomic_write(folder / "summary.json") as temporary:
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+            temporary.write_text(json_text(summary, indent=2) + "\n")
     parts = ", ".join(
         f"{part} {seconds:.1f} s" for part, seconds in sorted(run.seconds.items(), key=lambda item: -item[1])
     )
