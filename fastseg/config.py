@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from fastseg.classes import SegClass, default_colours
 from fastseg.errors import ConfigError
 
 __all__ = ["Config", "as_config", "closest_match", "format_value"]
@@ -64,6 +65,10 @@ class Config(BaseModel):
     image_height: int = _field(160, "height of the network's input in pixels; a multiple of 2**depth", ge=1, le=2**14)
     image_width: int = _field(240, "width of the network's input in pixels; a multiple of 2**depth", ge=1, le=2**14)
     mask_resize: Literal["area", "nearest"] = _field("area", "resize masks by area average or to the nearest pixel")
+    classes: tuple[SegClass, ...] = _field(
+        (), "names of classes, or a file of them; empty: two values, of which the brighter is foreground"
+    )
+    ignore_value: int = _field(255, "with classes: value of pixels that count in no loss and no score", ge=-1, le=255)
     bad_samples: Literal["raise", "skip"] = _field("raise", "unusable files: raise an error, or log and skip them")
     check_data: bool = _field(True, "check every file's header before training")
 
@@ -131,6 +136,19 @@ class Config(BaseModel):
             raise ValueError("must not contain a NUL character")
         return value
 
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _classes_have_values_and_colours(cls, classes: Any) -> Any:
+        """Complete plain names: the value is the class's number."""
+        if isinstance(classes, str):
+            classes = classes.split(",") if classes else ()
+        if not all(isinstance(item, str) for item in classes):
+            return classes
+        return [
+            {"name": name, "value": value, "colour": colour}
+            for value, (name, colour) in enumerate(zip(classes, default_colours(len(classes)), strict=True))
+        ]
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, name: str) -> str:
@@ -179,6 +197,11 @@ class Config(BaseModel):
                 f"{self.micro_batch}. Use 0, or compile=auto."
             )
         return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Logits per pixel: one per class, or a single one that separates two values."""
+        return len(self.classes) or 1
 
     @property
     def run_dir(self) -> Path:

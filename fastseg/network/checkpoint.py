@@ -62,7 +62,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def build_model(config: Config) -> UNet:
     """A new network with random weights, as configured."""
-    return UNet(config.base_channels, config.depth)
+    return UNet(config.base_channels, config.depth, out_channels=config.num_outputs)
 
 
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:
