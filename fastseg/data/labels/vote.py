@@ -110,7 +110,7 @@ def vote(stored: Bytes, table: Bytes, num_classes: int, out: Bytes, mode: str) -
     """
     (height, width), (target_height, target_width) = stored.shape, out.shape
     grid = sampling_grid(width, height, target_width, target_height)
-    return _vote(stored, table, num_classes, grid.extent_x, grid.extent_y, mode == "nearest", out)
+    return _vote(_read_only(stored), table, num_classes, grid.extent_x, grid.extent_y, mode == "nearest", out)
 
 
 def index_colours(pixels: Bytes, codes: NDArray[np.int32], indices: Bytes) -> Bytes:
@@ -120,5 +120,12 @@ def index_colours(pixels: Bytes, codes: NDArray[np.int32], indices: Bytes) -> By
         codes, indices: of `ClassEncoding.codes`.
     """
     out = np.empty(pixels.shape[:2], np.uint8)
-    _index_colours(np.ascontiguousarray(pixels), codes, indices, out)
+    _index_colours(_read_only(pixels), codes, indices, out)
     return out
+
+
+def _read_only(values: Bytes) -> Bytes:
+    """C-contiguous and read-only, as Pillow's pixels are: numba compiles once for those and once for the others."""
+    view = np.ascontiguousarray(values).view()
+    view.flags.writeable = False
+    return view
