@@ -12,7 +12,7 @@ from fastseg.data.gif import Bytes
 from fastseg.data.labels.encoding import UNLISTED, ClassEncoding, unlisted_error
 from fastseg.data.labels.gif import read_gif
 from fastseg.data.labels.png import read_png
-from fastseg.data.labels.vote import index_colours, vote
+from fastseg.data.labels.vote import count_bytes, index_colours, vote
 from fastseg.errors import DataError
 
 __all__ = ["Stored", "count_classes", "count_values", "decode_classes", "decode_full_classes", "read_stored"]
@@ -96,7 +96,7 @@ def count_classes(data: bytes, encoding: ClassEncoding) -> tuple[Size, NDArray[n
     stored = read_stored(data)
     indices, table = _index(stored, encoding)
     counts = np.zeros(256, np.int64)
-    np.add.at(counts, table, np.bincount(indices.ravel(), minlength=256))
+    np.add.at(counts, table, count_bytes(indices))
     if counts[UNLISTED]:
         raise unlisted_error(encoding, count_values(stored, encoding.by_colour))
     return (indices.shape[0], indices.shape[1]), counts[: len(encoding.classes)], int(counts[IGNORED])
@@ -122,7 +122,7 @@ def count_values(stored: Stored, by_colour: bool) -> Counter[Any]:
 
 def _unique(values: NDArray[Any]) -> list[tuple[int, int]]:
     if values.dtype == np.uint8:
-        counts = np.bincount(values.ravel(), minlength=256)
+        counts = count_bytes(values)
         return [(int(value), int(counts[value])) for value in np.flatnonzero(counts)]
     found, counts = np.unique(values, return_counts=True)
     return list(zip(found.tolist(), counts.tolist(), strict=True))

@@ -11,7 +11,7 @@ from fastseg.data.gif import Bytes, compiled
 from fastseg.data.labels.encoding import UNLISTED
 from fastseg.data.resample import sampling_grid
 
-__all__ = ["index_colours", "vote"]
+__all__ = ["count_bytes", "index_colours", "vote"]
 
 
 @compiled
@@ -92,6 +92,25 @@ def _index_colours(pixels: Bytes, codes: NDArray[np.int32], indices: Bytes, out:
                 if low < codes.size and codes[low] == code:
                     last_index = np.int64(indices[low])
             out[y, x] = last_index
+
+
+@compiled
+def _count_bytes(stored: Bytes) -> NDArray[np.int64]:
+    """See `count_bytes`. Runs of one byte are counted at once."""
+    counts = np.zeros(256, np.int64)
+    for row in stored:
+        first, last = 0, row[0]
+        for x in range(1, row.size):
+            if row[x] != last:
+                counts[last] += x - first
+                first, last = x, row[x]
+        counts[last] += row.size - first
+    return counts
+
+
+def count_bytes(stored: Bytes) -> NDArray[np.int64]:
+    """Pixels of each byte of (H, W) uint8, (256,)."""
+    return _count_bytes(_read_only(stored))
 
 
 def vote(stored: Bytes, table: Bytes, num_classes: int, out: Bytes, mode: str) -> bool:
