@@ -257,11 +257,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
-    add_fields(parser, ("num_workers",))
+    add_fields(parser, ("classes", "ignore_value", "num_workers"))
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fastseg.quality.check import check, print_report
+    from fastseg.quality.check import check
+    from fastseg.quality.report import print_report
 
     report = check(*options.folders, duplicates=not options.no_duplicates, **read_fields(options))
     print_report(report)
@@ -310,7 +311,7 @@ COMMANDS = (
     Command(
         "check",
         "find the faults of a data set; exit status 1 if there are errors",
-        "DIR... [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
+        "DIR... [--classes CLASSES] [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
         _add_check,
         _check,
     ),

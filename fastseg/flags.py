@@ -14,7 +14,7 @@ def add_fields(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
     """Add a flag for each of these fields; `Config` parses and validates the text."""
     for name in names:
         field = Config.model_fields[name]
-        default = f" (default: {format_value(field.default)})" if field.default != "" else ""
+        default = f" (default: {format_value(field.default)})" if field.default not in ("", ()) else ""
         parser.add_argument(
             f"--{name.replace('_', '-')}",
             dest=f"field_{name}",
@@ -67,4 +67,4 @@ def _metavar(annotation: Any) -> str:
     """A field's choices or type, for the help."""
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
-    return {bool: "true|false", int: "N", float: "X", str: "TEXT"}[annotation]
+    return {bool: "true|false", int: "N", float: "X"}.get(annotation, "TEXT")

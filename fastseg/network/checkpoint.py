@@ -72,7 +72,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def build_model(config: Config) -> UNet:
     """A new network with random weights, as configured."""
-    return UNet(config.base_channels, config.depth)
+    return UNet(config.base_channels, config.depth, out_channels=config.num_outputs)
 
 
 def init_model(config: Config) -> UNet:
