@@ -28,6 +28,7 @@ from fastseg.training.compile import check_compile, compile_if_it_pays, compile_
 from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
 from fastseg.training.recipe import (
     learning_rate,
+    make_class_weights,
     num_small_steps,
     set_learning_rate,
     training_loss,
@@ -94,6 +95,7 @@ def train(
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
+        run.class_weights = make_class_weights(config, run.train_loader, runtime)
         create_run_dir(run)
         writer = open_writer(config, run.epoch) if runtime.rank == 0 else None
         run.seconds["start-up"] = time.perf_counter() - start_time
@@ -126,7 +128,7 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
 
     Args:
         images: (B, H, W, 3) uint8 on the run's device, this rank's slice of the batch.
-        masks: (B, H, W) uint8, coverage 0..255.
+        masks: (B, H, W) uint8, coverage 0..255, or the numbers of classes.
     """
     config, step, total = run.config, run.steps_done, run.total_steps
     set_learning_rate(run.optimizer, learning_rate(config, step, total))
@@ -152,11 +154,11 @@ def _accumulate_gradients(run: Run, images: Tensor, masks: Tensor, params: Augme
     losses = []
     for start in range(0, len(images), micro_batch):
         part = slice(start, start + micro_batch)
-        inputs, targets = augment(images[part], masks[part], params.take(part))
+        inputs, targets = augment(images[part], masks[part], params.take(part), classes=bool(run.config.classes))
         inputs, targets = resize(inputs, targets, *size)
         with run.runtime.autocast():
             logits = run.forward(inputs)
-        loss = training_loss(run.config, logits, targets) * (len(inputs) / len(images))
+        loss = training_loss(run.config, logits, targets, run.class_weights) * (len(inputs) / len(images))
         run.scaler.scale(loss).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
