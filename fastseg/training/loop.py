@@ -107,7 +107,8 @@ def train(
                         break
                     _validate(run)
                     if writer:
-                        write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                        overlay = draw_val_overlay(run, run.eval_model)
+                        write_epoch(writer, run.history[-1], overlay, config.classes)
                     if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                         break
@@ -215,7 +216,7 @@ def _validate(run: Run) -> None:
     """Score the epoch, write its line, start writing its checkpoints, and advance to the next."""
     began = time.perf_counter()
     model = run.eval_model.eval()
-    scores = score_batches(model, run.val_loader, run.runtime)
+    scores = score_batches(model, run.val_loader, run.runtime, len(run.config.classes))
     entry = run.history[-1]
     entry.update({f"val_{name}": value for name, value in scores.items()})
     scored = time.perf_counter()
