@@ -37,8 +37,9 @@ def _train(options: argparse.Namespace) -> int:
         print(f"Interrupted. Run the same command again to resume from {result.run_dir / 'last.pt'}.", file=sys.stderr)
         return INTERRUPTED
     if get_rank() == 0:
+        over = "classes" if config.classes else "validation images"
         print(
-            f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over validation images, epoch "
+            f"IoU {result.val_iou:.4f}, Dice {result.val_dice:.4f} (means over {over}, epoch "
             f"{result.best_epoch}) after {result.seconds:.0f} s; the run is in {result.run_dir}/"
         )
     return 0
@@ -62,9 +63,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--refine",
-        metavar="none|crf",
-        default="crf",
-        help="how to refine masks at full size with the photo (default: crf)",
+        metavar="auto|none|crf",
+        default="auto",
+        help="how to refine masks at full size with the photo (default: auto: crf for two values, none for classes)",
     )
     add_fields(parser, EVALUATE_FIELDS)
 
@@ -115,9 +116,9 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csv", metavar="FILE", default="", help="also write a table of size, foreground and errors")
     parser.add_argument(
         "--refine",
-        metavar="none|crf",
-        default="crf",
-        help="how to refine masks with the photo (default: crf)",
+        metavar="auto|none|crf",
+        default="auto",
+        help="how to refine masks with the photo (default: auto: crf for two values, none for classes)",
     )
     parser.add_argument(
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"

@@ -9,6 +9,7 @@ The command line has a flag for each field below; a field's description is its h
 
 import difflib
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -85,6 +86,12 @@ class Config(BaseModel):
 
     # Training
     recipe: Literal["fast", "tutorial"] = _field("fast", "fast: AdamW, one cycle, BCE + Dice; tutorial: Adam, BCE")
+    loss: Literal["auto", "focal", "tversky", "lovasz"] = _field(
+        "auto", "classes: auto is cross-entropy + Dice; focal for the former, others for Dice"
+    )
+    class_weights: Literal["none", "auto"] | tuple[float, ...] = _field(
+        "none", "none; auto: rare classes weigh more in the loss; or a number for each class"
+    )
     learning_rate: float = _field(1e-4, "start of the cycle, whose peak is 30 times as high; tutorial: constant", gt=0)
     weight_decay: float = _field(1e-2, "weight decay of AdamW", ge=0)
     ema_decay: float = _field(0.0, "decay per step of the EMA of the weights, which is scored; 0: no EMA", ge=0, lt=1)
@@ -141,6 +148,19 @@ class Config(BaseModel):
     def _classes_are_complete(cls, classes: Any) -> Any:
         return read_classes(classes)  # here, so that a checkpoint needs no file of classes
 
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _class_weights_are_numbers(cls, weights: Any) -> Any:
+        if weights in ("none", "auto"):
+            return weights
+        try:
+            numbers = tuple(map(float, weights.split(",") if isinstance(weights, str) else weights))
+        except (TypeError, ValueError):
+            numbers = ()
+        if not numbers or not all(0 <= number < math.inf for number in numbers) or not any(numbers):
+            raise ValueError("must be none, auto, or numbers of at least 0 that are not all 0")
+        return numbers
+
     @field_validator("name")
     @classmethod
     def _name_is_a_folder_name(cls, name: str) -> str:
@@ -172,6 +192,22 @@ class Config(BaseModel):
                 )
         if messages:
             raise ValueError(" ".join(messages))
+        return self
+
+    @model_validator(mode="after")
+    def _loss_fits_the_classes(self) -> "Config":
+        if self.loss != "auto" and not self.classes:
+            raise ValueError(
+                f"loss: must be auto for masks of two values, which is BCE + Dice; got {self.loss}. Use auto, or name "
+                "the classes."
+            )
+        if not isinstance(self.class_weights, str) and len(self.class_weights) != len(self.classes):
+            raise ValueError(
+                f"class_weights: must have one number per class, {len(self.classes)}; got {len(self.class_weights)}. "
+                "Use auto, or as many numbers."
+            )
+        if self.class_weights == "auto" and not self.classes:
+            raise ValueError("class_weights: must be none for masks of two values; got auto. Name the classes.")
         return self
 
     @model_validator(mode="after")

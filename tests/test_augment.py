@@ -146,3 +146,55 @@ def test_resizing_keeps_image_and_mask_together():
     assert small_disc.mean().item() == pytest.approx(disc.mean().item(), abs=2e-3)
     centre = (small_disc[0, 0] * torch.arange(128)).sum() / small_disc.sum()
     assert centre.item() == pytest.approx((150.5 * 128 / 240) - 0.5, abs=0.1)
+
+
+def class_batch():
+    """Images whose green is 10 times the class, and their masks of classes 3, 7, 11 and 255, in blocks of 12 pixels."""
+    blocks = np.random.default_rng(2).choice([3, 7, 11, 255], (6, 4, 6)).astype(np.uint8)
+    masks = torch.from_numpy(blocks.repeat(12, 1).repeat(12, 2))
+    return masks.unsqueeze(3).expand(-1, -1, -1, 3).contiguous(), masks
+
+
+@pytest.mark.parametrize("path", ["augment_cpu", "augment_torch"])
+def test_classes_are_warped_like_the_image_but_to_the_nearest(path, monkeypatch):
+    """No new class appears, and where the image is of one value all around, the mask has that value."""
+    monkeypatch.setattr(fastseg.training.augment, "augment_cpu", getattr(fastseg.training.augment, path))
+    images, masks = class_batch()
+    sampled = params(flip=1, angle=1, scale=1, shift=1)
+    inputs, targets = augment(images, masks, sampled, classes=True)
+    assert (targets.shape, targets.dtype) == ((6, 1, 48, 72), torch.uint8)
+    assert set(targets.unique().tolist()) == {3, 7, 11, 255}
+    values = 255 * pixels(inputs)[:, 1]
+    pure = torch.stack([(values - value).abs() < 1e-2 for value in (3, 7, 11, 255)]).any(0)
+    assert pure.float().mean() > 0.7
+    assert torch.equal(targets[:, 0][pure], values[pure].round().to(torch.uint8))
+
+
+def test_images_do_not_depend_on_the_kind_of_mask():
+    images, masks = class_batch()
+    sampled = sample_params(Config(image_height=48, image_width=80), 6, torch.Generator().manual_seed(1))
+    of_classes, of_coverage = (augment(images, masks, sampled, classes=classes)[0] for classes in (True, False))
+    torch.testing.assert_close(of_classes, of_coverage, atol=1e-5, rtol=0)
+
+
+def test_both_paths_give_the_same_classes(monkeypatch):
+    images, masks = class_batch()
+    sampled = sample_params(Config(image_height=48, image_width=80), 6, torch.Generator().manual_seed(1))
+    compiled = augment(images, masks, sampled, classes=True)[1]
+    monkeypatch.setattr(fastseg.training.augment, "augment_cpu", fastseg.training.augment.augment_torch)
+    assert (augment(images, masks, sampled, classes=True)[1] == compiled).float().mean() > 0.999  # ties may differ
+
+
+def test_without_augmentation_classes_stay():
+    images, masks = class_batch()
+    neutral = sample_params(Config(**OFF), len(images), torch.Generator())
+    assert torch.equal(augment(images, masks, neutral, classes=True)[1][:, 0], masks)
+
+
+def test_resizing_takes_the_nearest_class():
+    _, masks = class_batch()
+    inputs = torch.zeros(6, 3, 48, 72)
+    _, half = resize(inputs, masks.unsqueeze(1), 24, 36)
+    assert torch.equal(half[:, 0], masks[:, 1::2, 1::2])  # blocks of 12 become blocks of 6
+    _, odd = resize(inputs, masks.unsqueeze(1), 32, 40)
+    assert set(odd.unique().tolist()) <= {3, 7, 11, 255}

@@ -3,9 +3,21 @@
 import numpy as np
 import pytest
 import torch
-from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex
+from torchmetrics.classification import (
+    BinaryF1Score,
+    BinaryJaccardIndex,
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassJaccardIndex,
+)
 
-from fastseg.network.metrics import Scores, boundary_band, boundary_iou
+from fastseg.classes import IGNORED
+from fastseg.data.batch import Batch
+from fastseg.errors import DataError
+from fastseg.network.losses import class_loss
+from fastseg.network.metrics import ClassScores, Scores, boundary_band, boundary_iou, class_boundary_iou, score_batches
+from fastseg.runtime.device import Runtime
 
 
 @pytest.fixture
@@ -109,3 +121,85 @@ def test_empty_and_full_masks():
     assert boundary_iou(empty, empty, 2).tolist() == [1.0]
     assert boundary_iou(full, empty, 2).tolist() == [0.0]
     assert boundary_band(full, 2).sum() == 20 * 30 - 16 * 26  # the image's edge counts as an outline
+
+
+NUM_CLASSES = 6
+
+
+@pytest.fixture
+def labels():
+    """Predicted and true classes (7, 20, 30): 4 occurs in predictions only, 5 nowhere; the last image is ignored."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 4, (7, 20, 30), generator=generator)
+    wrong = torch.rand(target.shape, generator=generator) < 0.3
+    predicted = torch.where(wrong, torch.randint(0, 5, target.shape, generator=generator), target)
+    target[:3, :5], target[6] = IGNORED, IGNORED
+    return predicted.to(torch.uint8), target.to(torch.uint8)
+
+
+def test_scores_of_classes_equal_torchmetrics(labels):
+    predicted, target = labels
+    scores = ClassScores(NUM_CLASSES)
+    per_image = [scores.update(predicted[part], target[part]) for part in (slice(0, 5), slice(5, 7))]
+    found = scores.compute()
+    arguments = {"num_classes": NUM_CLASSES, "ignore_index": IGNORED}
+    theirs = predicted.long(), target.long()
+    for name, metric in (("iou", MulticlassJaccardIndex), ("dice", MulticlassF1Score)):
+        assert found[name] == pytest.approx(metric(**arguments, average="macro")(*theirs).item(), abs=1e-6)
+        each = metric(**arguments, average="none")(*theirs).tolist()
+        assert found[f"class_{name}"][:5] == pytest.approx(each[:5], abs=1e-6)
+        assert found[f"class_{name}"][4:] == [0.0, None]
+    accuracy = MulticlassAccuracy(**arguments, average="micro")(*theirs).item()
+    assert found["pixel_accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert torch.equal(scores.sums, MulticlassConfusionMatrix(**arguments)(*theirs))
+    f1 = MulticlassF1Score(**arguments, average="macro")
+    expected = [f1(p.long(), t.long()).item() for p, t in zip(predicted[:6], target[:6], strict=True)]
+    assert torch.cat(per_image).tolist() == pytest.approx([*expected, 1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("num_classes", [2, 12, 150])
+def test_scores_of_any_number_of_classes(num_classes):
+    target = torch.randint(0, num_classes, (2, 40, 50), generator=torch.Generator().manual_seed(1))
+    predicted = torch.where(torch.rand(target.shape) < 0.5, target.roll(1), target)
+    scores = ClassScores(num_classes)
+    scores.update(predicted, target)
+    expected = MulticlassJaccardIndex(num_classes, average="macro")(predicted, target).item()
+    assert scores.compute()["iou"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_nothing_but_ignored_pixels_is_an_error():
+    scores = ClassScores(3)
+    ignored = torch.full((1, 4, 4), IGNORED)
+    assert scores.update(torch.zeros(1, 4, 4, dtype=torch.int64), ignored).tolist() == [1.0]
+    with pytest.raises(DataError, match=r"every pixel.*ignored.*ignore_value"):
+        scores.compute()
+
+
+def test_batches_are_scored_by_the_largest_logit(labels):
+    """A network that returns fixed logits; the loss is a mean over images."""
+    predicted, target = labels
+    logits = torch.nn.functional.one_hot(predicted.long(), NUM_CLASSES).permute(0, 3, 1, 2).float()
+    images = torch.arange(7, dtype=torch.uint8)[:, None, None, None].expand(7, 20, 30, 3)
+
+    def model(inputs):
+        return logits[((inputs[:, 0, 0, 0] + 2) * 255 / 4).round().long()]
+
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    batches = [Batch(images[part], target[part], np.arange(7)[part]) for part in (slice(0, 4), slice(4, 7))]
+    found = score_batches(model, batches, runtime, NUM_CLASSES)
+    scores = ClassScores(NUM_CLASSES)
+    scores.update(predicted, target)
+    assert found == {"loss": pytest.approx(class_loss(logits, target).item(), rel=1e-6), **scores.compute()}
+
+
+def test_boundary_iou_of_classes_is_that_of_each_alone(labels):
+    predicted, target = (values[0, :, :].clone() for values in labels)
+    target[:, :15], predicted[:, :15] = 1, 1  # blobs, whose insides are no outlines
+    target[:6, :6] = IGNORED
+    found = class_boundary_iou(predicted, target, NUM_CLASSES, 2)
+    counted = torch.where(target == IGNORED, IGNORED, predicted)
+    for number in range(5):
+        assert found[number] == boundary_iou((counted == number)[None], (target == number)[None], 2).item()
+    assert found[5] is None
+    same = class_boundary_iou(torch.where(target == IGNORED, 2, target), target, NUM_CLASSES, 2)
+    assert same == [1.0, 1.0, 1.0, 1.0, None, None]  # ignored pixels cost nothing

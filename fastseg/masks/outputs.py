@@ -1,30 +1,34 @@
 """The files of a photo: mask, probability and overlay at its own size, and its row in the table."""
 
 import csv
+import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from fastseg.classes import SegClass
 from fastseg.data.decode import Size, decode_full_mask
-from fastseg.data.gif import encode_gif
-from fastseg.data.host import decode_file, load_photo
+from fastseg.data.gif import Bytes, encode_gif
+from fastseg.data.host import decode_file, load_photo, read_file
 from fastseg.data.resample import mask_from_array
 from fastseg.errors import DataError
-from fastseg.masks.encode import encode_overlay, encode_png
+from fastseg.masks.encode import encode_class_overlay, encode_overlay, encode_png
 from fastseg.masks.inputs import MASK, OVERLAY, PROBABILITY, Photo
 from fastseg.masks.refine import guide_size, refine
-from fastseg.masks.upsample import threshold_logits, upsample_logits
+from fastseg.masks.upsample import label_logits, threshold_logits, upsample_logits
 from fastseg.runtime.files import MAX_NAME_BYTES, atomic_write
 
 __all__ = ["OutputOptions", "Row", "failed_row", "find_results", "write_results", "write_table"]
 
-ENCODE_MASK = {"png": encode_png, "gif": encode_gif}
+ENCODE_MASK: dict[str, Callable[[Any], bytes]] = {"png": encode_png, "gif": encode_gif}
 MAX_OVERLAY_WIDTH = 1280  # pixels
-COLUMNS = ("image", "mask", "width", "height", "foreground", "error")
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class OutputOptions:
     resume: bool
     refine: str  # one of refine.METHODS
     cells: Size  # height and width of the network's output
+    classes: tuple[SegClass, ...] = ()  # empty: masks of two values
 
     def path(self, photo: Photo, suffix: str) -> str:
         return os.path.join(self.out, photo.stem + suffix)
@@ -47,6 +52,12 @@ class OutputOptions:
         wanted = ((MASK[self.mask_format], True), (PROBABILITY, self.probabilities), (OVERLAY, self.overlays))
         return [self.path(photo, suffix) for suffix, is_wanted in wanted if is_wanted]
 
+    @property
+    def values(self) -> Bytes:
+        """(C,) the pixels that stand for the classes in a mask file: their values, or their numbers."""
+        given = [item.value for item in self.classes if item.value is not None]
+        return np.array(given if len(given) == len(self.classes) else range(len(self.classes)), np.uint8)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -54,7 +65,7 @@ class Row:
 
     photo: Photo
     size: Size = (0, 0)
-    foreground: float = 0.0  # share of the pixels
+    shares: tuple[float, ...] = ()  # of the pixels: foreground, or each class
     error: str = ""
     skipped: bool = False
 
@@ -72,11 +83,35 @@ def find_results(photo: Photo, options: OutputOptions) -> Row | None:
     if not options.table:
         return Row(photo, skipped=True)
     try:
-        mask = decode_file(paths[0], decode_full_mask)
+        if options.classes:
+            mask: NDArray[Any] = _read_classes(paths[0], options)
+        else:
+            mask = decode_file(paths[0], decode_full_mask)
     except DataError:
         return None  # not a readable mask: predict it again
     height, width = mask.shape
-    return Row(photo, (height, width), float(mask.mean()), skipped=True)
+    return Row(photo, (height, width), _shares(mask, options), skipped=True)
+
+
+def _read_classes(path: str, options: OutputOptions) -> Bytes:
+    """The numbers of the classes (H, W) in a mask that `write_results` has written."""
+    try:
+        with Image.open(io.BytesIO(read_file(path)), formats=("PNG",)) as image:
+            pixels = np.asarray(image)
+    except (OSError, ValueError, SyntaxError):
+        raise DataError("is damaged or truncated") from None
+    values = options.values
+    numbers = np.full(256, len(values), np.uint8)
+    numbers[values] = np.arange(len(values))
+    if pixels.dtype != np.uint8 or pixels.ndim != 2 or (numbers[pixels] == len(values)).any():
+        raise DataError("is no mask of these classes", "values")
+    return numbers[pixels]
+
+
+def _shares(mask: NDArray[np.bool_] | Bytes, options: OutputOptions) -> tuple[float, ...]:
+    if not options.classes:
+        return (float(mask.mean()),)
+    return tuple((np.bincount(mask.ravel(), minlength=len(options.classes)) / mask.size).tolist())
 
 
 def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptions) -> Row:
@@ -84,7 +119,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptio
 
     Args:
         size: the photo's own, (height, width), as displayed.
-        logits: (1, h, w) float32, on the CPU.
+        logits: (1, h, w) or, with classes, (C, h, w) float32, on the CPU.
 
     Raises:
         OutputError: a file cannot be written.
@@ -97,34 +132,51 @@ def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptio
             guide = torch.from_numpy(load_photo(photo.path, guide_size(*options.cells)))
             logits = refine(logits[None], guide[None], size, options.refine)[0]
         mask, probability = _at_full_size(logits, size, options)
-        files = {MASK[options.mask_format]: ENCODE_MASK[options.mask_format](mask)}
+        if options.classes:
+            files = {MASK["png"]: _encode_classes(mask, options)}
+        else:
+            files = {MASK[options.mask_format]: ENCODE_MASK[options.mask_format](mask)}
         if probability is not None:
             files[PROBABILITY] = encode_png(probability)
         if options.overlays:
-            files[OVERLAY] = _overlay(photo, mask)
+            files[OVERLAY] = _overlay(photo, mask, options)
     except DataError as error:
         return failed_row(photo, error)
     for suffix, data in files.items():
         with atomic_write(options.path(photo, suffix), sync=False) as temporary:
             temporary.write_bytes(data)
-    return Row(photo, size, float(mask.mean()))
+    return Row(photo, size, _shares(mask, options))
 
 
-def _at_full_size(
-    logits: Tensor, size: Size, options: OutputOptions
-) -> tuple[NDArray[np.bool_], NDArray[np.uint8] | None]:
-    """The mask (H, W), and the probability (H, W) 0..255 where it is wanted, of one photo's logits (1, h, w)."""
+def _at_full_size(logits: Tensor, size: Size, options: OutputOptions) -> tuple[Any, Bytes | None]:
+    """The mask (H, W), and the probability (H, W) 0..255 where it is wanted, of one photo's logits."""
+    if options.classes:
+        return label_logits(logits.numpy(), *size), None
     if not options.probabilities:
         return threshold_logits(logits[0].numpy(), *size), None
     full = upsample_logits(logits[None], *size)
     return (full[0, 0] > 0).numpy(), full[0, 0].sigmoid().mul_(255).round_().to(torch.uint8).numpy()
 
 
-def _overlay(photo: Photo, mask: NDArray[np.bool_]) -> bytes:
+def _encode_classes(mask: Bytes, options: OutputOptions) -> bytes:
+    """A PNG in the classes' colours."""
+    values = options.values
+    palette = np.zeros((int(values.max()) + 1, 3), np.uint8)
+    palette[values] = [item.colour for item in options.classes]
+    return encode_png(values[mask], palette)
+
+
+def _overlay(photo: Photo, mask: NDArray[Any], options: OutputOptions) -> bytes:
     height, width = mask.shape
     shown_width = min(width, MAX_OVERLAY_WIDTH)
     shown_height = max(1, round(height * shown_width / width))
     shown = load_photo(photo.path, (shown_height, shown_width))
+    if options.classes:
+        rows, columns = (
+            (np.arange(count) + 0.5) * size // count for count, size in ((shown_height, height), (shown_width, width))
+        )
+        labels = mask[np.ix_(rows.astype(np.int64), columns.astype(np.int64))]
+        return encode_class_overlay(shown, labels, options.classes)
     return encode_overlay(shown, mask_from_array(mask, shown_height, shown_width))
 
 
@@ -140,8 +192,9 @@ def write_table(path: str, rows: list[Row], options: OutputOptions) -> None:
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
+        shares = [f"share_{item.name}" for item in options.classes] or ["foreground"]
+        writer.writerow(["image", "mask", "width", "height", *shares, "error"])
         for row in rows:
             height, width = row.size
-            mask = [] if row.error else [options.paths(row.photo)[0], width, height, f"{row.foreground:.6f}"]
-            writer.writerow([row.photo.path, *(mask or [""] * 4), row.error])
+            mask = [] if row.error else [options.paths(row.photo)[0], width, height, *map("{:.6f}".format, row.shares)]
+            writer.writerow([row.photo.path, *(mask or [""] * (3 + len(shares))), row.error])

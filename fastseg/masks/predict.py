@@ -29,7 +29,7 @@ from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError, DataError
 from fastseg.masks.inputs import MASK, Photo, find_photos, make_folders
 from fastseg.masks.outputs import OutputOptions, Row, failed_row, find_results, write_results, write_table
-from fastseg.masks.refine import METHODS
+from fastseg.masks.refine import METHODS, choose_method
 from fastseg.network.checkpoint import load_model
 from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime, choose_runtime
@@ -95,7 +95,7 @@ def predict(
     probabilities: bool = False,
     overlays: bool = False,
     csv: str | os.PathLike[str] = "",
-    refine: str = "crf",
+    refine: str = "auto",
     tta: str = "none",
     resume: bool = False,
     **changes: Any,
@@ -110,13 +110,15 @@ def predict(
         checkpoint: `best.pt` or `last.pt` of a run.
         images: a folder of JPEG, PNG, BMP or WebP photos, whose subfolders count, or a file, or several of these.
         out: folder for the results; made if it does not exist.
-        mask_format: "png", one bit per pixel, or "gif", two colours like Carvana's masks.
-        probabilities: also write `<stem>_probability.png`, grey 0..255 for a probability of 0..1.
+        mask_format: "png", one bit per pixel, or "gif", two colours like Carvana's masks. Masks of classes are PNGs
+            with the classes' colours as palette, whose pixels are the classes' values, or their numbers if they have
+            none.
+        probabilities: also write `<stem>_probability.png`, grey 0..255 for a probability of 0..1; not with classes.
         overlays: also write `<stem>_overlay.jpg`, the photo at most 1280 pixels wide with its mask on it.
-        csv: a table to write, one line per image in the order given: image, mask, width, height, share of foreground,
-            and the error of a broken one.
-        refine: how the photo refines the logits before they are upsampled: "crf" (a conditional random field) or
-            "none".
+        csv: a table to write, one line per image in the order given: image, mask, width, height, share of foreground
+            (with classes, `share_<name>` of each), and the error of a broken one.
+        refine: how the photo refines the logits before they are upsampled: "crf" (a conditional random field), "none",
+            or "auto": crf for masks of two values, none for classes.
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
         resume: skip photos whose results all exist.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
@@ -130,7 +132,7 @@ def predict(
     began = time.perf_counter()
     for field, value, known in (
         ("mask_format", mask_format, tuple(MASK)),
-        ("refine", refine, METHODS),
+        ("refine", refine, ("auto", *METHODS)),
         ("tta", tta, TTA),
     ):
         if value not in known:
@@ -142,6 +144,9 @@ def predict(
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
     model, trained = load_model(checkpoint)
+    refine = choose_method(refine, trained)
+    if trained.classes:
+        _refuse_options_of_two_values(mask_format, probabilities)
     device = changes.get("device", "auto")
     with process_group(device), report_out_of_memory(device, "Lower batch_size or num_workers"):
         rank, world_size = get_rank(), get_world_size()
@@ -150,7 +155,9 @@ def predict(
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
         cells = (config.image_height, config.image_width)
-        options = OutputOptions(out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells)
+        options = OutputOptions(
+            out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells, config.classes
+        )
         make_folders(photos, out, csv)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
@@ -175,6 +182,17 @@ def predict(
             log.warning("no mask: %s: %s", path, reason)
     seconds = time.perf_counter() - began
     return PredictResult(len(rows), masks, skipped, broken, masks / running, seconds, dict(clock), out)
+
+
+def _refuse_options_of_two_values(mask_format: str, probabilities: bool) -> None:
+    """Raise a ConfigError for options that a network of classes does not have."""
+    if mask_format != "png":
+        raise ConfigError(f"mask_format: must be png for a network of classes; got {mask_format}. Use png.")
+    if probabilities:
+        raise ConfigError(
+            "probabilities: must be false for a network of classes (a file holds one value per pixel). Leave it out; "
+            "the network of fastseg.load returns them."
+        )
 
 
 def _predict_photos(
@@ -238,7 +256,7 @@ def _through_network(
     forward: Callable[[Tensor], Tensor],
     clock: Clock,
 ) -> Iterator[Row | tuple[Photo, Size, Tensor]]:
-    """Photos with their logits (1, h, w), and the rows of photos that need none, in order."""
+    """Photos with their logits (1 or C, h, w), and the rows of photos that need none, in order."""
     while batch := list(islice(read, batch_size)):
         decoded = {i: item for i, item in enumerate(batch) if isinstance(item, _Decoded)}
         logits: dict[int, Tensor] = {}
@@ -254,7 +272,7 @@ def _through_network(
 
 
 def _predict_logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: Tensor) -> Tensor:
-    """(B, 1, h, w) float32 on the CPU, where threads turn them into masks."""
+    """(B, 1 or C, h, w) float32 on the CPU, where threads turn them into masks."""
     with torch.inference_mode(), runtime.autocast():
         inputs = normalise(pixels.to(runtime.device))
         logits = model(inputs).float()

@@ -20,10 +20,12 @@ from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastseg.config import Config
 from fastseg.data.decode import Size
+from fastseg.errors import ConfigError
 from fastseg.masks.upsample import upsample_logits
 
-__all__ = ["METHODS", "guide_size", "mean_field_crf", "refine"]
+__all__ = ["METHODS", "choose_method", "guide_size", "mean_field_crf", "refine"]
 
 METHODS = ("none", "crf")
 GRID = 480  # pixels on the longer side of the grid, at least half of them: 4 x 4 pixels of a Carvana photo are one
@@ -33,6 +35,25 @@ GRID = 480  # pixels on the longer side of the grid, at least half of them: 4 x 
 MIN_CHANGE = np.float32(1e-6)
 ROOT, MAX_SQUARED = 64, np.float32(0.25)  # of _likeness, which stays constant beyond that, at 1e-7
 MAX_SENDERS = 0.2  # share of changed labels above which all are sent row by row, in a quarter of the time for each
+
+
+def choose_method(method: str, config: Config) -> str:
+    """One of METHODS; "auto" is "crf" for masks of two values and "none" for classes.
+
+    Args:
+        config: that of the network's training.
+
+    Raises:
+        ConfigError: the method is unknown, or "crf" is asked for with classes.
+    """
+    if method not in ("auto", *METHODS):
+        raise ConfigError(f"refine: must be one of auto, {', '.join(METHODS)}; got {method!r}. Use none.")
+    if method == "crf" and config.classes:
+        raise ConfigError(
+            f"refine: must be none for a network of classes (crf separates two values); got crf with "
+            f"{len(config.classes)} classes. Use none."
+        )
+    return method if method != "auto" else "none" if config.classes else "crf"
 
 
 def guide_size(height: int, width: int) -> Size:

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.data.decode import decode_full_mask, image_size
-from fastseg.data.host import check_sizes, decode_file
+from fastseg.data.host import check_sizes, decode_file, read_file
 from fastseg.data.pairs import find_images, find_masks, mask_stem
 from fastseg.errors import ConfigError, DataError
 from fastseg.runtime.files import atomic_write
@@ -32,6 +32,7 @@ __all__ = ["BrokenMasksError", "decode_rle", "encode_rle", "write_submission"]
 HEADER = ("img", "rle_mask")
 AHEAD = 4  # masks per thread that are encoded ahead of the CSV
 MAX_NAMED = 3  # files named in a message about many
+PALETTE_PNG = b"\x89PNG", 3  # the first bytes, and the colour type, byte 25
 MAX_SHOWN = 40  # characters of a wrong text in its error
 
 log = logging.getLogger(__name__)
@@ -137,10 +138,11 @@ def write_submission(
         DataError: a folder is missing or empty, an image has no mask, or more than one.
         BrokenMasksError: mask files are damaged or of another size than their image; all of them are listed.
         OutputError: `out` cannot be written.
-        ConfigError: `images` is given without a folder of masks.
+        ConfigError: `images` is given without a folder of masks, or the masks are of classes.
     """
     if isinstance(masks, str | os.PathLike):
         named = _masks_by_image(os.fspath(masks), images)
+        _refuse_classes(os.path.join(masks, next(iter(named.values()))))
         jobs, total = _jobs_of_files(named, os.fspath(masks), images), len(named)
     elif images is not None:
         raise ConfigError(f"images: goes with a folder of masks, not with masks in memory; got {os.fspath(images)}.")
@@ -174,6 +176,19 @@ def write_submission(
                 broken,
             )
     return lines
+
+
+def _refuse_classes(path: str) -> None:
+    """Raise a ConfigError if a mask is a palette PNG of more than two values, as `predict` writes of classes."""
+    try:
+        data = read_file(path)
+        decode_full_mask(data)
+    except DataError as error:  # other faults are reported with those of the other masks
+        if error.kind == "values" and data.startswith(PALETTE_PNG[0]) and data[25] == PALETTE_PNG[1]:
+            raise ConfigError(
+                f"masks: must have two values (a submission separates cars from the rest); {path} has classes. Write "
+                "masks with a network of two values."
+            ) from None
 
 
 def _encode_row(job: Job) -> tuple[str, str]:

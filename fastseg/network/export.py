@@ -10,6 +10,8 @@ ONNX Runtime runs the file without fastseg and without torch:
     photo = Image.open("photo.jpg").convert("RGB").reduce(8)  # 1918x1280 to the training size, 240x160
     (probabilities,) = session.run(None, {"images": np.asarray(photo)[None]})
     Image.fromarray(probabilities[0] > 0.5).save("mask.png")
+
+With classes, the probabilities are (B, C, H, W), and `probabilities[0].argmax(0)` is the mask.
 """
 
 import importlib
@@ -52,8 +54,9 @@ def export(
     """Export a checkpoint's network, read the file back and compare its probabilities with the network's.
 
     ONNX and torch files include the preprocessing: they take images (batch, H, W, 3) uint8 RGB at the training size and
-    return probabilities (batch, H, W) float32, for any batch size. Each file has the version of fastseg and the
-    configuration (`fastseg_version` and `config`, JSON) in its metadata; in a torch file these are extra files.
+    return probabilities (batch, H, W) float32, or (batch, C, H, W) with classes, for any batch size. Each file has the
+    version of fastseg and the configuration (`fastseg_version` and `config`, JSON) in its metadata; in a torch file
+    these are extra files.
 
     Args:
         checkpoint: any file that `fastseg.load` reads.

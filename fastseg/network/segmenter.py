@@ -3,6 +3,8 @@
     segmenter = fastseg.load("runs/carvana/best.pt")
     probabilities = segmenter(images)  # uint8 (B, 160, 240, 3) to float32 (B, 160, 240)
 
+With classes, the probabilities are (B, C, H, W), and `probabilities.argmax(1)` is the mask.
+
 `fastseg.load` returns it and `fastseg.export` writes it, so that callers need not normalise anything.
 """
 
@@ -24,7 +26,7 @@ class Segmenter(nn.Module):
     """A UNet with its preprocessing: takes decoded photos, returns probabilities.
 
     Args:
-        unet: one logit per pixel.
+        unet: one logit per pixel, or one per class.
         config: the configuration of its training; `image_height` and `image_width` are its training size.
     """
 
@@ -34,14 +36,14 @@ class Segmenter(nn.Module):
         self.config = config
 
     def forward(self, images: Tensor) -> Tensor:
-        """Probability of foreground for each pixel.
+        """Probability of foreground, or of each class, for each pixel.
 
         Args:
             images: (B, H, W, 3) uint8 RGB; H and W are divisible by 2**depth. Accuracy is best at the training size,
                 with photos resized to it by area average.
 
         Returns:
-            (B, H, W) float32 in [0, 1].
+            (B, H, W) float32 in [0, 1]; with classes (B, C, H, W), which sum to 1 over C.
 
         Raises:
             ValueError: wrong dtype or shape.
@@ -52,7 +54,8 @@ class Segmenter(nn.Module):
         if images.shape[1] % step or images.shape[2] % step:
             size = f"{images.shape[1]} x {images.shape[2]}"
             raise ValueError(f"images must have a height and a width divisible by {step}; got {size}.")
-        return self.unet(normalise(images))[:, 0].float().sigmoid()
+        logits = self.unet(normalise(images))
+        return logits.float().softmax(1) if self.config.classes else logits[:, 0].float().sigmoid()
 
 
 def load(checkpoint: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> Segmenter:

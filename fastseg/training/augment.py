@@ -72,15 +72,16 @@ def sample_params(config: Config, batch_size: int, generator: torch.Generator) -
     )
 
 
-def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tensor, Tensor]:
+def augment(images: Tensor, masks: Tensor, params: AugmentParams, *, classes: bool = False) -> tuple[Tensor, Tensor]:
     """Augment and normalise a batch on its device.
 
     Args:
         images: (B, H, W, 3) uint8.
         masks: (B, H, W) uint8, coverage 0..255.
+        classes: the masks hold numbers of classes: each pixel takes that of the nearest pixel.
 
     Returns:
-        (B, 3, H, W) float32 in [-2, 2], channels last, and targets (B, 1, H, W) float32 in [0, 1].
+        (B, 3, H, W) float32 in [-2, 2], channels last, and targets (B, 1, H, W), float32 in [0, 1] or uint8 classes.
     """
     height, width = masks.shape[1:]
     geometry, colour = geometry_matrix(params, height, width), GAIN * colour_matrix(params)
@@ -88,7 +89,7 @@ def augment(images: Tensor, masks: Tensor, params: AugmentParams) -> tuple[Tenso
     # Contrast scales about the mean grey of the warped image, which only the device knows.
     share = LUMA_WEIGHTS * (GAIN * (1 - params.contrast) * params.brightness)[:, None]
     apply = augment_cpu if images.device.type == "cpu" else augment_torch
-    return apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN)
+    return apply(images, masks, source, colour.numpy(), share.numpy(), OFFSET, OFFSET + 255 * GAIN, classes=classes)
 
 
 def resize(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -96,12 +97,14 @@ def resize(inputs: Tensor, targets: Tensor, height: int, width: int) -> tuple[Te
 
     Args:
         inputs: (B, C, H, W), channels last.
-        targets: (B, 1, H, W).
+        targets: (B, 1, H, W): coverage in any float dtype, or uint8 classes, of which the nearest are taken.
     """
     size = (height, width)
     if inputs.shape[2:] == size:
         return inputs, targets
     inputs = interpolate(inputs, size, mode="bilinear", antialias=True)
+    if targets.dtype == torch.uint8:
+        return inputs, interpolate(targets, size, mode="nearest-exact")
     return inputs, interpolate(targets, size, mode="bilinear", antialias=True)
 
 
@@ -113,6 +116,8 @@ def augment_cpu(
     share: NDArray[np.float32],
     low: float,
     high: float,
+    *,
+    classes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Warp, colour and normalise a batch.
 
@@ -123,16 +128,19 @@ def augment_cpu(
         colour: (B, 3, 3) from uint8 values to the network's input.
         share: (B, 3) factors of the warped image's mean red, green and blue; their sum is added to every channel.
         low, high: bounds of the network's input; `low` is added to every channel.
+        classes: take the nearest pixel of the masks.
 
     Returns:
-        (B, 3, H, W) float32, channels last, and (B, 1, H, W) float32 in [0, 1].
+        (B, 3, H, W) float32, channels last, and (B, 1, H, W) float32 in [0, 1], or uint8 classes.
     """
     batch, height, width = masks.shape
-    inputs, targets = torch.empty((batch, height, width, 3)), torch.empty((batch, height, width))
+    inputs = torch.empty((batch, height, width, 3))
+    targets = torch.empty((batch, height, width), dtype=torch.uint8 if classes else torch.float32)
+    nearest = True if classes else None  # None, and not False, selects the code when it is compiled
     arrays = (images.numpy(), masks.numpy(), source, colour, share, inputs.numpy(), targets.numpy())
 
     def augment_one(index: int) -> None:
-        _augment_image(*[array[index] for array in arrays], low, high)  # type: ignore[call-arg]
+        _augment_image(*[array[index] for array in arrays], low, high, nearest)  # type: ignore[call-arg]
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(augment_one, range(batch)))
@@ -150,6 +158,7 @@ def _augment_image(
     out_mask: Any,
     low: Any,
     high: Any,
+    nearest: Any,
 ) -> None:
     height, width = mask.shape
     red_sum, green_sum, blue_sum = np.float32(0), np.float32(0), np.float32(0)
@@ -171,9 +180,12 @@ def _augment_image(
             red = w00 * image[y0, x0, 0] + w01 * image[y0, x1, 0] + w10 * image[y1, x0, 0] + w11 * image[y1, x1, 0]
             green = w00 * image[y0, x0, 1] + w01 * image[y0, x1, 1] + w10 * image[y1, x0, 1] + w11 * image[y1, x1, 1]
             blue = w00 * image[y0, x0, 2] + w01 * image[y0, x1, 2] + w10 * image[y1, x0, 2] + w11 * image[y1, x1, 2]
-            cover = w00 * mask[y0, x0] + w01 * mask[y0, x1] + w10 * mask[y1, x0] + w11 * mask[y1, x1]
             out[y, x, 0], out[y, x, 1], out[y, x, 2] = red, green, blue
-            out_mask[y, x] = cover * np.float32(1 / 255)
+            if nearest is None:
+                cover = w00 * mask[y0, x0] + w01 * mask[y0, x1] + w10 * mask[y1, x0] + w11 * mask[y1, x1]
+                out_mask[y, x] = cover * np.float32(1 / 255)
+            else:
+                out_mask[y, x] = mask[int(at_y + np.float32(0.5)), int(at_x + np.float32(0.5))]
             red_row, green_row, blue_row = red_row + red, green_row + green, blue_row + blue
         red_sum, green_sum, blue_sum = red_sum + red_row, green_sum + green_row, blue_sum + blue_row
     pixels = np.float32(height * width)
@@ -198,22 +210,28 @@ def augment_torch(
     share: NDArray[np.float32],
     low: float,
     high: float,
+    *,
+    classes: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The same as `augment_cpu`, with torch's operations, on any device."""
     batch, height, width = masks.shape
+    grid = sampling_points(source, height, width, images.device)
     pixels = torch.empty((batch, 4, height, width), device=images.device)  # the mask is a fourth channel
     pixels[:, :3] = images.permute(0, 3, 1, 2)
     pixels[:, 3] = masks
-    pixels = warp(pixels, source)
+    pixels = grid_sample(pixels, grid, padding_mode="border", align_corners=True)
     matrix = np.zeros((batch, 4, 4), np.float32)
     matrix[:, :3, :3], matrix[:, 3, 3] = colour, 1 / 255
-    grey = (pixels[:, :3].mean(dim=(2, 3)) * _to(share, pixels)).sum(dim=1, keepdim=True)
+    grey = (pixels[:, :3].mean(dim=(2, 3)) * _to(share, pixels.device)).sum(dim=1, keepdim=True)
     offset = torch.cat([(grey + low).expand(-1, 3), torch.zeros_like(grey)], dim=1)
-    pixels = torch.baddbmm(offset[:, :, None], _to(matrix, pixels), pixels.flatten(2)).unflatten(2, (height, width))
-    return (
-        pixels[:, :3].clamp_(low, high).contiguous(memory_format=torch.channels_last),
-        pixels[:, 3:].contiguous(),
+    pixels = torch.baddbmm(offset[:, :, None], _to(matrix, pixels.device), pixels.flatten(2)).unflatten(
+        2, (height, width)
     )
+    inputs = pixels[:, :3].clamp_(low, high).contiguous(memory_format=torch.channels_last)
+    if not classes:
+        return inputs, pixels[:, 3:].contiguous()
+    numbers = masks.unsqueeze(1).float()
+    return inputs, grid_sample(numbers, grid, "nearest", padding_mode="border", align_corners=True).to(torch.uint8)
 
 
 def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
@@ -229,19 +247,18 @@ def geometry_matrix(params: AugmentParams, height: int, width: int) -> Tensor:
     return get_affine_matrix2d(params.shift, center, scale, params.angle) @ flip
 
 
-def warp(pixels: Tensor, source: NDArray[np.float32]) -> Tensor:
-    """Sample (B, C, H, W) bilinearly at the points given by `source` (B, 2, 3); edge pixels repeat outside.
+def sampling_points(source: NDArray[np.float32], height: int, width: int, device: torch.device) -> Tensor:
+    """(B, H, W, 2) on the device, for `grid_sample` with `align_corners=True`: the points of `source` (B, 2, 3).
 
-    Equals `kornia.geometry.warp_affine` with `padding_mode="border"`, where making the grid takes as long as sampling.
+    Sampling there, with edge pixels that repeat, equals `kornia.geometry.warp_affine` with `padding_mode="border"`,
+    where making the grid takes as long as sampling.
     """
-    height, width = pixels.shape[2:]
-    # Pixel x is at 2x / (width - 1) - 1 in grid_sample's coordinates (align_corners=True).
+    # Pixel x is at 2x / (width - 1) - 1 in grid_sample's coordinates.
     unit = np.array([[2 / max(width - 1, 1)], [2 / max(height - 1, 1)]], np.float32)
-    to_unit = _to(source * unit - np.array([0, 0, 1], np.float32), pixels)[:, None, None]
-    along_x = torch.arange(width, device=pixels.device)[:, None] * to_unit[..., 0]
-    along_y = torch.arange(height, device=pixels.device)[:, None, None] * to_unit[..., 1]
-    grid = along_x + (along_y + to_unit[..., 2])  # (B, H, W, 2)
-    return grid_sample(pixels, grid, padding_mode="border", align_corners=True)
+    to_unit = _to(source * unit - np.array([0, 0, 1], np.float32), device)[:, None, None]
+    along_x = torch.arange(width, device=device)[:, None] * to_unit[..., 0]
+    along_y = torch.arange(height, device=device)[:, None, None] * to_unit[..., 1]
+    return along_x + (along_y + to_unit[..., 2])
 
 
 def colour_matrix(params: AugmentParams) -> Tensor:
@@ -260,9 +277,9 @@ def colour_matrix(params: AugmentParams) -> Tensor:
     return (params.brightness * params.contrast)[:, None, None] * (turn @ saturate)
 
 
-def _to(array: NDArray[np.float32], like: Tensor) -> Tensor:
-    """Copy an array to the device of `like` without waiting for it."""
+def _to(array: NDArray[np.float32], device: torch.device) -> Tensor:
+    """Copy an array to the device without waiting for it."""
     tensor = torch.from_numpy(array)
-    if like.device.type == "cuda":
+    if device.type == "cuda":
         tensor = tensor.pin_memory()
-    return tensor.to(like.device, non_blocking=True)
+    return tensor.to(device, non_blocking=True)

@@ -29,6 +29,7 @@ from fastseg.training.compile import check_compile, compile_if_it_pays, compile_
 from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
 from fastseg.training.recipe import (
     learning_rate,
+    make_class_weights,
     num_small_steps,
     set_learning_rate,
     training_loss,
@@ -96,6 +97,7 @@ def train(
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
+        run.class_weights = make_class_weights(config, run.train_loader, runtime)
         with open_run_dir(run, read):
             run.seconds["start-up"] = time.perf_counter() - start_time
             _train_epochs(run, after_epoch)
@@ -113,7 +115,8 @@ def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None
                     break
                 _validate(run)
                 if writer:
-                    write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                    overlay = draw_val_overlay(run, run.eval_model)
+                    write_epoch(writer, run.history[-1], overlay, run.config.classes)
                 if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
                     log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                     break
@@ -133,7 +136,7 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
 
     Args:
         images: (B, H, W, 3) uint8 on the run's device, this rank's slice of the batch.
-        masks: (B, H, W) uint8, coverage 0..255.
+        masks: (B, H, W) uint8, coverage 0..255, or the numbers of classes.
     """
     config, step, total = run.config, run.steps_done, run.total_steps
     set_learning_rate(run.optimizer, learning_rate(config, step, total))
@@ -159,11 +162,11 @@ def _accumulate_gradients(run: Run, images: Tensor, masks: Tensor, params: Augme
     losses = []
     for start in range(0, len(images), micro_batch):
         part = slice(start, start + micro_batch)
-        inputs, targets = augment(images[part], masks[part], params.take(part))
+        inputs, targets = augment(images[part], masks[part], params.take(part), classes=bool(run.config.classes))
         inputs, targets = resize(inputs, targets, *size)
         with run.runtime.autocast():
             logits = run.forward(inputs)
-        loss = training_loss(run.config, logits, targets) * (len(inputs) / len(images))
+        loss = training_loss(run.config, logits, targets, run.class_weights) * (len(inputs) / len(images))
         run.scaler.scale(loss).backward()
         losses.append(loss.detach())
     return sum(losses[1:], losses[0])
@@ -220,7 +223,7 @@ def _validate(run: Run) -> None:
     """Score the epoch, write its line, start writing its checkpoints, and advance to the next."""
     began = time.perf_counter()
     model = run.eval_model.eval()
-    scores = score_batches(model, run.val_loader, run.runtime)
+    scores = score_batches(model, run.val_loader, run.runtime, len(run.config.classes))
     entry = run.history[-1]
     entry.update({f"val_{name}": value for name, value in scores.items()})
     scored = time.perf_counter()

@@ -1,22 +1,28 @@
 """The two recipes: loss, optimizer, learning rate, image size and weight averaging.
 
 `fast` is AdamW under a one-cycle schedule on BCE + Dice, with small images in the first steps. `tutorial` is the recipe
-of beginners' UNet projects: Adam at a constant learning rate on BCE.
+of beginners' UNet projects: Adam at a constant learning rate on BCE. With classes, cross-entropy takes BCE's place.
 """
 
 import copy
 import inspect
+import logging
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from fastseg.classes import IGNORED
 from fastseg.config import Config
-from fastseg.network.losses import bce_dice_loss, bce_loss
+from fastseg.data.loader import Loader
+from fastseg.network.losses import bce_dice_loss, bce_loss, class_loss, cross_entropy_loss
+from fastseg.runtime.device import Runtime
+from fastseg.runtime.distributed import all_reduce
 
 __all__ = [
     "learning_rate",
+    "make_class_weights",
     "make_ema_model",
     "make_optimizer",
     "num_small_steps",
@@ -29,18 +35,52 @@ __all__ = [
 PEAK = 30  # peak of the one-cycle schedule, as a multiple of `Config.learning_rate`, where it starts
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
 
+log = logging.getLogger(__name__)
 
-def training_loss(config: Config, logits: Tensor, targets: Tensor) -> Tensor:
+
+def training_loss(config: Config, logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
     """The recipe's loss.
 
     Args:
-        logits: (B, 1, H, W), any float dtype.
-        targets: (B, 1, H, W) coverage in [0, 1].
+        logits: (B, 1, H, W), or (B, C, H, W) with classes; any float dtype.
+        targets: (B, 1, H, W) coverage in [0, 1], or numbers of the classes, uint8.
+        class_weights: (C,) float32, of `make_class_weights`.
 
     Returns:
         Scalar float32.
     """
+    if config.classes:
+        if config.recipe == "tutorial" and config.loss == "auto":
+            return cross_entropy_loss(logits, targets[:, 0], class_weights)
+        return class_loss(logits, targets[:, 0], class_weights, config.loss)
     return bce_loss(logits, targets) if config.recipe == "tutorial" else bce_dice_loss(logits, targets)
+
+
+def make_class_weights(config: Config, loader: Loader, runtime: Runtime) -> Tensor | None:
+    """(C,) float32 on the device: the classes' weights in the loss; None if all are 1.
+
+    With "auto" a class weighs as much as the inverse square root of its share of the pixels, and the mean over pixels
+    is 1; a class that does not occur weighs 1. The pixels are those of the training masks at the training size.
+    Counting them decodes an epoch, which fills the cache of `loader`; its position does not change.
+    """
+    if config.class_weights == "none":
+        return None
+    if config.class_weights != "auto":
+        return torch.tensor(config.class_weights, device=runtime.device)
+    position = loader.state_dict()
+    loader.load_state_dict({**position, "epoch": 0, "step": 0})  # the same pixels, whenever the run resumes
+    counts = torch.zeros(IGNORED + 1, dtype=torch.float64, device=runtime.device)
+    for _, masks, _ in loader:
+        counts += torch.bincount(masks.flatten(), minlength=IGNORED + 1)
+    loader.load_state_dict(position)
+    counts = all_reduce(counts)[: len(config.classes)].cpu()
+    share = counts / counts.sum().clamp(min=1)
+    weights = torch.where(counts > 0, share.rsqrt() / share.sqrt().sum(), 1.0)
+    named = ", ".join(
+        f"{item.name} {weight:.3g}" for item, weight in zip(config.classes, weights.tolist(), strict=True)
+    )
+    log.info("class_weights: %s", named)
+    return weights.float().to(runtime.device)
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:

@@ -56,6 +56,7 @@ class Run:
     train_loader: Loader
     val_loader: Loader
     loss_sum: Tensor  # scalar float32 on the device, over the steps of this epoch
+    class_weights: Tensor | None = None  # (C,) on the device, in the loss
     checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
     epoch: int = 0
     step: int = 0  # within the epoch

@@ -1,6 +1,7 @@
 """The files of a run besides its checkpoints: `config.json`, `metrics.jsonl`, plots and `summary.json`."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from fastseg.config import Config
 from fastseg.errors import FastsegError, OutputError
 from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.plots import draw_curves, draw_overlay
@@ -40,7 +42,7 @@ class TrainResult:
     """
 
     run_dir: Path
-    val_dice: float  #: mean over images
+    val_dice: float  #: mean over images; with classes, mean over those of all images
     val_iou: float
     best_epoch: int  #: counted from 1
     pairs_per_s: float  #: training only, decoding included
@@ -100,11 +102,27 @@ def _json_line(entry: dict[str, Any]) -> str:
 
 
 def draw_val_overlay(run: Run, model: nn.Module) -> Path:
-    """Draw eight validation images with the true and the predicted outline; returns the path of the PNG."""
+    """Draw eight validation images with the true and the predicted masks; returns the path of the PNG."""
     path = run.config.run_dir / "overlay.png"
     usable = run.val_loader.pairs.without(run.val_loader.bad.found)
     draw_overlay(model.eval(), usable, run.config, run.runtime, path)
     return path
+
+
+def _other_scores(config: Config, best: dict[str, Any]) -> dict[str, Any]:
+    """The best epoch's other scores, and how they were measured."""
+    size = f"{config.image_width}x{config.image_height}"
+    if not config.classes:
+        pixels = {name: best[name] for name in ("val_dice_pixels", "val_iou_pixels")}
+        return {**pixels, "scored": f"{size}, mask cells at least half covered"}
+    ious, dices = (best.get(f"val_class_{name}", [None] * len(config.classes)) for name in ("iou", "dice"))
+    return {
+        "val_pixel_accuracy": best.get("val_pixel_accuracy", math.nan),
+        "classes": {
+            item.name: {"iou": iou, "dice": dice} for item, iou, dice in zip(config.classes, ious, dices, strict=True)
+        },
+        "scored": f"{size}, means over classes",
+    }
 
 
 def summarise(run: Run, left_out: list[str]) -> TrainResult:
@@ -122,7 +140,7 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     began = time.perf_counter()
     if run.history and run.runtime.rank == 0:
         load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
-        draw_curves(run.history, folder / "curves.png")
+        draw_curves(run.history, folder / "curves.png", run.config.classes)
         draw_val_overlay(run, run.model)
     run.seconds["pictures"] = time.perf_counter() - began
     stepping = sum(run.seconds[part] for part in ("steps", FIRST_STEPS, "waiting for data"))
@@ -138,10 +156,8 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     )
     summary = {
         **{name: value for name, value in asdict(result).items() if name not in ("history", "run_dir")},
-        "val_dice_pixels": best["val_dice_pixels"],
-        "val_iou_pixels": best["val_iou_pixels"],
+        **_other_scores(run.config, best),
         "epochs": run.epoch,
-        "scored": f"{run.config.image_width}x{run.config.image_height}, mask cells at least half covered",
         "seconds_by_part": {part: round(seconds, 3) for part, seconds in run.seconds.items()},
         "device": run.runtime.description,
         "processes": run.runtime.world_size,

@@ -3,12 +3,14 @@
 tensorboard --logdir runs
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from fastseg.classes import SegClass
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 
@@ -42,11 +44,15 @@ def import_writer(config: Config) -> Any:
     return SummaryWriter
 
 
-def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path) -> None:
-    """Write an epoch's numbers, grouped as train, val and run, and its overlay."""
+def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path, classes: Sequence[SegClass] = ()) -> None:
+    """Write an epoch's numbers, grouped as train, val, the classes' scores and run, and its overlay."""
     for name, value in entry.items():
         part, _, rest = name.partition("_")
-        if name != "epoch":
+        if isinstance(value, list):
+            for item, score in zip(classes, value, strict=True):
+                if score is not None:
+                    writer.add_scalar(f"{rest}/{item.name}", score, entry["epoch"])
+        elif name != "epoch":
             writer.add_scalar(f"{part}/{rest}" if part in ("train", "val") else f"run/{name}", value, entry["epoch"])
     with Image.open(overlay) as picture:
         writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
