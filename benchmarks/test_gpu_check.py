@@ -14,6 +14,8 @@ import numpy as np
 import profile_step
 import pytest
 import torch
+from measure import run_in_turn
+from report import write_report
 
 import fastseg
 from fastseg.data.host import HostDecoder
@@ -121,3 +123,24 @@ def test_skipped_tests_count_as_failed(tmp_path: Path) -> None:
     assert gpu_check.judge_tests(report) == "passed"
     report.write_text('<testsuites><testsuite tests="3" skipped="3" /></testsuites>')
     assert gpu_check.judge_tests(report).startswith("failed: 3 of 3")
+
+
+def test_rows_are_saved_before_a_later_row_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "rows.json"
+
+    def save(runs: dict[str, list[float]], missing: dict[str, str]) -> None:
+        write_report("rows", {"rows": dict(runs), "missing": dict(missing)}, str(path), finished=False)
+
+    def stop() -> float:
+        found = json.loads(path.read_text())
+        assert found["rows"] == {"first": [1.0]}
+        assert "no memory" in found["missing"]["second"]
+        raise KeyboardInterrupt  # as a step of gpu_check that takes too long
+
+    def fail() -> float:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(KeyboardInterrupt):
+        run_in_turn({"first": lambda: 1.0, "second": fail, "third": stop}, 1, save)
+    assert "rows" not in capsys.readouterr().out
+    write_report("rows", {"rows": {}}, None, finished=False)
