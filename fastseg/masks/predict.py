@@ -98,6 +98,7 @@ def predict(
     refine: str = "crf",
     tta: str = "none",
     resume: bool = False,
+    network: nn.Module | None = None,
     **changes: Any,
 ) -> PredictResult:
     """Write the mask of each photo, at its own size and as it is displayed.
@@ -119,6 +120,7 @@ def predict(
             "none".
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
         resume: skip photos whose results all exist.
+        network: as for `fastseg.load`.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
             batch and rank) and `num_workers` (threads; 0, the default: one per core).
 
@@ -141,7 +143,7 @@ def predict(
     if unused:
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
-    model, trained = load_model(checkpoint)
+    model, trained = load_model(checkpoint, network)
     device = changes.get("device", "auto")
     with process_group(device), report_out_of_memory(device, "Lower batch_size or num_workers"):
         rank, world_size = get_rank(), get_world_size()
@@ -154,8 +156,8 @@ def predict(
         make_folders(photos, out, csv)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
-        network = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
-        forward = halve_until_it_fits(network, runtime.device)
+        predict_logits = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
+        forward = halve_until_it_fits(predict_logits, runtime.device)
         started = time.perf_counter()
         clock["start-up"] = started - began
         with retain_freed_memory(runtime.device):

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError, OutputError
-from fastseg.network.unet import UNet
+from fastseg.network.architecture import build_model, is_own, name_network
 from fastseg.runtime.files import atomic_write
 
 __all__ = ["build_model", "load_checkpoint", "load_model", "load_weights", "save_checkpoint"]
 
 FORMAT = 1
+MAX_SHOWN = 300  # characters of torch's list of keys that do not fit
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -60,47 +61,67 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def build_model(config: Config) -> UNet:
-    """A new network with random weights, as configured."""
-    return UNet(config.base_channels, config.depth, out_channels=config.num_outputs)
-
-
 def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config) -> None:
     """Load a checkpoint's weights into a network built from `config`.
 
     Raises:
         CheckpointError: they belong to a network with another number of channels or another depth.
     """
-    saved = state["config"]
+    saved = {"network": "unet", **state["config"]}
     named = os.fspath(path) == config.checkpoint
     remedy = "choose another checkpoint" if named else "choose another name, or pass load_model=false"
-    for field in ("base_channels", "depth"):
+    if is_own(config):  # the class may have another name by now
+        fields = []
+    else:
+        fields = ["network", *(("base_channels", "depth") if config.network == "unet" else ())]
+    for field in fields:
         if saved[field] != getattr(config, field):
             raise CheckpointError(
                 f"{path}: must hold a network with {field} {getattr(config, field)}, as configured; it has "
                 f"{saved[field]}. Set {field} to {saved[field]}, or {remedy}."
             )
+    weights = state["model"]
+    if weights.keys() != model.state_dict().keys():
+        weights = plain_keys(weights)
     try:
-        model.load_state_dict(plain_keys(state["model"]))
-    except (RuntimeError, TypeError):
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        if config.network != "unet":
+            reason = str(error).strip().replace("\n\t", " ")[:MAX_SHOWN]
+            raise CheckpointError(
+                f"{path}: its weights do not fit the network {config.network}; it was trained with "
+                f"{saved['network']} ({reason}). Pass the module that it was trained with, or {remedy}."
+            ) from None
         raise CheckpointError(
             f"{path}: its weights do not fit its configuration (base_channels {saved['base_channels']}, depth "
             f"{saved['depth']}). Use another checkpoint."
         ) from None
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
+def load_model(path: str | os.PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Config]:
     """A checkpoint's network, in evaluation mode on the CPU, and the configuration of its training.
 
+    Args:
+        network: a module like the one that was given to `fastseg.train`; it is copied.
+
     Raises:
-        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg.
+        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg; or it needs `network`.
+        ConfigError: the package of its network is not installed.
     """
     state = load_checkpoint(path)
     try:
         config = Config(**state["config"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be used ({error}). Use another checkpoint.") from None
-    model = build_model(config)
+    if is_own(config) and network is None:
+        raise CheckpointError(
+            f"{path}: was trained with a module of your own program, {config.network.removeprefix('own:')}, which "
+            "fastseg does not import. Pass an instance of it in Python, network=MODULE."
+        )
+    if network is not None and not is_own(config):
+        raise CheckpointError(f"{path}: was trained with the network {config.network}. Leave out network.")
+    name_network(network)  # whether it is a module
+    model = build_model(config, network)
     load_weights(model, state, path, config)
     return model.eval(), config
 

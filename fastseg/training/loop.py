@@ -10,23 +10,26 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastseg.config import Config, as_config
 from fastseg.errors import FastsegError
+from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
+from fastseg.runtime.seeds import seeded
 from fastseg.training.augment import AugmentParams, augment, resize, sample_params
 from fastseg.training.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
 from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
 from fastseg.training.recipe import (
+    drop_frozen_gradients,
     learning_rate,
     num_small_steps,
     set_learning_rate,
@@ -60,12 +63,15 @@ log = logging.getLogger(__name__)
 def train(
     config: Config | Mapping[str, Any] | str | os.PathLike[str],
     *,
+    network: nn.Module | None = None,
     after_epoch: Callable[[dict[str, Any]], bool] | None = None,
 ) -> TrainResult:
     """Train a network and write the run to `out_dir/name/`.
 
     Args:
         config: a `Config`, a mapping of its fields, or the path of a JSON file such as `hyperparams.json`.
+        network: your own, from normalised images (B, 3, H, W) to logits (B, 1, H, W) or smaller by a whole factor;
+            it is copied. By default `config.network` names the network.
         after_epoch: called with each epoch's entry of metrics.jsonl; the run ends when it returns true. The epoch's
             checkpoints may not be on disk yet.
 
@@ -80,12 +86,14 @@ def train(
         FastsegError: the loss became infinite or NaN; or the memory is full, even with one pair at a time.
     """
     start_time = time.perf_counter()
-    config = as_config(config)
+    config = as_config(config, **name_network(network))
     with process_group(config.device), restore_cudnn_benchmark(), report_training_out_of_memory(config):
         runtime = choose_runtime(config)
         check_compile(config, runtime)
         import_writer(config)  # a missing package is reported before anything else happens
-        model, state = load_or_init_model(config)
+        model, state = load_or_init_model(config, network)
+        check_encoder(config, model)
+        config = resolve_sizes(config, model)
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs))
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
@@ -133,6 +141,7 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
     # Drawn for the whole batch, so that several ranks augment as a single process does.
     params = sample_params(config, config.batch_size, run.generator).take(run.runtime.rank_slice)
     loss = fit_micro_batch(run, partial(_accumulate_gradients, run, images, masks, params), len(images))
+    drop_frozen_gradients(config, run.model, step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -140,6 +149,13 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
         update_ema(run.ema_model, run.model, config.ema_decay, step)
     run.loss_sum += loss
     run.step += 1
+
+
+def _network_rng(run: Run) -> AbstractContextManager[None]:
+    """Random numbers of the network, such as dropout's, that depend on the step alone. The UNet draws none."""
+    if run.config.network == "unet":
+        return nullcontext()
+    return seeded(run.runtime.device, run.config.seed, run.steps_done, run.runtime.rank)
 
 
 def _accumulate_gradients(run: Run, images: Tensor, masks: Tensor, params: AugmentParams, micro_batch: int) -> Tensor:
@@ -150,15 +166,16 @@ def _accumulate_gradients(run: Run, images: Tensor, masks: Tensor, params: Augme
     """
     size = training_size(run.config, run.steps_done, run.total_steps)
     losses = []
-    for start in range(0, len(images), micro_batch):
-        part = slice(start, start + micro_batch)
-        inputs, targets = augment(images[part], masks[part], params.take(part))
-        inputs, targets = resize(inputs, targets, *size)
-        with run.runtime.autocast():
-            logits = run.forward(inputs)
-        loss = training_loss(run.config, logits, targets) * (len(inputs) / len(images))
-        run.scaler.scale(loss).backward()
-        losses.append(loss.detach())
+    with _network_rng(run):
+        for start in range(0, len(images), micro_batch):
+            part = slice(start, start + micro_batch)
+            inputs, targets = augment(images[part], masks[part], params.take(part))
+            inputs, targets = resize(inputs, targets, *size)
+            with run.runtime.autocast():
+                logits = run.forward(inputs)
+            loss = training_loss(run.config, logits, targets) * (len(inputs) / len(images))
+            run.scaler.scale(loss).backward()
+            losses.append(loss.detach())
     return sum(losses[1:], losses[0])
 
 

@@ -17,7 +17,8 @@ from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import ConfigError, OutputError
-from fastseg.network.checkpoint import build_model, load_checkpoint, load_weights
+from fastseg.network.architecture import build_model
+from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
@@ -136,25 +137,30 @@ def resolve_config(config: Config, num_pairs: int) -> Config:
     return config
 
 
-def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
+def load_or_init_model(config: Config, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any] | None]:
     """The network at the beginning of a run, and the state to resume from; None for a new run. Logs a new run's origin.
+
+    Args:
+        network: a user's own; it is copied.
 
     Raises:
         CheckpointError: a checkpoint is damaged, belongs to another network, or `config.checkpoint` is missing.
         OutputError: the run's folder cannot be written.
     """
     check_writable(config.run_dir)
+    path = config.run_dir / "last.pt"
+    resumes = config.load_model and path.exists()
     with torch.random.fork_rng(devices=[]):  # the caller's random state does not change
         torch.manual_seed(config.seed)
-        model = build_model(config)
+        model = build_model(config, network, pretrained=not resumes and not config.checkpoint)
     if config.checkpoint:
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
-    path = config.run_dir / "last.pt"
-    if config.load_model and path.exists():
+    if resumes:
         state = load_checkpoint(path)
         load_weights(model, state, path, config)
         return model, state
-    origin = f"weights from {config.checkpoint}" if config.checkpoint else "random weights"
+    random = "the module's weights" if network is not None else "random weights"
+    origin = f"weights from {config.checkpoint}" if config.checkpoint else random
     log.info("new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
     return model, None
 
