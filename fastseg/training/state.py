@@ -23,6 +23,7 @@ from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
 from fastseg.runtime.files import atomic_write, check_writable, make_folder
+from fastseg.training.pipeline import Augmentation, Loss
 from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.writer import CheckpointWriter
 
@@ -59,6 +60,8 @@ class Run:
     train_loader: Loader
     val_loader: Loader
     loss_sum: Tensor  # scalar float32 on the device, over the steps of this epoch
+    augmentation: Augmentation | None = None  # a user's own, in place of fastseg's
+    loss: Loss | None = None  # likewise
     checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
     epoch: int = 0
     step: int = 0  # within the epoch
