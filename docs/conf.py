@@ -36,7 +36,7 @@ html_css_files = ["narrow.css"]
 SETTINGS = {
     "train_img_dir": "Data",
     "num_workers": "Loading",
-    "base_channels": "Network",
+    "network": "Network",
     "recipe": "Training",
     "flip": "Augmentation",
     "out_dir": "Output and start",

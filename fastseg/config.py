@@ -65,8 +65,12 @@ class Config(BaseModel):
     val_img_dir: str = _field(DEFAULT_VAL_DIRS[0], "folder of validation images; empty: hold out val_fraction")
     val_mask_dir: str = _field(DEFAULT_VAL_DIRS[1], "folder of validation masks")
     val_fraction: float = _field(0.1, "fraction of cars to hold out if there are no validation folders", gt=0, lt=1)
-    image_height: int = _field(160, "height of the network's input in pixels; a multiple of 2**depth", ge=1, le=2**14)
-    image_width: int = _field(240, "width of the network's input in pixels; a multiple of 2**depth", ge=1, le=2**14)
+    image_height: int = _field(
+        160, "height of the network's input in pixels; for unet a multiple of 2**depth", ge=1, le=2**14
+    )
+    image_width: int = _field(
+        240, "width of the network's input in pixels; for unet a multiple of 2**depth", ge=1, le=2**14
+    )
     mask_resize: Literal["area", "nearest"] = _field("area", "resize masks by area average or to the nearest pixel")
     classes: tuple[SegClass, ...] = _field((), "names of classes, or a file of them; empty: the brighter of two values")
     ignore_value: int = _field(255, "with classes: pixels of this value count in nothing; -1: none", ge=-1, le=255)
@@ -81,8 +85,11 @@ class Config(BaseModel):
     cache_dir: str = _field("", "folder of the disk cache; empty: the user's cache folder")
 
     # Network
-    base_channels: int = _field(64, "channels at full resolution; they double at each level", ge=1, le=512)
-    depth: int = _field(4, "number of times the network halves the image", ge=1, le=8)
+    network: str = _field("unet", "unet; smp:ARCH:ENCODER of segmentation-models-pytorch; own: given in Python")
+    base_channels: int = _field(64, "unet: channels at full resolution; they double at each level", ge=1, le=512)
+    depth: int = _field(4, "unet: number of times the network halves the image", ge=1, le=8)
+    encoder_weights: str = _field("", "smp: pretrained weights of the encoder, such as imagenet; empty: random")
+    size_multiple: int = _field(0, "divisor of both image sides; 0: 2**depth for unet, else found by trial", ge=0)
 
     # Training
     recipe: Literal["fast", "tutorial"] = _field("fast", "fast: AdamW, one cycle, BCE + Dice; tutorial: Adam, BCE")
@@ -94,6 +101,8 @@ class Config(BaseModel):
     )
     learning_rate: float = _field(1e-4, "start of the cycle, whose peak is 30 times as high; tutorial: constant", gt=0)
     weight_decay: float = _field(1e-2, "weight decay of AdamW", ge=0)
+    encoder_lr: float = _field(1.0, "learning rate of the network's encoder, as a factor of the others'", gt=0)
+    freeze_encoder: int = _field(0, "number of steps, the first, in which the encoder's weights do not change", ge=0)
     ema_decay: float = _field(0.0, "decay per step of the EMA of the weights, which is scored; 0: no EMA", ge=0, lt=1)
     progressive_resizing: float = _field(0.7, "fraction of steps, the first, on images of half the size", ge=0, le=1)
     batch_size: int = _field(16, "pairs per step, over all processes", ge=1)
@@ -177,19 +186,25 @@ class Config(BaseModel):
             raise ValueError("must be auto, cpu, cuda or cuda:N")
         return device
 
+    @field_validator("network")
+    @classmethod
+    def _network_is_known(cls, network: str) -> str:
+        if not re.fullmatch(r"unet|smp:\w+:[\w.-]+|own(:.*)?", network):
+            raise ValueError(
+                "must be unet or smp:ARCH:ENCODER, such as smp:Unet:resnet34 (fastseg.train takes modules)"
+            )
+        return network
+
     @model_validator(mode="after")
-    def _sizes_can_be_halved(self) -> "Config":
-        step = 2**self.depth
-        messages = []
+    def _sizes_can_be_divided(self) -> "Config":
+        step, messages = self.cell, []
+        reason = f"the UNet halves it {self.depth} times" if self.network == "unet" else "the network needs this"
         for field in ("image_height", "image_width"):
             size = getattr(self, field)
             if size % step:
                 below, above = size // step * step, (size // step + 1) * step
                 choice = f"{below} or {above}" if below else f"{above}"
-                messages.append(
-                    f"{field}: must be divisible by {step} (the UNet halves it {self.depth} times); got {size}. "
-                    f"Use {choice}."
-                )
+                messages.append(f"{field}: must be divisible by {step} ({reason}); got {size}. Use {choice}.")
         if messages:
             raise ValueError(" ".join(messages))
         return self
@@ -245,6 +260,11 @@ class Config(BaseModel):
         return len(self.classes) or 1
 
     @property
+    def cell(self) -> int:
+        """Both sides of the network's input are divisible by this; 1 until it is known."""
+        return math.lcm(self.size_multiple or 1, 2**self.depth if self.network == "unet" else 1)
+
+    @property
     def run_dir(self) -> Path:
         """The run's folder, `out_dir/name`."""
         return Path(self.out_dir) / self.name
@@ -262,8 +282,11 @@ class Config(BaseModel):
         Path(path).write_text(json.dumps(self.model_dump(), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike[str]) -> "Config":
+    def from_json(cls, path: str | os.PathLike[str], **changes: Any) -> "Config":
         """Read a JSON object whose keys are fields, in any case.
+
+        Args:
+            changes: fields that replace those of the file.
 
         Raises:
             ConfigError: the file is missing or not a JSON object, or a field breaks a rule.
@@ -273,7 +296,7 @@ class Config(BaseModel):
             text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
             fields = json.loads(text, object_pairs_hook=_unique_keys)
             if isinstance(fields, dict):
-                return cls(**fields)
+                return cls(**{**fields, **changes})
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from None
         except OSError as error:
@@ -284,18 +307,21 @@ class Config(BaseModel):
         raise ConfigError(f'{path}: must be one JSON object; got {found}. Write {{"FIELD": value, ...}}.')
 
 
-def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> Config:
+def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str], **changes: Any) -> Config:
     """Convert an argument of `fastseg.train`: a `Config`, a mapping of its fields, or the path of a JSON file.
+
+    Args:
+        changes: fields that replace the others.
 
     Raises:
         ConfigError: it is none of these, or a field breaks a rule.
     """
     if isinstance(config, Config):
-        return config
+        return config.replace(**changes) if changes else config
     if isinstance(config, Mapping):
-        return Config(**{str(key): value for key, value in config.items()})
+        return Config(**{**_known_fields((str(key), value) for key, value in config.items()), **changes})
     if isinstance(config, str | os.PathLike):
-        return Config.from_json(config)
+        return Config.from_json(config, **changes)
     raise ConfigError(
         f"config: must be a Config, a mapping of its fields or the path of a JSON file; got {_shorten(repr(config))}."
     )

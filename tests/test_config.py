@@ -38,6 +38,7 @@ def other_value(name: str, field: FieldInfo) -> Any:
         "device": "cuda:1",
         "learning_rate": 1 / 3,
         "cache_dir": "schnell/für später",
+        "network": "smp:Unet:resnet34",
         "seed": 2**63 - 1,
         "classes": [{"name": name, "value": None, "colour": [1, 2, at]} for at, name in enumerate(("sky", "tree"))],
         "ignore_value": 128,
@@ -284,3 +285,10 @@ def test_train_takes_a_config_a_mapping_or_a_file(tmp_path):
 def test_error_is_a_value_error():
     with pytest.raises(ValueError, match="batch_size"):
         fastseg.Config(batch_size=0)
+
+
+def test_only_the_unet_needs_powers_of_two():
+    assert fastseg.Config(network="smp:Unet:resnet34", image_height=170).cell == 1
+    assert fastseg.Config(size_multiple=3, image_height=48, image_width=96).cell == 48
+    with pytest.raises(fastseg.ConfigError, match=r"^image_height: .*by 7 .*got 170. Use 168 or 175"):
+        fastseg.Config(network="own", size_multiple=7, image_height=170, image_width=210)

@@ -94,3 +94,44 @@ def test_fewer_pairs_than_processes_are_refused():
     assert resolve_config(config, num_pairs=15, world_size=1).batch_size == 15
     with pytest.raises(fastseg.ConfigError, match=r"^batch_size: .*1 training pair.*2 processes"):
         resolve_config(config, num_pairs=1, world_size=2)
+
+
+PROGRAM = """
+import os, sys
+import torch
+from torch import nn
+import fastseg
+
+torch.manual_seed(int(os.environ.get("RANK", "0")))  # the first process decides the weights
+network = nn.Sequential(
+    nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 1, 1)
+)
+fastseg.train(sys.argv[1], network=network)
+"""
+
+
+def run_program(program: str, config: fastseg.Config, folder: Path, processes: int) -> list[dict[str, float]]:
+    """Run a program under torchrun with the path of a configuration; the entries of its metrics.jsonl."""
+    (folder / "program.py").write_text(program)
+    config.to_json(folder / "config.json")
+    finished = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
+            *(folder / "program.py", folder / "config.json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_train_an_own_network_as_one_does(pairs_dir, tmp_path):
+    folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(pairs_dir / "masks")}
+    config = fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path), network="own")
+    one, two = (run_program(PROGRAM, config.replace(name=str(count)), tmp_path, count) for count in (1, 2))
+    for first, second in zip(one, two, strict=True):
+        for score in ("train_loss", "val_loss", "val_dice"):
+            assert second[score] == pytest.approx(first[score], abs=1e-4), score

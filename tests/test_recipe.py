@@ -8,8 +8,8 @@ import torch
 
 import fastseg
 from fastseg.training.loop import train_step
-from fastseg.training.recipe import learning_rate, make_optimizer, training_size
-from tests.test_training import config, weights
+from fastseg.training.recipe import learning_rate, make_optimizer, set_learning_rate, training_size
+from tests.test_training import config, same, weights
 
 
 def test_one_cycle_rises_to_its_peak_and_ends_at_zero():
@@ -102,3 +102,33 @@ def test_patience_begins_when_training_sees_the_full_size(
     changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}
     result = fastseg.train(config(pairs_dir, tmp_path, **changes))
     assert len(result.history) == epochs
+
+
+@pytest.mark.parametrize("recipe", ["fast", "tutorial"])
+def test_the_encoder_learns_at_its_own_rate(recipe):
+    config = fastseg.Config(recipe=recipe, encoder_lr=0.1)
+    model = fastseg.UNet(4, 2)
+    optimizer = make_optimizer(config, model)
+    set_learning_rate(optimizer, 0.5)
+    encoder = {id(p) for part in (model.encoder, model.bottleneck) for p in part.parameters()}
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {id(p) for p in model.parameters()}
+    assert all(rate == (0.05 if key in encoder else 0.5) for key, rate in rates.items())
+
+
+def test_a_frozen_encoder_does_not_change(pairs_dir, tmp_path):
+    """Until the given step; only its batch statistics follow the images."""
+    torch.manual_seed(0)
+    first = fastseg.UNet(4, 2)
+    names = [name for name, _ in first.named_parameters() if name.startswith(("encoder", "bottleneck"))]
+    for steps, frozen in ((3, False), (4, True)):  # of 4 steps
+        run = fastseg.train(config(pairs_dir, tmp_path, name=str(steps), freeze_encoder=steps))
+        last = weights(run.run_dir / "last.pt")
+        assert same({n: last[n] for n in names}, {n: first.state_dict()[n] for n in names}) == frozen
+        assert not torch.equal(last["head.weight"], first.state_dict()["head.weight"])
+
+
+def test_an_encoder_is_asked_for(pairs_dir, tmp_path):
+    for field, value in (("encoder_lr", 0.1), ("freeze_encoder", 5)):
+        with pytest.raises(fastseg.ConfigError, match=rf"^{field}: .*encoder"):
+            fastseg.train(config(pairs_dir, tmp_path, **{field: value}), network=torch.nn.Conv2d(3, 1, 1))

@@ -113,6 +113,8 @@ def test_a_named_checkpoint_gives_the_first_weights(pairs_dir, tmp_path):
         (signal.SIGINT, 2, {}),
         (signal.SIGTERM, 3, {}),
         (signal.SIGINT, 3, {"ema_decay": 0.9}),
+        (signal.SIGINT, 1, {"freeze_encoder": 2, "encoder_lr": 0.3}),
+        (signal.SIGINT, 3, {"freeze_encoder": 2, "encoder_lr": 0.3}),
     ],
 )
 def test_resume_equals_uninterrupted(pairs_dir, tmp_path, number, batch, changes, monkeypatch):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastseg.config import Config
 from fastseg.data.decode import decode_full_mask, decode_full_photo
@@ -29,7 +29,6 @@ from fastseg.network.checkpoint import load_model
 from fastseg.network.losses import bce_dice_loss
 from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
 from fastseg.network.normalise import normalise, to_targets
-from fastseg.network.unet import UNet
 from fastseg.plots import Outlined, draw_worst
 from fastseg.quality.headers import check_pairs
 from fastseg.runtime.device import Runtime, choose_runtime, versions
@@ -101,6 +100,7 @@ def evaluate(
     full_size: bool = True,
     refine: str = "crf",
     out: str | os.PathLike[str] | None = None,
+    network: nn.Module | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
     """Score a checkpoint on a folder of pairs, at the training size and at the photos' own size.
@@ -113,6 +113,7 @@ def evaluate(
             "none".
         out: folder for `scores.csv` (one line per image), `summary.json`, and with `full_size` `worst.png` (the eight
             worst images with both outlines).
+        network: as for `fastseg.load`.
         changes: fields of `Config` that differ from the checkpoint's, such as `device` or `batch_size`.
 
     Returns:
@@ -129,7 +130,7 @@ def evaluate(
     """
     if refine not in METHODS:
         raise ConfigError(f"refine: must be one of {', '.join(METHODS)}; got {refine!r}. Use none.")
-    model, trained = load_model(checkpoint)
+    model, trained = load_model(checkpoint, network)
     config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
     runtime = choose_runtime(config)
     pairs = find_pairs(img_dir, mask_dir, bad_samples=config.bad_samples)
@@ -160,7 +161,7 @@ def evaluate(
 
 
 def _score_pairs(
-    model: UNet,
+    model: nn.Module,
     loader: Loader,
     runtime: Runtime,
     config: Config,
@@ -193,7 +194,7 @@ def _score_pairs(
     return totals
 
 
-def _network_outputs(model: UNet, loader: Loader, runtime: Runtime) -> Generator[_Output, None, None]:
+def _network_outputs(model: nn.Module, loader: Loader, runtime: Runtime) -> Generator[_Output, None, None]:
     """The network's output for every pair that can be decoded, in order."""
     position = 0
 

@@ -98,6 +98,7 @@ def predict(
     refine: str = "auto",
     tta: str = "none",
     resume: bool = False,
+    network: nn.Module | None = None,
     **changes: Any,
 ) -> PredictResult:
     """Write the mask of each photo, at its own size and as it is displayed.
@@ -121,6 +122,7 @@ def predict(
             or "auto": crf for masks of two values, none for classes.
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
         resume: skip photos whose results all exist.
+        network: as for `fastseg.load`.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
             batch and rank) and `num_workers` (threads; 0, the default: one per core).
 
@@ -143,7 +145,7 @@ def predict(
     if unused:
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
-    model, trained = load_model(checkpoint)
+    model, trained = load_model(checkpoint, network)
     refine = choose_method(refine, trained)
     if trained.classes:
         _refuse_options_of_two_values(mask_format, probabilities)
@@ -161,8 +163,8 @@ def predict(
         make_folders(photos, out, csv)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
-        network = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
-        forward = halve_until_it_fits(network, runtime.device)
+        predict_logits = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
+        forward = halve_until_it_fits(predict_logits, runtime.device)
         started = time.perf_counter()
         clock["start-up"] = started - began
         with retain_freed_memory(runtime.device):

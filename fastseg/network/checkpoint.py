@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError, OutputError
-from fastseg.network.unet import UNet, init_weights
+from fastseg.network.architecture import build_model, is_own, name_network
+from fastseg.network.unet import init_weights
 from fastseg.runtime.files import atomic_write, check_regular
+from fastseg.runtime.seeds import seeded
 
 __all__ = [
     "build_model",
@@ -70,13 +72,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def build_model(config: Config) -> UNet:
-    """A new network with random weights, as configured."""
-    return UNet(config.base_channels, config.depth, out_channels=config.num_outputs)
+def init_model(config: Config, network: nn.Module | None = None, *, pretrained: bool = False) -> nn.Module:
+    """A new network with the initial weights of `config.seed`; arguments as for `build_model`.
 
-
-def init_model(config: Config) -> UNet:
-    """A new network with the initial weights of `config.seed`. torch's global generator is neither read nor changed."""
+    torch's global generator is as before. The UNet does not even use it, so that threads do not disturb each other.
+    """
+    if config.network != "unet":
+        with seeded(torch.device("cpu"), config.seed):
+            return build_model(config, network, pretrained=pretrained)
     with torch.device("meta"):  # shapes without memory
         model = build_model(config)
     model.to_empty(device="cpu")
@@ -96,46 +99,76 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLik
     Raises:
         CheckpointError: they belong to a network with another number of channels or another depth.
     """
-    saved = state["config"]
+    saved = {"network": "unet", **state["config"]}
     named = os.fspath(path) == config.checkpoint
     remedy = "choose another checkpoint" if named else "choose another name, or pass load_model=false"
-    for field in ("base_channels", "depth"):
+    if is_own(config):  # the class may have another name by now
+        fields = []
+    else:
+        fields = ["network", *(("base_channels", "depth") if config.network == "unet" else ())]
+    for field in fields:
         if saved[field] != getattr(config, field):
             raise CheckpointError(
                 f"{path}: must hold a network with {field} {getattr(config, field)}, as configured; it has "
                 f"{saved[field]}. Set {field} to {saved[field]}, or {remedy}."
             )
-    _check_shapes(model, state, path)
-    model.load_state_dict(plain_keys(state["model"]))
+    model.load_state_dict(_matching_weights(model, state, path, config, remedy))
 
 
-def _check_shapes(model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """CheckpointError if the weights are not those of the network, which may be on the meta device."""
-    weights, saved = plain_keys(state["model"]), state["config"]
+def _matching_weights(
+    model: nn.Module, state: dict[str, Any], path: str | os.PathLike[str], config: Config, remedy: str
+) -> dict[str, Any]:
+    """The checkpoint's weights; CheckpointError if they do not fit the network, which may be on the meta device."""
+    weights, saved = state["model"], state["config"]
     expected = {key: (value.shape, value.dtype) for key, value in model.state_dict().items()}
+    if weights.keys() != expected.keys():
+        weights = plain_keys(weights)
     found = {key: (value.shape, value.dtype) for key, value in weights.items() if isinstance(value, Tensor)}
     if found != expected or len(weights) != len(expected):
+        if config.network != "unet":
+            key = next((key for key in {**expected, **found} if expected.get(key) != found.get(key)), "other values")
+            raise CheckpointError(
+                f"{path}: its weights do not fit the network {config.network}; it was trained with "
+                f"{saved['network']} (first difference: {key}). Pass the module that it was trained with, or {remedy}."
+            )
         raise CheckpointError(
             f"{path}: its weights do not fit its configuration (base_channels {saved['base_channels']}, depth "
             f"{saved['depth']}). Use another checkpoint."
         )
+    return weights
 
 
-def load_model(path: str | os.PathLike[str]) -> tuple[UNet, Config]:
+def load_model(path: str | os.PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Config]:
     """A checkpoint's network, in evaluation mode on the CPU, and the configuration of its training.
 
+    Args:
+        network: a module like the one that was given to `fastseg.train`; it is copied.
+
     Raises:
-        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg.
+        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg; or it needs `network`.
+        ConfigError: the package of its network is not installed.
     """
     state = load_checkpoint(path)
     try:
         config = Config(**state["config"])
     except (ConfigError, TypeError) as error:
         raise CheckpointError(f"{path}: its configuration cannot be used ({error}). Use another checkpoint.") from None
-    with torch.device("meta"):
-        model = build_model(config)
-    _check_shapes(model, state, path)  # before memory is allocated for a network that the file may only claim
-    model.to_empty(device="cpu")
+    if is_own(config) and network is None:
+        raise CheckpointError(
+            f"{path}: was trained with a module of your own program, {config.network.removeprefix('own:')}, which "
+            "fastseg does not import. Pass an instance of it in Python, network=MODULE."
+        )
+    if network is not None and not is_own(config):
+        raise CheckpointError(f"{path}: was trained with the network {config.network}. Leave out network.")
+    name_network(network)  # whether it is a module
+    if config.network == "unet":
+        with torch.device("meta"):
+            model = build_model(config)
+        # before memory is allocated for a network that the file may only claim
+        _matching_weights(model, state, path, config, "use another checkpoint")
+        model.to_empty(device="cpu")
+    else:
+        model = build_model(config, network)
     load_weights(model, state, path, config)
     return model.eval(), config
 

@@ -22,12 +22,13 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import fastseg
@@ -49,7 +50,11 @@ Network = Callable[[Tensor], Tensor]  # images to probabilities, like `Segmenter
 
 
 def export(
-    checkpoint: str | os.PathLike[str], out: str | os.PathLike[str], format: str | None = None
+    checkpoint: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    network: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Export a checkpoint's network, read the file back and compare its probabilities with the network's.
 
@@ -63,6 +68,7 @@ def export(
         out: the file to write, atomically and only after the comparison.
         format: onnx; torch, for `torch.export.load(out).module()`; or safetensors, weights for `fastseg.load`. If
             None, it follows from the extension of `out`: .onnx, .pt2 or .safetensors.
+        network: as for `fastseg.load`.
 
     Returns:
         `format`, `bytes`, and `max_difference` between the probabilities of the file and of the network on synthetic
@@ -78,7 +84,7 @@ def export(
     format = _choose_format(out, format)
     if format == "onnx":
         _import_optional("onnx", "onnxscript")
-    segmenter = load(checkpoint)
+    segmenter = load(checkpoint, network=network)
     size = sum(value.nbytes for value in segmenter.state_dict().values())
     if format == "onnx" and size > MAX_ONNX_BYTES:
         raise CheckpointError(
@@ -86,7 +92,7 @@ def export(
             "Export to .pt2 or .safetensors."
         )
     with atomic_write(out) as temporary:
-        difference = _write(segmenter, format, temporary, out)
+        difference = _write(segmenter, format, temporary, out, network)
         num_bytes = temporary.stat().st_size
     return {"format": format, "bytes": num_bytes, "max_difference": difference}
 
@@ -102,12 +108,12 @@ def _choose_format(out: Path, format: str | None) -> str:
     return format
 
 
-def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path) -> float | None:
+def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path, network: nn.Module | None) -> float | None:
     """Write `temporary`, which will become `out`, read it back, and return its largest difference in probability."""
     formats: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
         "onnx": (_to_onnx, _read_onnx),
         "torch": (_to_torch, _read_torch),
-        "safetensors": (_to_safetensors, load),
+        "safetensors": (_to_safetensors, partial(load, network=network)),
     }
     to_bytes, read = formats[format]
     try:

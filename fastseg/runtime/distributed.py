@@ -29,6 +29,8 @@ __all__ = [
     "wrap_ddp",
 ]
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -113,12 +115,21 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
     """The model with gradients and batch statistics shared by all ranks; the model itself in a single process."""
     if not dist.is_initialized():
         return model
-    if device.type == "cuda":
-        return DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(model), device_ids=[device])
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+    # A subclass may do more than normalise (timm's applies an activation), so that it cannot be replaced.
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+    synced = {name: module for name, module in norms.items() if type(module) is nn.BatchNorm2d and _is_usual(module)}
+    if len(synced) < len(norms):
+        log.warning("%d batch norms of the network use the statistics of one process", len(norms) - len(synced))
+    for name, module in synced.items():
+        if device.type == "cuda":
+            model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
+        else:
             module.__class__ = _SyncedBatchNorm2d
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+
+
+def _is_usual(norm: nn.BatchNorm2d) -> bool:
+    return norm.affine and norm.track_running_stats and norm.momentum is not None
 
 
 class _SumWithGradient(torch.autograd.Function):

@@ -74,8 +74,12 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[str, str]:
         return config.compile, "as asked"
     if runtime.device.type == "cpu":
         return "off", "on a CPU, compiling takes longer than it saves"
+    if config.network != "unet":
+        return "off", "CUDA graphs are captured of fastseg's UNet only"
     if runtime.world_size > 1 or config.micro_batch:
         return "off", "CUDA graphs need one process and whole batches"
+    if config.network != "unet":  # another network may wait for the device, which no graph can hold
+        return "off", "only the UNet is known to fit into CUDA graphs; if enough steps remain, torch.compile"
     return "graphs", "captured in a second; if enough steps remain after an epoch, torch.compile"
 
 
@@ -159,7 +163,14 @@ def _inductor_cache(config: Config, runtime: Runtime) -> Path:
     if USERS_INDUCTOR_CACHE:
         return Path(USERS_INDUCTOR_CACHE)
     shape = [config.batch_size // runtime.world_size, config.image_height, config.image_width, config.depth]
-    parts = [torch.__version__, runtime.description, config.base_channels, *shape, config.progressive_resizing > 0]
+    parts = [
+        torch.__version__,
+        runtime.description,
+        config.network,
+        config.base_channels,
+        *shape,
+        config.progressive_resizing > 0,
+    ]
     key = hashlib.sha256(json.dumps(list(map(str, parts))).encode()).hexdigest()[:16]
     return user_cache() / "compiled" / key
 

@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastseg.config import Config, as_config
+from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.contention import core_use, warn_about_contention
 from fastseg.runtime.device import choose_runtime
@@ -24,10 +25,12 @@ from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.files import file_version
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
-from fastseg.training.augment import AugmentParams, augment, resize, sample_params
+from fastseg.training.augment import resize
 from fastseg.training.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
 from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
+from fastseg.training.pipeline import Augmentation, Loss, augment_batch, network_rng, prepare_augmentation, prepare_loss
 from fastseg.training.recipe import (
+    drop_frozen_gradients,
     learning_rate,
     make_class_weights,
     num_small_steps,
@@ -48,7 +51,7 @@ from fastseg.training.state import (
     save_last,
 )
 from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, log_epoch, open_run_dir, summarise
-from fastseg.training.tensorboard import import_writer, open_writer, write_epoch
+from fastseg.training.trackers.tensorboard import import_writer, open_writer, write_epoch
 
 __all__ = ["train", "train_step"]
 
@@ -61,12 +64,22 @@ log = logging.getLogger(__name__)
 def train(
     config: Config | Mapping[str, Any] | str | os.PathLike[str],
     *,
+    network: nn.Module | None = None,
+    augmentation: Augmentation | None = None,
+    loss: Loss | None = None,
     after_epoch: Callable[[dict[str, Any]], bool] | None = None,
 ) -> TrainResult:
     """Train a network and write the run to `out_dir/name/`.
 
     Args:
         config: a `Config`, a mapping of its fields, or the path of a JSON file such as `hyperparams.json`.
+        network: your own, from normalised images (B, 3, H, W) to logits (B, 1, H, W) or smaller by a whole factor;
+            it is copied. By default `config.network` names the network.
+        augmentation: your own in place of fastseg's, such as a `kornia.augmentation.AugmentationSequential` with
+            `data_keys=["input", "mask"]`: from images (B, 3, H, W) and masks (B, 1, H, W), both float32 in [0, 1] on
+            the training device, to the same. A run that resumes needs it again.
+        loss: your own in place of the recipe's: from logits and targets in [0, 1], both (B, 1, H, W) float32, to a
+            scalar. Validation reports BCE + Dice all the same.
         after_epoch: called with each epoch's entry of metrics.jsonl; the run ends when it returns true. The epoch's
             checkpoints may not be on disk yet.
 
@@ -82,18 +95,22 @@ def train(
             even with one pair at a time; or another process trains in the run's folder.
     """
     start_time = time.perf_counter()
-    config = as_config(config)
+    config = as_config(config, **name_network(network))
     with process_group(config.device), restore_cudnn_benchmark(), report_training_out_of_memory(config):
         runtime = choose_runtime(config)
         check_compile(config, runtime)
         import_writer(config)  # a missing package is reported before anything else happens
+        augmentation = prepare_augmentation(augmentation, config, runtime)
+        loss = prepare_loss(loss, config, runtime)
         read = file_version(config.run_dir / "last.pt")
-        model, state = load_or_init_model(config)
+        model, state = load_or_init_model(config, network)
+        check_encoder(config, model)
+        config = resolve_sizes(config, model)
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
-        run.start_time = start_time
+        run.augmentation, run.loss, run.start_time = augmentation, loss, start_time
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
@@ -140,9 +157,9 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
     """
     config, step, total = run.config, run.steps_done, run.total_steps
     set_learning_rate(run.optimizer, learning_rate(config, step, total))
-    # Drawn for the whole batch, so that several ranks augment as a single process does.
-    params = sample_params(config, config.batch_size, run.generator).take(run.runtime.rank_slice)
-    loss = fit_micro_batch(run, partial(_accumulate_gradients, run, images, masks, params), len(images))
+    augmented = augment_batch(run.augmentation, images, masks, config, run.runtime, run.generator, step)
+    loss = fit_micro_batch(run, partial(_accumulate_gradients, run, augmented, len(images)), len(images))
+    drop_frozen_gradients(config, run.model, step)
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
@@ -152,23 +169,29 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
     run.step += 1
 
 
-def _accumulate_gradients(run: Run, images: Tensor, masks: Tensor, params: AugmentParams, micro_batch: int) -> Tensor:
+def _accumulate_gradients(
+    run: Run, augmented: Callable[[slice], tuple[Tensor, Tensor]], num_pairs: int, micro_batch: int
+) -> Tensor:
     """Add the gradients of the batch's mean loss to the parameters, and return that loss; see `train_step`.
 
     Args:
+        augmented: the inputs and targets of a slice of the batch.
         micro_batch: pairs per forward pass.
     """
     size = training_size(run.config, run.steps_done, run.total_steps)
     losses = []
-    for start in range(0, len(images), micro_batch):
-        part = slice(start, start + micro_batch)
-        inputs, targets = augment(images[part], masks[part], params.take(part), classes=bool(run.config.classes))
-        inputs, targets = resize(inputs, targets, *size)
-        with run.runtime.autocast():
-            logits = run.forward(inputs)
-        loss = training_loss(run.config, logits, targets, run.class_weights) * (len(inputs) / len(images))
-        run.scaler.scale(loss).backward()
-        losses.append(loss.detach())
+    with network_rng(run.config, run.runtime, run.steps_done):
+        for start in range(0, num_pairs, micro_batch):
+            inputs, targets = resize(*augmented(slice(start, start + micro_batch)), *size)
+            with run.runtime.autocast():
+                logits = run.forward(inputs)
+            if run.loss is None:
+                loss = training_loss(run.config, logits, targets, run.class_weights)
+            else:
+                loss = run.loss(logits.float(), targets)
+            loss = loss * (len(inputs) / num_pairs)
+            run.scaler.scale(loss).backward()
+            losses.append(loss.detach())
     return sum(losses[1:], losses[0])
 
 

@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from fastseg.classes import IGNORED
 from fastseg.config import Config
 from fastseg.data.loader import Loader
+from fastseg.network.architecture import encoder_parameters
 from fastseg.network.losses import bce_dice_loss, bce_loss, class_loss, cross_entropy_loss
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce
 
 __all__ = [
+    "drop_frozen_gradients",
     "learning_rate",
     "make_class_weights",
     "make_ema_model",
@@ -33,6 +36,7 @@ __all__ = [
 ]
 
 PEAK = 30  # peak of the one-cycle schedule, as a multiple of `Config.learning_rate`, where it starts
+LR_FACTOR = "lr_factor"  # key of a parameter group: factor of the schedule's learning rate
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
 
 log = logging.getLogger(__name__)
@@ -84,12 +88,21 @@ def make_class_weights(config: Config, loader: Loader, runtime: Runtime) -> Tens
 
 
 def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer. Biases and batch norms have no weight decay."""
+    """The recipe's optimizer. Biases and batch norms have no weight decay; encoders may learn more slowly."""
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}]
+    if config.encoder_lr != 1:
+        encoder = set(encoder_parameters(model))
+        rest = [p for p in model.parameters() if p not in encoder]
+        slow = {"params": [p for p in model.parameters() if p in encoder], LR_FACTOR: config.encoder_lr}
+        groups = [{"params": rest}, slow]
     if config.recipe == "tutorial":
-        return _without_dynamo(torch.optim.Adam)(model.parameters(), lr=config.learning_rate)
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return _without_dynamo(torch.optim.Adam)(groups, lr=config.learning_rate)
+    decays = (lambda p: p.ndim > 1, config.weight_decay), (lambda p: p.ndim <= 1, 0.0)
+    groups = [
+        {**group, "params": [p for p in group["params"] if chosen(p)], "weight_decay": decay}
+        for group in groups
+        for chosen, decay in decays
+    ]
     return _without_dynamo(torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
 
 
@@ -136,9 +149,19 @@ def learning_rate(config: Config, step: int, total_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times the group's own factor."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(LR_FACTOR, 1.0)
+
+
+def drop_frozen_gradients(config: Config, model: nn.Module, step: int) -> None:
+    """Drop the encoder's gradients in the first `freeze_encoder` steps: the optimizer passes over it.
+
+    The gradients are computed all the same, so that the network stays one graph for DDP and CUDA graphs.
+    """
+    if step < config.freeze_encoder:
+        for parameter in encoder_parameters(model):
+            parameter.grad = None
 
 
 def num_small_steps(config: Config, total_steps: int) -> int:
@@ -150,13 +173,13 @@ def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int
     """Height and width of the images that a step sees: about half in the first `progressive_resizing` of the steps.
 
     Such a step costs a quarter, and the shapes it learns hold at full size; the remaining steps learn the outline.
-    Both sides are divisible by 2**depth, and the network's innermost level has at least 2 x 2 cells.
+    Both sides are divisible by `config.cell`, and the UNet's innermost level has at least 2 x 2 cells.
 
     Source: Howard et al. 2018, DAWNBench entry of fast.ai (progressive resizing).
     """
     height, width = config.image_height, config.image_width
     if step >= num_small_steps(config, total_steps):
         return height, width
-    cell = 2**config.depth
+    cell = config.cell
     half = [max(math.ceil(size / (2 * cell)), 2) * cell for size in (height, width)]
     return min(half[0], height), min(half[1], width)

@@ -20,6 +20,7 @@ from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
 from fastseg.runtime.files import check_writable
+from fastseg.training.pipeline import Augmentation, Loss
 from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.writer import CheckpointWriter
 
@@ -57,6 +58,8 @@ class Run:
     val_loader: Loader
     loss_sum: Tensor  # scalar float32 on the device, over the steps of this epoch
     class_weights: Tensor | None = None  # (C,) on the device, in the loss
+    augmentation: Augmentation | None = None  # a user's own, in place of fastseg's
+    loss: Loss | None = None  # likewise
     checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
     epoch: int = 0
     step: int = 0  # within the epoch
@@ -149,19 +152,23 @@ def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Confi
     return config
 
 
-def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None]:
+def load_or_init_model(config: Config, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any] | None]:
     """The network at the beginning of a run, and the state to resume from; None for a new run. Logs a new run's origin.
+
+    Args:
+        network: a user's own; it is copied.
 
     Raises:
         CheckpointError: a checkpoint is damaged, belongs to another network, or `config.checkpoint` is missing.
         OutputError: the run's folder cannot be written.
     """
     check_writable(config.run_dir)
-    model = init_model(config)
+    path = config.run_dir / "last.pt"
+    resumes = config.load_model and path.exists()
+    model = init_model(config, network, pretrained=not resumes and not config.checkpoint)
     if config.checkpoint:
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
-    path = config.run_dir / "last.pt"
-    if config.load_model and path.exists():
+    if resumes:
         state = load_checkpoint(path)
         load_weights(model, state, path, config)
         if not has_finite_weights(model):
@@ -170,7 +177,8 @@ def load_or_init_model(config: Config) -> tuple[nn.Module, dict[str, Any] | None
                 "from scratch, and a lower learning_rate."
             )
         return model, state
-    origin = f"weights from {config.checkpoint}" if config.checkpoint else "random weights"
+    random = "the module's weights" if network is not None else "random weights"
+    origin = f"weights from {config.checkpoint}" if config.checkpoint else random
     log.info("new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
     return model, None
 
