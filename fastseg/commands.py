@@ -164,12 +164,13 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
+    parser.add_argument("--parts", action="store_true", help="masks of six classes, and their classes.json")
 
 
 def _synth(options: argparse.Namespace) -> int:
     from fastseg.synthetic.generate import generate
 
-    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
+    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed, parts=options.parts)
     print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
     return 0
 
@@ -313,5 +314,5 @@ COMMANDS = (
         _add_check,
         _check,
     ),
-    Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--seed N]", _add_synth, _synth),
+    Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--parts] ...", _add_synth, _synth),
 )
