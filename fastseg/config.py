@@ -338,6 +338,8 @@ def format_value(value: Any) -> str:
     """A field's value as written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(item.name for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

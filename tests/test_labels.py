@@ -368,7 +368,7 @@ def parts(tmp_path: Path) -> fastseg.Pairs:
 
 
 def expected_masks(pairs: fastseg.Pairs, mode: str = "area") -> Array:
-    masks = [np.asarray(Image.open(pairs.mask_path(i))) for i in range(len(pairs))]
+    masks = [np.asarray(Image.open(io.BytesIO(Path(pairs.mask_path(i)).read_bytes()))) for i in range(len(pairs))]
     return np.stack([reference(mask, 16, 24, mode) for mask in masks])
 
 
