@@ -50,7 +50,7 @@ def settings_table() -> str:
         if name in SETTINGS:
             missing.remove(name)
             lines += ["", f"## {SETTINGS[name]}", "", "| field | default | meaning |", "|---|---|---|"]
-        default = f"`{json.dumps(field.default)}`".replace('"', "") if field.default != "" else "empty"
+        default = f"`{json.dumps(field.default)}`".replace('"', "") if field.default not in ("", ()) else "empty"
         lines.append(f"| `{name}` | {default} | {_meaning(field)} |")
     if missing:
         raise ValueError(f"docs/conf.py: SETTINGS names fields that Config lacks: {', '.join(sorted(missing))}")

@@ -163,12 +163,13 @@ def _add_synth(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
+    parser.add_argument("--parts", action="store_true", help="masks of six classes, and their classes.json")
 
 
 def _synth(options: argparse.Namespace) -> int:
     from fastseg.synthetic.generate import generate
 
-    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed)
+    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed, parts=options.parts)
     print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
     return 0
 
@@ -254,11 +255,12 @@ def _add_check(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
     parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
     parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
-    add_fields(parser, ("num_workers",))
+    add_fields(parser, ("classes", "ignore_value", "num_workers"))
 
 
 def _check(options: argparse.Namespace) -> int:
-    from fastseg.quality.check import check, print_report
+    from fastseg.quality.check import check
+    from fastseg.quality.report import print_report
 
     report = check(*options.folders, duplicates=not options.no_duplicates, **read_fields(options))
     print_report(report)
@@ -307,9 +309,9 @@ COMMANDS = (
     Command(
         "check",
         "find the faults of a data set; exit status 1 if there are errors",
-        "DIR... [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
+        "DIR... [--classes CLASSES] [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
         _add_check,
         _check,
     ),
-    Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--seed N]", _add_synth, _synth),
+    Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--parts] ...", _add_synth, _synth),
 )

@@ -12,13 +12,14 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from fastseg.classes import SegClass, default_colours
+from fastseg.classes import SegClass, read_classes
 from fastseg.errors import ConfigError
 
 __all__ = ["Config", "as_config", "closest_match", "format_value"]
@@ -66,10 +67,8 @@ class Config(BaseModel):
     image_height: int = _field(160, "height of the network's input in pixels; a multiple of 2**depth", ge=1, le=2**14)
     image_width: int = _field(240, "width of the network's input in pixels; a multiple of 2**depth", ge=1, le=2**14)
     mask_resize: Literal["area", "nearest"] = _field("area", "resize masks by area average or to the nearest pixel")
-    classes: tuple[SegClass, ...] = _field(
-        (), "names of classes, or a file of them; empty: two values, of which the brighter is foreground"
-    )
-    ignore_value: int = _field(255, "with classes: value of pixels that count in no loss and no score", ge=-1, le=255)
+    classes: tuple[SegClass, ...] = _field((), "names of classes, or a file of them; empty: the brighter of two values")
+    ignore_value: int = _field(255, "with classes: pixels of this value count in nothing; -1: none", ge=-1, le=255)
     bad_samples: Literal["raise", "skip"] = _field("raise", "unusable files: raise an error, or log and skip them")
     check_data: bool = _field(True, "check every file's header before training")
 
@@ -105,7 +104,7 @@ class Config(BaseModel):
     device: str = _field("auto", "auto, cpu, cuda or cuda:N")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "dtype of the network's arithmetic")
     compile: Literal["auto", "on", "graphs", "off"] = _field(
-        "auto", "on: torch.compile; graphs: CUDA graphs; auto: graphs on a GPU, torch.compile for long runs"
+        "auto", "on: torch.compile; graphs: CUDA graphs; auto: by the device and the run's length"
     )
     seed: int = _field(0, "seed of order, augmentation, split and initial weights", ge=0, lt=2**63)
 
@@ -145,16 +144,8 @@ class Config(BaseModel):
 
     @field_validator("classes", mode="before")
     @classmethod
-    def _classes_have_values_and_colours(cls, classes: Any) -> Any:
-        """Complete plain names: the value is the class's number."""
-        if isinstance(classes, str):
-            classes = classes.split(",") if classes else ()
-        if not all(isinstance(item, str) for item in classes):
-            return classes
-        return [
-            {"name": name, "value": value, "colour": colour}
-            for value, (name, colour) in enumerate(zip(classes, default_colours(len(classes)), strict=True))
-        ]
+    def _classes_are_complete(cls, classes: Any) -> Any:
+        return read_classes(classes)  # here, so that a checkpoint needs no file of classes
 
     @field_validator("class_weights", mode="before")
     @classmethod
@@ -226,6 +217,17 @@ class Config(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _no_class_is_ignored(self) -> "Config":
+        for item in self.classes:
+            ignored = item.colour == (self.ignore_value,) * 3 if item.value is None else item.value == self.ignore_value
+            if ignored:
+                raise ValueError(
+                    f"ignore_value: must not stand for a class; got {self.ignore_value}, which is {item.name}. "
+                    "Use -1 if no pixel is ignored."
+                )
+        return self
+
+    @model_validator(mode="after")
     def _graphs_take_whole_batches(self) -> "Config":
         if self.compile == "graphs" and 0 < self.micro_batch < self.batch_size:
             raise ValueError(
@@ -266,7 +268,7 @@ class Config(BaseModel):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-            fields = json.loads(text, object_pairs_hook=_known_fields)
+            fields = json.loads(text, object_pairs_hook=_unique_keys)
             if isinstance(fields, dict):
                 return cls(**fields)
         except ConfigError as error:
@@ -307,7 +309,16 @@ def format_value(value: Any) -> str:
     """A field's value as written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(item.name for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice.lower()}: given twice. Keep one.")
+    return dict(pairs)
 
 
 def _known_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -331,7 +342,9 @@ def _message(error: ValidationError) -> str:
         kind = item["type"]
         bounds = {name: format_value(bound) for name, bound in item.get("ctx", {}).items()}
         rule = RULES[kind if kind in RULES else kind.partition("_")[0]].format(**bounds)
-        if item["loc"]:
+        if isinstance(item.get("ctx", {}).get("error"), ConfigError):  # a whole message
+            rule = f"{item['loc'][0]}: {rule}"
+        elif item["loc"]:
             field = str(item["loc"][0])
             default = format_value(Config.model_fields[field].default)
             rule = f"{field}: {rule}; got {_shorten(repr(item['input']))}. The default is {default}."

@@ -16,8 +16,11 @@ from PIL import Image
 
 import fastseg
 from fastseg.data.host import HostDecoder
+from fastseg.data.labels.encoding import class_encoding
+from fastseg.data.labels.vote import index_colours
 from fastseg.data.resample import MASK_MODES
 from fastseg.masks.refine import mean_field_crf
+from fastseg.masks.upsample import label_logits
 from fastseg.training.augment import augment, sample_params
 
 HEIGHT, WIDTH = 32, 48
@@ -37,9 +40,29 @@ def compile_kernels(folder: Path) -> None:
     pairs = fastseg.find_pairs(images, masks)
     for mode in MASK_MODES:
         batch = next(HostDecoder(pairs, HEIGHT, WIDTH, mask_resize=mode).decode([np.arange(len(pairs))]))
+    compile_class_kernels(images, masks)
     config = fastseg.Config(image_height=HEIGHT, image_width=WIDTH)
     augment(batch.images, batch.masks, sample_params(config, len(pairs), torch.Generator()))
     mean_field_crf(torch.zeros(1, 1, HEIGHT, WIDTH), batch.images[:1])
+
+
+def compile_class_kernels(images: Path, masks: Path) -> None:
+    """The kernels of masks of classes, which are values in a PNG and a GIF, and colours in a PNG."""
+    for path in masks.iterdir():
+        path.unlink()
+    pixels = np.zeros((2 * HEIGHT, 2 * WIDTH), np.uint8)
+    for image in images.iterdir():
+        kind = "png" if image.suffix == ".png" else "gif"
+        with Image.open(image) as photo:
+            Image.new("L", photo.size).save(masks / f"{image.stem}_mask.{kind}")
+    pairs = fastseg.find_pairs(images, masks)
+    classes = fastseg.Config(classes={"wall": 0, "car": 1}).classes
+    batch = next(HostDecoder(pairs, HEIGHT, WIDTH, classes=classes).decode([np.arange(len(pairs))]))
+    params = sample_params(fastseg.Config(), len(pairs), torch.Generator())
+    augment(batch.images, batch.masks, params, classes=True)
+    label_logits(np.zeros((2, HEIGHT, WIDTH), np.float32), 2 * HEIGHT, 2 * WIDTH)
+    encoding = class_encoding(fastseg.Config(classes={"wall": [0, 0, 0], "car": [1, 1, 1]}).classes, 255)
+    index_colours(np.stack([pixels] * 3, 2), *encoding.codes)
 
 
 if __name__ == "__main__":

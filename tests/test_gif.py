@@ -142,7 +142,7 @@ def pillow_indices(data: bytes) -> np.ndarray:
 
 
 def parse(data: bytes) -> gif._Header:
-    return gif._parse_header(np.asarray(bytearray(data)))
+    return gif.parse_header(np.asarray(bytearray(data)))
 
 
 def decode_indices(data: bytes) -> np.ndarray | None:
@@ -150,7 +150,7 @@ def decode_indices(data: bytes) -> np.ndarray | None:
     header, used = parse(data), np.zeros(256, np.uint8)
     if not data.startswith((b"GIF87a", b"GIF89a")) or header.status != gif.OK:
         return None
-    status, count, indices = gif._decode_frame(np.asarray(bytearray(data)), header, IDENTITY, used)
+    status, count, indices = gif.decode_frame(np.asarray(bytearray(data)), header, IDENTITY, used)
     assert 0 <= count <= header.frame_width * header.frame_height
     if status != gif.OK:
         return None

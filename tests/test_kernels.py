@@ -12,6 +12,7 @@ COMMANDS = """
 import sys
 from pathlib import Path
 import fastseg
+from PIL import Image
 from tests.conftest import TINY, write_pair
 
 out = Path(sys.argv[1])
@@ -27,6 +28,18 @@ fastseg.evaluate(run.run_dir / "best.pt", made["val_images"], made["val_masks"],
 for mask in ("gif", "png"):
     write_pair(out / mask, "car_01", mask=mask)
     fastseg.check(out / mask / "images", out / mask / "masks")
+for kind in ("P", "RGB"):
+    for format in ("png", "bmp"):
+        folder = out / f"{kind}-{format}"
+        write_pair(folder, "car_01", mask="png")
+        path = folder / "masks" / "car_01_mask.png"
+        Image.open(path).convert("L").convert(kind).save(path.with_suffix(f".{format}"))
+        if format == "bmp":
+            path.unlink()
+        palette = {"wall": [0, 0, 0], "blob": [255, 255, 255]}
+        config = fastseg.Config(classes=palette, ignore_value=-1)
+        pairs = fastseg.find_pairs(folder / "images", folder / "masks")
+        list(fastseg.Loader(pairs, height=16, width=24, batch_size=1, classes=config.classes, ignore_value=-1))
 """
 
 

@@ -21,7 +21,7 @@ class Batch(NamedTuple):
     """Decoded pairs. They stay uint8 until they are on the training device."""
 
     images: torch.Tensor  # (B, H, W, 3) uint8
-    masks: torch.Tensor  # (B, H, W) uint8: coverage 0..255
+    masks: torch.Tensor  # (B, H, W) uint8: coverage 0..255; or class indices, and 255 where ignored
     indices: NDArray[np.int64]  # (B,) of the pairs
 
 

@@ -106,6 +106,7 @@ class DiskCache(Cache):
         pairs, height, width = decoder.pairs, decoder.height, decoder.width
         pixels = [FORMAT, os.path.realpath(pairs.image_dir), os.path.realpath(pairs.mask_dir)]
         pixels += [height, width, decoder.mask_resize, decoder.name]
+        pixels += [decoder.encoding.key] if decoder.encoding else []
         key = hashlib.sha256(repr(pixels).encode()).hexdigest()[:16]
         names = hashlib.sha256("\0".join([*pairs.images, *pairs.masks]).encode()).hexdigest()[:16]
         self.path = folder / f"{key}-{names}.fastseg"

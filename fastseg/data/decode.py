@@ -28,8 +28,11 @@ __all__ = [
     "decode_full_photo",
     "decode_image",
     "decode_mask",
+    "exif_orientation",
     "image_size",
+    "open_image",
     "orient",
+    "pillow_errors",
 ]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
@@ -49,10 +52,10 @@ def image_size(data: bytes) -> Size:
         height, width = stored
         orientation = _orientation(data)
     else:
-        with _pillow_errors():
-            image = _open(data)
+        with pillow_errors():
+            image = open_image(data)
             width, height = image.size
-            orientation = _exif_orientation(image)
+            orientation = exif_orientation(image)
     return (width, height) if orientation >= 5 else (height, width)
 
 
@@ -165,8 +168,8 @@ def check_readable(data: bytes) -> Size:
         if data.rfind(JPEG_END, max(data.find(JPEG_SCAN), 0)) < 0:  # phones append videos after the end
             raise DataError(f"is a truncated JPEG (its {len(data)} bytes have no end-of-image marker)")
     else:
-        with _pillow_errors():
-            image = _open(data)
+        with pillow_errors():
+            image = open_image(data)
             image.load() if image.format == "BMP" else image.verify()  # verify() checks nothing in a BMP
     return size
 
@@ -193,8 +196,8 @@ def _orientation(data: bytes) -> int:
     if not _may_have_exif(data):
         return 1
     try:
-        with _pillow_errors():
-            return _exif_orientation(_open(data))
+        with pillow_errors():
+            return exif_orientation(open_image(data))
     except DataError:
         return 1  # libjpeg-turbo decodes some files that Pillow does not
 
@@ -209,7 +212,7 @@ def _may_have_exif(data: bytes) -> bool:
     return not data.startswith(b"\xff\xda", at)
 
 
-def _exif_orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except (SyntaxError, ValueError, struct.error):
@@ -229,7 +232,7 @@ def orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _pillow_errors() -> Iterator[None]:
+def pillow_errors() -> Iterator[None]:
     try:
         yield
     except UnidentifiedImageError:
@@ -238,7 +241,7 @@ def _pillow_errors() -> Iterator[None]:
         raise DataError(f"is damaged or truncated ({error})") from None
 
 
-def _open(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     if not data:
         raise DataError("is empty (0 bytes)")
     image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
@@ -249,8 +252,8 @@ def _open(data: bytes) -> Image.Image:
 
 def _photo_pixels(data: bytes) -> NDArray[np.uint8]:
     """(H, W, 3), as displayed, by Pillow."""
-    with _pillow_errors():
-        image = _open(data)
+    with pillow_errors():
+        image = open_image(data)
         image.load()
         image.info.pop("transparency", None)  # or Pillow warns that a palette's is lost
         if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
@@ -258,7 +261,7 @@ def _photo_pixels(data: bytes) -> NDArray[np.uint8]:
             pixels = np.repeat(grey[..., None], 3, axis=2)
         else:
             pixels = np.asarray(image.convert("RGB"))
-        return np.ascontiguousarray(orient(pixels, _exif_orientation(image)))
+        return np.ascontiguousarray(orient(pixels, exif_orientation(image)))
 
 
 def _mask_pixels(data: bytes) -> NDArray[np.uint8]:
@@ -268,8 +271,8 @@ def _mask_pixels(data: bytes) -> NDArray[np.uint8]:
 
 def _mask_values(data: bytes) -> NDArray[Any]:
     """(H, W) uint8 or bool, as displayed, by Pillow."""
-    with _pillow_errors():
-        image = _open(data)
+    with pillow_errors():
+        image = open_image(data)
         image.load()
         image.info.pop("transparency", None)
         if image.mode.startswith("I"):  # 16-bit grey: the ranks of its values, because only their order counts
@@ -281,7 +284,7 @@ def _mask_values(data: bytes) -> NDArray[Any]:
             if "A" in image.getbands() and _is_uniform(shown) and not _is_uniform(image.getchannel("A")):
                 shown = image.getchannel("A")
             values = np.asarray(shown)
-        return np.ascontiguousarray(orient(values, _exif_orientation(image)))
+        return np.ascontiguousarray(orient(values, exif_orientation(image)))
 
 
 def _is_uniform(channel: Image.Image) -> bool:

@@ -23,7 +23,7 @@ from PIL import Image
 
 from fastseg.errors import DataError
 
-__all__ = ["Bytes", "compiled", "decode_gif_mask", "encode_gif"]
+__all__ = ["Bytes", "compiled", "decode_frame", "decode_gif_mask", "encode_gif", "parse_header"]
 
 OK, TRUNCATED, DAMAGED, NO_IMAGE, TOO_LARGE, TOO_MANY_VALUES = range(6)
 
@@ -76,7 +76,7 @@ def _uint16(data: Bytes, position: int) -> Any:
 
 
 @compiled
-def _parse_header(data: Bytes) -> _Header:
+def parse_header(data: Bytes) -> _Header:
     """Reads the uint8 (N,) file, which begins as a GIF, up to the pixels of its first frame.
 
     With status OK the frame lies within the canvas, the canvas has 1 to MAX_PIXELS pixels, the palette lies within the
@@ -217,7 +217,7 @@ def _decode_lzw(data: Bytes, header: _Header, roots: Bytes, pixels: Bytes, used:
 
 
 @compiled
-def _decode_frame(data: Bytes, header: _Header, roots: Bytes, used: Bytes) -> tuple[int, int, Bytes]:
+def decode_frame(data: Bytes, header: _Header, roots: Bytes, used: Bytes) -> tuple[int, int, Bytes]:
     """Decodes the first frame onto a canvas (height, width) of roots[index]; otherwise as `_decode_lzw`."""
     width, height = header.frame_width, header.frame_height
     is_whole = width == header.width and height == header.height
@@ -263,18 +263,18 @@ def _binary_table(data: Bytes, header: _Header, used: Bytes, table: Bytes) -> in
 @compiled
 def _decode_mask(data: Bytes) -> tuple[int, int, Bytes]:
     """Status, detail for its message, and the mask of `decode_gif_mask`, which is valid only with status OK."""
-    header = _parse_header(data)
+    header = parse_header(data)
     if header.status != OK:
         return header.status, 0, np.empty((0, 0), np.uint8)
     indices, used, table = np.arange(256).astype(np.uint8), np.zeros(256, np.uint8), np.empty(256, np.uint8)
-    status, detail, mask = _decode_frame(data, header, indices, used)
+    status, detail, mask = decode_frame(data, header, indices, used)
     if status != OK:
         return status, detail, mask
     num_lumas = _binary_table(data, header, used, table)
     if num_lumas > 2:
         return TOO_MANY_VALUES, num_lumas, mask
     if (used & (table != indices)).any():  # decoding again with other roots is faster than a lookup per pixel
-        return _decode_frame(data, header, table, used)
+        return decode_frame(data, header, table, used)
     return OK, 0, mask
 
 

@@ -14,8 +14,11 @@ from typing import Concatenate, ParamSpec, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fastseg.classes import SegClass
 from fastseg.data.batch import BadSamples, Batch, empty_batch
 from fastseg.data.decode import Size, decode_image, decode_mask
+from fastseg.data.labels.decode import decode_classes
+from fastseg.data.labels.encoding import class_encoding
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 
@@ -34,6 +37,8 @@ class HostDecoder:
         pairs: the files.
         height, width: of the decoded pixels.
         mask_resize: "area" or "nearest".
+        classes: of the masks, from `Config.classes`; empty: masks of two values.
+        ignore_value: with classes, the value of ignored pixels; -1: none.
         num_workers: threads.
         bad: policy for broken files; by default the first one raises.
         pin_memory: put batches in page-locked memory, from which a GPU copies asynchronously.
@@ -48,6 +53,8 @@ class HostDecoder:
         width: int,
         *,
         mask_resize: str = "area",
+        classes: tuple[SegClass, ...] = (),
+        ignore_value: int = 255,
         num_workers: int = 2,
         bad: BadSamples | None = None,
         pin_memory: bool = False,
@@ -55,6 +62,7 @@ class HostDecoder:
         self.pairs = pairs
         self.height, self.width = height, width
         self.mask_resize = mask_resize
+        self.encoding = class_encoding(classes, ignore_value)
         self.num_workers = num_workers
         self.bad = bad or BadSamples(pairs, "raise")
         self.pin_memory = pin_memory
@@ -127,11 +135,21 @@ class HostDecoder:
             image_path, mask_path = self.pairs.image_path(index), self.pairs.mask_path(index)
             try:
                 size = decode_file(image_path, decode_image, image)
-                mask_size = decode_file(mask_path, decode_mask, mask, self.mask_resize)
+                mask_size = self.decode_mask_file(mask_path, mask)
                 check_sizes(mask_path, mask_size, size)
                 return index
             except DataError as error:
                 self.bad.report(index, error)
+
+    def decode_mask_file(self, path: str, out: NDArray[np.uint8]) -> Size:
+        """Decode a mask onto the grid, as coverage or, with classes, as class indices; returns its own size.
+
+        Raises:
+            DataError: see `decode_mask` and `decode_classes`.
+        """
+        if self.encoding is None:
+            return decode_file(path, decode_mask, out, self.mask_resize)
+        return decode_file(path, decode_classes, out, self.mask_resize, self.encoding)
 
 
 @dataclass

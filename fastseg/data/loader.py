@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastseg.classes import SegClass
 from fastseg.config import Config
 from fastseg.data.batch import BadSamples, Batch, wait_on_current_stream
 from fastseg.data.cache import Cache, open_cache
@@ -68,6 +69,8 @@ class Loader:
         decoder: "host", "dali", or "auto".
         num_workers: decoding threads; 0: one per core.
         mask_resize: "area" or "nearest".
+        classes: of the masks, from `Config.classes`; empty: masks of two values.
+        ignore_value: with classes, the value of ignored pixels; -1: none.
         cache: "auto", "device", "memory", "disk" or "off".
         cache_dir: of the disk cache; empty: the user's cache folder.
         bad_samples: "raise", or "skip": the next pair replaces a broken one; see `bad`.
@@ -99,6 +102,8 @@ class Loader:
         decoder: str = "auto",
         num_workers: int = 0,
         mask_resize: str = "area",
+        classes: tuple[SegClass, ...] = (),
+        ignore_value: int = 255,
         cache: str = "auto",
         cache_dir: str = "",
         bad_samples: str = "raise",
@@ -118,7 +123,8 @@ class Loader:
         # One stream for all epochs: torch caches freed memory per stream, and would allocate more for each new one.
         self._copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         log_level = logging.INFO if shuffle else logging.DEBUG  # validation repeats training's choices
-        options = {"mask_resize": mask_resize, "num_workers": count_threads(num_workers), "bad": self.bad}
+        options: dict[str, Any] = {"mask_resize": mask_resize, "classes": classes, "ignore_value": ignore_value}
+        options |= {"num_workers": count_threads(num_workers), "bad": self.bad}
         self.decoder = self._open_decoder(decoder, height, width, log_level, options)
         self.cache = open_cache(cache, self.decoder, self.device, cache_dir, log_level=log_level)
         if self.cache is not None and self.cache.filled.all():
@@ -260,7 +266,8 @@ class Loader:
 
 def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: bool) -> Loader:
     """A loader as configured: shuffled full batches for training; otherwise every pair, in order."""
-    same_name = ("batch_size", "seed", "decoder", "num_workers", "mask_resize", "cache", "cache_dir", "bad_samples")
+    same_name = ("batch_size", "seed", "decoder", "num_workers", "cache", "cache_dir", "bad_samples")
+    masks = ("mask_resize", "classes", "ignore_value")
     return Loader(
         pairs,
         height=config.image_height,
@@ -271,7 +278,7 @@ def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: boo
         world_size=runtime.world_size,
         device=runtime.device,
         pin_memory=config.pin_memory,
-        **{name: getattr(config, name) for name in same_name},
+        **{name: getattr(config, name) for name in (*same_name, *masks)},
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.data.cache import Cache
-from fastseg.data.decode import decode_image, decode_mask
+from fastseg.data.decode import decode_image
 from fastseg.data.host import HostDecoder, decode_file
 from fastseg.errors import DataError, FastsegError
 
@@ -62,7 +62,7 @@ def _difference(
     exact_image, exact_mask = np.empty_like(image), np.empty_like(mask)
     try:
         decode_file(decoder.pairs.image_path(row), decode_image, exact_image)
-        decode_file(decoder.pairs.mask_path(row), decode_mask, exact_mask, decoder.mask_resize)
+        decoder.decode_mask_file(decoder.pairs.mask_path(row), exact_mask)
     except DataError:
         return 0.0, 0.0
     of_image: NDArray[Any] = image.astype(float) - exact_image

@@ -11,32 +11,35 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from fastseg.config import Config
 from fastseg.data.decode import Size
+from fastseg.data.labels.encoding import ClassEncoding, class_encoding
 from fastseg.data.pairs import Matches, group_of, match_masks
 from fastseg.errors import ConfigError, DataError
+from fastseg.quality.classes import (
+    ClassCount,
+    Proposal,
+    count_pixels,
+    find_rare_classes,
+    propose_classes,
+)
 from fastseg.quality.duplicates import HASH_BITS, find_near_duplicates, import_imagehash
 from fastseg.quality.headers import Fault
 from fastseg.quality.survey import Mask, Photo, ScannedSet, scan_files
 from fastseg.runtime.files import atomic_write
 from fastseg.runtime.threads import count_threads
 
-__all__ = ["CheckReport", "CheckedSet", "Example", "Finding", "check", "print_report"]
+__all__ = ["STYLES", "CheckReport", "CheckedSet", "Example", "Finding", "check"]
 
 Severity = Literal["error", "warning", "info"]
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}  # the most severe first
-MAX_SHOWN = 2  # files that the printed table names for each finding
 
 
 class Example(NamedTuple):
@@ -71,6 +74,8 @@ class CheckReport:
     findings: list[Finding]  #: errors first
     sets: dict[str, CheckedSet]  #: by name: train and val, or all
     seconds: float
+    classes: dict[str, list[ClassCount]] = field(default_factory=dict)  #: of each set, if the masks have classes
+    proposal: Proposal | None = None  #: classes for masks of more than two values, if none are given
 
     def count(self, severity: Severity) -> int:
         """Number of files in the findings of a severity; a file counts once per finding."""
@@ -84,23 +89,34 @@ class CheckReport:
         """
         findings = [{**vars(found), "files": [file._asdict() for file in found.files]} for found in self.findings]
         sets = {name: part._asdict() for name, part in self.sets.items()}
-        report = {"sets": sets, "findings": findings, "seconds": round(self.seconds, 3)}
+        classes = {name: [item._asdict() for item in counts] for name, counts in self.classes.items()}
+        proposal = self.proposal.classes if self.proposal else None
+        results = {"findings": findings, "classes": classes, "proposal": proposal}
+        report = {"sets": sets, **results, "seconds": round(self.seconds, 3)}
         with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def check(*folders: str | os.PathLike[str], num_workers: int = 0, duplicates: bool = True) -> CheckReport:
+def check(
+    *folders: str | os.PathLike[str],
+    num_workers: int = 0,
+    duplicates: bool = True,
+    classes: Any = (),
+    ignore_value: int = 255,
+) -> CheckReport:
     """Find the faults of a data set. Reads and decodes every file once.
 
     Errors are files that cannot be decoded, masks with more than two values or of another size than their image, images
     without a mask or with several, and images that are in both sets. Warnings are masks without an image, empty and
-    full masks, duplicate and near-duplicate images, and cars with images in both sets.
+    full masks, duplicate and near-duplicate images, and cars with images in both sets. With classes, values of no class
+    are errors, and absent or rare classes and masks that are all ignored are warnings.
 
     Args:
         folders: the data set, which holds `train_images`, `train_masks`, `val_images`, `val_masks` (or `images`,
             `masks`); or images and masks; or images and masks for training, then for validation.
         num_workers: threads; 0 for one per core.
         duplicates: whether to look for near-duplicate images, which needs ImageHash.
+        classes, ignore_value: as in `Config`. Without classes, some are proposed if masks have more than two values.
 
     Returns:
         The findings, errors first.
@@ -110,12 +126,25 @@ def check(*folders: str | os.PathLike[str], num_workers: int = 0, duplicates: bo
         DataError: a folder is missing or holds no images or no masks.
     """
     began = time.perf_counter()
-    num_workers = count_threads(Config(num_workers=num_workers).num_workers)
+    config = Config(num_workers=num_workers, classes=classes, ignore_value=ignore_value)
+    num_workers = count_threads(config.num_workers)
+    encoding = class_encoding(config.classes, config.ignore_value)
     if duplicates:
         import_imagehash()
     sets = [ScannedSet(name, match_masks(*pair)) for name, pair in _find_layout(folders).items()]
-    scan_files(sets, num_workers, duplicates)
-    findings = [finding for part in sets for finding in (*_check_names(part), *_check_contents(part))]
+    scan_files(sets, num_workers, duplicates, encoding)
+    counts, proposal = {}, None
+    if encoding is not None:
+        counts = {part.name: count_pixels(part, encoding) for part in sets}
+    elif any(isinstance(mask, Fault) and mask.kind == "values" for part in sets for mask in part.masks.values()):
+        proposal = propose_classes(sets, num_workers)
+        if proposal is not None:
+            counts = {part.name: of_part for part, of_part in zip(sets, proposal.counts, strict=True)}
+    findings = [finding for part in sets for finding in (*_check_names(part), *_check_contents(part, encoding))]
+    for part in sets if encoding is not None else ():
+        folder = part.matches.pairs.mask_dir
+        rare = find_rare_classes(counts[part.name])
+        findings += [Finding("warning", what, part.name, [Example(folder, note)]) for what, note in rare]
     if len(sets) == 2:
         findings += _compare_sets(*sets)
     order = list(STYLES)
@@ -123,29 +152,8 @@ def check(*folders: str | os.PathLike[str], num_workers: int = 0, duplicates: bo
         findings=sorted((f for f in findings if f.files), key=lambda finding: order.index(finding.severity)),
         sets={part.name: _summarise(part.matches) for part in sets},
         seconds=time.perf_counter() - began,
-    )
-
-
-def print_report(report: CheckReport) -> None:
-    """Print a table of the findings with the first files of each, and a line of totals."""
-    folders = [folder for part in report.sets.values() for folder in (part.image_dir, part.mask_dir)]
-    common = os.path.join(os.path.commonpath([os.path.abspath(folder) for folder in folders]), "")
-    table = Table("", Column("files", justify="right"), Column("found", overflow="fold"), box=box.SIMPLE_HEAD)
-    for finding in report.findings:
-        lines = [f"{finding.what} ({finding.where})"]
-        for file, note in finding.files[:MAX_SHOWN]:
-            line = f"  {os.path.abspath(file)}{f': {note}' if note else ''}"
-            lines.append(f"[dim]{escape(line.replace(common, ''))}[/]")
-        style = STYLES[finding.severity]
-        count = "" if finding.severity == "info" else str(len(finding.files))
-        table.add_row(f"[{style}]{finding.severity}[/]", count, "\n".join(lines))
-    if report.findings:
-        Console().print(table)
-    pairs = ", ".join(f"{part.pairs} pairs in {name}" for name, part in report.sets.items())
-    rate = sum(part.pairs for part in report.sets.values()) / report.seconds
-    print(
-        f"{pairs}, decoded in {report.seconds:.1f} s ({rate:.0f} pairs/s): "
-        f"errors: {report.count('error')}, warnings: {report.count('warning')}"
+        classes=counts,
+        proposal=proposal,
     )
 
 
@@ -194,14 +202,15 @@ def _check_names(part: ScannedSet) -> Iterator[Finding]:
     yield Finding("warning", "masks without an image", part.name, masks)
 
 
-def _check_contents(part: ScannedSet) -> Iterator[Finding]:
+def _check_contents(part: ScannedSet, encoding: ClassEncoding | None) -> Iterator[Finding]:
     """Findings in the files of one set."""
     results = [*part.images.items(), *part.masks.items()]
     faults = sorted((path, result) for path, result in results if isinstance(result, Fault))
     undecodable = [Example(path, fault.message) for path, fault in faults if fault.kind != "values"]
     yield Finding("error", "files that cannot be decoded", part.name, undecodable)
     many_values = [Example(path, fault.message) for path, fault in faults if fault.kind == "values"]
-    yield Finding("error", "masks with more than two values", part.name, many_values)
+    what = "masks with values of no class" if encoding else "masks with more than two values"
+    yield Finding("error", what, part.name, many_values)
 
     photos, pairs, other_size = part.photos(), part.matches.pairs, []
     masks = {path: mask for path, mask in sorted(part.masks.items()) if isinstance(mask, Mask)}
@@ -211,9 +220,11 @@ def _check_contents(part: ScannedSet) -> Iterator[Finding]:
             note = f"{_size_text(mask.size)}, its image {_size_text(photo.size)}"
             other_size.append(Example(pairs.mask_path(i), note))
     yield Finding("error", "masks of another size than their image", part.name, other_size)
-    for what, share in (("empty masks", 0.0), ("masks that are all foreground", 1.0)):
+    for what, share in (("empty masks", 0.0), ("masks that are all foreground", 1.0)) if encoding is None else ():
         uniform = [Example(path, "") for path, mask in masks.items() if mask.foreground == share]
         yield Finding("warning", what, part.name, uniform)
+    ignored = [Example(path, "") for path, mask in masks.items() if mask.ignored == mask.size[0] * mask.size[1]]
+    yield Finding("warning", "masks that are all ignored", part.name, ignored)
     identical, similar = _find_duplicates(photos)
     yield Finding("warning", "duplicate images", part.name, identical)
     yield Finding("warning", "near-duplicate images", part.name, similar)
@@ -225,7 +236,7 @@ def _check_contents(part: ScannedSet) -> Iterator[Finding]:
         by_count = sorted(paths_by_size.items(), key=lambda item: -len(item[1]))
         sizes = [Example(paths[0], f"{_size_text(size)}, {len(paths)} of the images") for size, paths in by_count]
         yield Finding("info", f"images of {len(paths_by_size)} sizes", part.name, sizes)
-    if masks:
+    if masks and encoding is None:
         ranked = sorted(masks, key=lambda path: masks[path].foreground)
         low, median, high = (masks[ranked[i]].foreground for i in (0, len(ranked) // 2, -1))
         what = f"foreground covers {low:.1%} to {high:.1%} of a mask, median {median:.1%}"

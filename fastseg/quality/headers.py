@@ -5,12 +5,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from fastseg.classes import SegClass
 from fastseg.data.decode import check_readable, decode_mask
 from fastseg.data.host import check_sizes, decode_file
+from fastseg.data.labels.decode import count_classes
+from fastseg.data.labels.encoding import ClassEncoding, class_encoding
 from fastseg.data.pairs import Pairs
 from fastseg.errors import DataError
 from fastseg.runtime.progress import progress_bar
@@ -22,6 +25,7 @@ KINDS = {
     "unreadable": "unreadable",
     "size": "with a mask of another size",
     "values": "with a mask of more than two values",
+    "classes": "with a mask of unlisted values",
 }
 MAX_NAMED = 3  # faults in the message, the first of each kind before the others
 
@@ -38,10 +42,13 @@ class Fault(NamedTuple):
     message: str
 
 
-def check_pair(pairs: Pairs, index: int) -> Fault | None:
+def check_pair(pairs: Pairs, index: int, encoding: ClassEncoding | None = None) -> Fault | None:
     """Check one pair.
 
-    The image's pixels are not decoded. The mask's are (a GIF takes 0.1 ms): nothing else shows how many values it has.
+    The image's pixels are not decoded. The mask's are (a GIF takes 0.1 ms): nothing else shows which values it has.
+
+    Args:
+        encoding: of the classes; None for masks of two values.
 
     Returns:
         The first fault, its message with the path of the file; None if there is none.
@@ -49,25 +56,36 @@ def check_pair(pairs: Pairs, index: int) -> Fault | None:
     mask_path, cell = pairs.mask_path(index), np.empty((1, 1), np.uint8)
     try:
         size = decode_file(pairs.image_path(index), check_readable)
-        mask_size = decode_file(mask_path, decode_mask, cell, "nearest")
+        if encoding is None:
+            mask_size = decode_file(mask_path, decode_mask, cell, "nearest")
+        else:
+            mask_size, _, _ = decode_file(mask_path, count_classes, encoding)
         check_sizes(mask_path, mask_size, size)
     except DataError as error:
         return Fault(error.kind, str(error))
     return None
 
 
-def check_pairs(pairs: Pairs, *, bad_samples: str = "raise", num_workers: int = 0) -> Pairs:
+def check_pairs(pairs: Pairs, **options: Any) -> Pairs:
     """`check_sets` for one set."""
-    return check_sets([pairs], bad_samples=bad_samples, num_workers=num_workers)[0]
+    return check_sets([pairs], **options)[0]
 
 
-def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers: int = 0) -> list[Pairs]:
+def check_sets(
+    sets: Sequence[Pairs],
+    *,
+    bad_samples: str = "raise",
+    num_workers: int = 0,
+    classes: tuple[SegClass, ...] = (),
+    ignore_value: int = 255,
+) -> list[Pairs]:
     """Check every pair of all sets, and report all faults in one error.
 
     Args:
         sets: for example the training and the validation pairs.
         bad_samples: "raise" refuses the data set; "skip" leaves out the faulty pairs and logs each.
         num_workers: threads; 0 for one per core.
+        classes, ignore_value: of the masks, from the `Config`.
 
     Returns:
         The usable pairs of each set.
@@ -77,19 +95,21 @@ def check_sets(sets: Sequence[Pairs], *, bad_samples: str = "raise", num_workers
             faults by kind and names the first files.
     """
     places = [(pairs, index) for pairs in sets for index in range(len(pairs))]
-    results = map_files(lambda place: check_pair(*place), places, count_threads(num_workers))
+    encoding = class_encoding(classes, ignore_value)
+    results = map_files(lambda place: check_pair(*place, encoding), places, count_threads(num_workers))
     faults = [fault for fault in results if fault]
     if faults and bad_samples == "raise":
-        raise DataError(
-            f'{_summarise(faults, len(places))}. Replace the files, or pass bad_samples="skip" to leave them out.'
-        )
+        summary = _summarise(faults, len(places), encoding)
+        raise DataError(f'{summary}. Replace the files, or pass bad_samples="skip" to leave them out.')
     usable, remaining = [], iter(results)
     for pairs in sets:
         bad = {index: fault for index, fault in enumerate(islice(remaining, len(pairs))) if fault}
         for fault in bad.values():
             log.warning("left out: %s", fault.message)
         if bad and len(bad) == len(pairs):
-            raise DataError(f"{pairs.image_dir}: {_summarise(list(bad.values()), len(pairs))}. Replace the files.")
+            raise DataError(
+                f"{pairs.image_dir}: {_summarise(list(bad.values()), len(pairs), encoding)}. Replace the files."
+            )
         usable.append(pairs.without(bad) if bad else pairs)
     return usable
 
@@ -100,9 +120,10 @@ def map_files(function: Callable[[T], U], items: Sequence[T], num_workers: int) 
         return list(bar.track(pool.map(function, items), total=len(items), description="checking files"))
 
 
-def _summarise(faults: list[Fault], checked: int) -> str:
+def _summarise(faults: list[Fault], checked: int, encoding: ClassEncoding | None) -> str:
     counts = Counter(fault.kind for fault in faults)
-    kinds = ", ".join(f"{count} {KINDS[kind]}" for kind, count in counts.items())
+    texts = {**KINDS, "values": KINDS["classes"]} if encoding else KINDS
+    kinds = ", ".join(f"{count} {texts[kind]}" for kind, count in counts.items())
     firsts = [next(fault for fault in faults if fault.kind == kind) for kind in counts]
     named = [*firsts, *(fault for fault in faults if fault not in firsts)][:MAX_NAMED]
     first = "; ".join(fault.message for fault in named)

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from fastseg.data.decode import Size, decode_image, decode_mask, image_size
 from fastseg.data.host import read_file
+from fastseg.data.labels.decode import count_classes
+from fastseg.data.labels.encoding import ClassEncoding
 from fastseg.data.pairs import Matches
 from fastseg.errors import DataError
 from fastseg.quality.duplicates import THUMBNAIL_SIDE, perceptual_hash
@@ -35,7 +37,9 @@ class Mask(NamedTuple):
     """Properties of a mask file."""
 
     size: Size
-    foreground: float  # share of its pixels
+    foreground: float  # share of its pixels; 0 with classes
+    counts: NDArray[np.int64]  # its pixels of each class; empty without classes
+    ignored: int = 0  # pixels, with classes
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class ScannedSet:
         return {path: photo for path, photo in sorted(self.images.items()) if isinstance(photo, Photo)}
 
 
-def scan_files(sets: Sequence[ScannedSet], num_workers: int, duplicates: bool) -> None:
+def scan_files(
+    sets: Sequence[ScannedSet], num_workers: int, duplicates: bool, encoding: ClassEncoding | None = None
+) -> None:
     """Decode every file and record its properties, or its fault, in its set."""
     jobs: list[tuple[ScannedSet, str, str]] = []  # set, image and mask; "" where there is none
     for part in sets:
@@ -67,7 +73,7 @@ def scan_files(sets: Sequence[ScannedSet], num_workers: int, duplicates: bool) -
         if image:
             part.images[image] = _try_file(image, lambda data: _scan_image(data, duplicates))
         if mask:
-            part.masks[mask] = _try_file(mask, _scan_mask)
+            part.masks[mask] = _try_file(mask, lambda data: _scan_mask(data, encoding))
 
     map_files(scan, jobs, num_workers)
 
@@ -87,8 +93,11 @@ def _scan_image(data: bytes, duplicates: bool) -> Photo:
     return Photo(size, digest, perceptual_hash(thumbnail) if duplicates else None)
 
 
-def _scan_mask(data: bytes) -> Mask:
+def _scan_mask(data: bytes, encoding: ClassEncoding | None) -> Mask:
+    if encoding is not None:
+        size, counts, ignored = count_classes(data, encoding)
+        return Mask(size, 0.0, counts, ignored)
     height, width = image_size(data)
     blocks = np.empty((-(-height // BLOCK), -(-width // BLOCK)), np.uint8)
     size = decode_mask(data, blocks, "area")
-    return Mask(size, float(blocks.mean() / 255))
+    return Mask(size, float(blocks.mean() / 255), np.empty(0, np.int64))

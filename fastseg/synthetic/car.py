@@ -52,6 +52,8 @@ GAP, BLACK, TYRE = (0.004, 0.004, 0.004, 0.0, 0.0), (0.018, 0.018, 0.019, 0.02, 
 GLASS, SEAT, PLATE = (0.033, 0.037, 0.037, 0.075, 0.0), (0.006, 0.006, 0.006, 0.07, 0.0), (0.5, 0.5, 0.48, 0.04, 0.0)
 CHROME, LAMP, TAIL = (0.34, 0.34, 0.35, 0.25, 0.5), (0.5, 0.51, 0.53, 0.35, 0.3), (0.22, 0.005, 0.007, 0.12, 0.2)
 # fmt: on
+WINDOW, WHEEL, LIGHT = np.eye(3)  # parts, each beside a material; zeros: body
+PART_OF = {GLASS: WINDOW, SEAT: WINDOW, LAMP: LIGHT, TAIL: LIGHT}
 
 
 class Car(NamedTuple):
@@ -60,6 +62,7 @@ class Car(NamedTuple):
     points: ndarray  # (3, V) float32, metres
     normals: ndarray  # (3, V) float32, unit length, outward
     materials: ndarray  # (5, V) float32
+    parts: ndarray  # (3, V) float32 in [0, 1]: how much of the vertex is window, wheel, light; the rest is body
     quads: ndarray  # (Q, 4) int32 indices of vertices, anticlockwise seen from outside
     paint: tuple[float, ...]
     size: tuple[float, float]  # length, width, metres
@@ -118,15 +121,23 @@ def intersect(*regions: ndarray) -> ndarray:
     return reduce(np.minimum, regions)
 
 
-def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any = False) -> tuple[ndarray, ...]:
-    """A surface over a grid, as (points, normals, materials, quads).
+def make_part(
+    x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any = False, part: ndarray | None = None
+) -> tuple[ndarray, ...]:
+    """A surface over a grid, as (points, normals, materials, quads); materials are followed by parts, see `Car`.
 
     Args:
         x, y, z: metres, broadcast to (rows, columns).
         material: where no rule applies.
         rules: (signed distance, material) of regions; later ones cover earlier ones.
         hole: True where there is no surface.
+        part: of the whole surface; None: of each material.
     """
+
+    def with_part(material: Any) -> ndarray:
+        own = PART_OF.get(tuple(material), np.zeros(3)) if part is None else part
+        return np.concatenate([material, own])
+
     points = np.stack(np.broadcast_arrays(x, y, z), 2).astype(float)
     rows, columns, _ = points.shape
     normals = np.cross(np.gradient(points, axis=0), np.gradient(points, axis=1))
@@ -137,12 +148,12 @@ def make_part(x: Any, y: Any, z: Any, material: Any, rules: Any = (), hole: Any 
     quads = np.stack([first, first + columns, first + columns + 1, first + 1], 1)
     if np.sum(normals * (points - points.mean((0, 1)))) < 0:
         normals, quads = -normals, quads[:, ::-1]
-    materials = np.tile(np.array(material), (rows, columns, 1))
+    materials = np.tile(with_part(material), (rows, columns, 1))
     for inside, other in rules:  # blended over one step, or the border would show the quads
         weight = np.broadcast_to(np.clip(0.5 + inside / STEP, 0, 1), (rows, columns))
         there = weight > 0
-        materials[there] += weight[there, None] * (np.array(other) - materials[there])
-    return points.reshape(-1, 3), normals.reshape(-1, 3), materials.reshape(-1, 5), quads
+        materials[there] += weight[there, None] * (with_part(other) - materials[there])
+    return points.reshape(-1, 3), normals.reshape(-1, 3), materials.reshape(-1, 8), quads
 
 
 def make_ellipsoid(material: Any, centre: tuple[float, float, float], radii: tuple[float, float, float]) -> Any:
@@ -235,7 +246,7 @@ def make_wheels(rng: np.random.Generator, radius: float, width: float, axles: tu
             rules = [(intersect(between, band(ring, 0.42, 0.20) * radius), GAP), ((ring - 0.715) * radius, TYRE)]
             rules.append((intersect(0.9 - ring, -out) * radius, GAP))
             x, z = axle + radius * ring * np.cos(turn), radius + radius * ring * np.sin(turn)
-            parts.append(make_part(x, side * (0.5 * width - 0.18 + out), z, CHROME, rules))
+            parts.append(make_part(x, side * (0.5 * width - 0.18 + out), z, CHROME, rules, part=WHEEL))
     return parts
 
 
@@ -257,4 +268,4 @@ def make_car(rng: np.random.Generator, style: str, paint: str) -> Car:
     offset = np.cumsum([0] + [len(part[0]) for part in parts[:-1]])
     quads = np.concatenate([part[3] + base for part, base in zip(parts, offset, strict=True)]).astype(np.int32)
     points, normals, materials = (np.concatenate([part[i].T for part in parts], 1, dtype=np.float32) for i in range(3))
-    return Car(points, normals, materials, quads, coat, (length, width), axles)
+    return Car(points, normals, materials[:5], materials[5:], quads, coat, (length, width), axles)

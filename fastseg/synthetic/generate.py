@@ -4,10 +4,13 @@ Carvana's rules forbid redistributing its images, so tests, benchmarks and the d
 names and views are Carvana's, and no threshold separates the car. Scores on them say nothing about real photos.
 
     fastseg synth --out data --cars 6 --views 16 --seed 0
+    fastseg synth --out data --parts                         masks of six classes, and data/classes.json
 """
 
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from io import BytesIO
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,17 +18,20 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy import ndarray
+from PIL import Image
 
+from fastseg.classes import default_colours
 from fastseg.data.gif import encode_gif
 from fastseg.errors import ConfigError, DataError
 from fastseg.runtime.files import atomic_write, make_folder, target_of_temporary
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads
 from fastseg.synthetic.car import PAINTS, STYLES, make_car
-from fastseg.synthetic.studio import make_studio, render_pair
+from fastseg.synthetic.studio import PARTS, make_studio, render_pair
 
 __all__ = ["encode_image", "generate"]
 
+PALETTE = default_colours(len(PARTS))
 JPEG_QUALITY = 55  # its luma quantisation table starts with 14 10 9 14 22 36 46 55, as Carvana's does
 
 
@@ -34,6 +40,14 @@ def encode_image(image: ndarray) -> bytes:
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False
     )
+
+
+def encode_parts(mask: ndarray) -> bytes:
+    """Encode an (H, W) uint8 mask of `PARTS` as a palette PNG."""
+    picture, buffer = Image.frombytes("P", mask.shape[::-1], mask.tobytes()), BytesIO()
+    picture.putpalette([channel for colour in PALETTE for channel in colour])
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def prepare_folder(folder: Path, names: set[str]) -> None:
@@ -67,6 +81,7 @@ def generate(
     seed: int = 0,
     width: int = 1918,
     height: int = 1280,
+    parts: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -79,11 +94,14 @@ def generate(
         seed: at least 0; the same seed gives the same bytes, whatever the number of workers.
         width: pixels, at least 32.
         height: pixels, at least 32.
+        parts: masks are palette PNGs of the classes in out/classes.json: ground, wall, body, windows, wheels, lights.
+            The images are the same.
         workers: threads, about 250 MB each; None for one per core.
         progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        {"train_pairs": int, "val_pairs": int} and the Path of each folder under its name.
+        {"train_pairs": int, "val_pairs": int} and the Path of each folder under its name; with `parts` also that of
+        "classes".
 
     Raises:
         ConfigError: a number is out of range.
@@ -109,11 +127,20 @@ def generate(
     paints = [str(paint) for _ in rounds for paint in rng.permutation(list(PAINTS))]
     num_train = cars - max(1, math.floor(cars / 4 + 0.5))
 
+    mask_suffix, encode_mask = ("_mask.png", encode_parts) if parts else ("_mask.gif", encode_gif)
     folders = {name: Path(out) / name for name in ("train_images", "train_masks", "val_images", "val_masks")}
     for name, folder in folders.items():
         members = stems[:num_train] if name.startswith("train") else stems[num_train:]
-        suffix = ".jpg" if name.endswith("images") else "_mask.gif"
+        suffix = ".jpg" if name.endswith("images") else mask_suffix
         prepare_folder(folder, {f"{stem}_{view:02d}{suffix}" for stem in members for view in range(1, views + 1)})
+
+    made: dict[str, Any] = dict(folders)
+    if parts:
+        made["classes"] = Path(out) / "classes.json"
+        with atomic_write(made["classes"], sync=False) as temporary:
+            classes = [{"name": name, "value": value, "colour": PALETTE[value]} for value, name in enumerate(PARTS)]
+            lines = ",\n".join(f"  {json.dumps(item)}" for item in classes)
+            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
     stop = Event()
 
@@ -127,11 +154,11 @@ def generate(
                 return
             view_rng = np.random.default_rng((seed, i, view))
             turn = math.pi + 2 * math.pi * (view - 1) / views + view_rng.uniform(-0.03, 0.03)
-            image, mask = render_pair(car, studio, turn, view_rng)
+            image, mask = render_pair(car, studio, turn, view_rng, parts)
             stem = f"{stems[i]}_{view:02d}"
             # The mask first, so that an interrupted run leaves no image without a mask.
-            with atomic_write(folders[f"{split}_masks"] / f"{stem}_mask.gif", sync=False) as temporary:
-                temporary.write_bytes(encode_gif(mask))
+            with atomic_write(folders[f"{split}_masks"] / f"{stem}{mask_suffix}", sync=False) as temporary:
+                temporary.write_bytes(encode_mask(mask))
             with atomic_write(folders[f"{split}_images"] / f"{stem}.jpg", sync=False) as temporary:
                 temporary.write_bytes(encode_image(image))
             bar.advance(task)
@@ -149,4 +176,4 @@ def generate(
             stop.set()  # each thread finishes its current pair
             pool.shutdown(cancel_futures=True)
             raise
-    return {"train_pairs": num_train * views, "val_pairs": (cars - num_train) * views, **folders}
+    return {"train_pairs": num_train * views, "val_pairs": (cars - num_train) * views, **made}

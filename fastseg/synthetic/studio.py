@@ -13,7 +13,9 @@ from numpy import ndarray
 
 from fastseg.synthetic.car import Car
 
-__all__ = ["Studio", "make_studio", "render_pair"]
+__all__ = ["PARTS", "Studio", "make_studio", "render_pair"]
+
+PARTS = ("ground", "wall", "body", "windows", "wheels", "lights")
 
 GRAIN = 2.2  # standard deviation, grey levels
 DISTANCE, EYE_HEIGHT, PITCH = 6.5, 1.55, 0.115  # camera: metres from the car, metres above the floor, radians down
@@ -27,6 +29,7 @@ class Studio(NamedTuple):
     floor: ndarray  # (F,) flat indices into `light` of the floor around the car, which its shadow may reach
     floor_points: ndarray  # (2, F) float32: their x and y, metres
     focal: float  # pixels
+    ground: ndarray  # (H, W) bool: floor and turntable; the rest is wall
 
 
 def smoothstep(low: float, high: float, value: Any) -> Any:
@@ -69,7 +72,7 @@ def make_studio(rng: np.random.Generator, car: Car, width: int = 1918, height: i
     floor += smoothstep(WALL_RADIUS - 0.7, WALL_RADIUS, distance) * (shine - floor)  # the floor curves up
     light = np.where(z > 0, light, floor).astype(np.float32)
     shaded = np.flatnonzero((z <= 0) & (distance < 0.5 * car.size[0] + 1.2))
-    return Studio(light, shaded, np.stack([x.ravel()[shaded], y.ravel()[shaded]]).astype(np.float32), focal)
+    return Studio(light, shaded, np.stack([x.ravel()[shaded], y.ravel()[shaded]]).astype(np.float32), focal, z <= 0)
 
 
 def cast_shadow(car: Car, studio: Studio, turn: float) -> ndarray:
@@ -198,7 +201,9 @@ def expose(
     return image, mask
 
 
-def render_pair(car: Car, studio: Studio, turn: float, rng: np.random.Generator) -> tuple[ndarray, ndarray]:
+def render_pair(
+    car: Car, studio: Studio, turn: float, rng: np.random.Generator, parts: bool = False
+) -> tuple[ndarray, ndarray]:
     """Render one view of a car.
 
     Args:
@@ -206,9 +211,11 @@ def render_pair(car: Car, studio: Studio, turn: float, rng: np.random.Generator)
         studio: of `make_studio`, which also decides the size of the image.
         turn: angle of the turntable, radians; at 0 the camera sees the tail.
         rng: decides exposure, white balance and grain.
+        parts: draw a mask of the classes `PARTS`.
 
     Returns:
-        (H, W, 3) uint8 image and (H, W) uint8 mask of 0 and 1: the car's exact outline, without its shadow.
+        (H, W, 3) uint8 image and (H, W) uint8 mask: 0 and 1, the car's exact outline without its shadow; or the number
+        of each pixel's part, of which the last four are the same outline.
     """
     height, width = studio.light.shape
     picture = np.repeat(studio.light[..., None], 3, axis=2)
@@ -226,4 +233,31 @@ def render_pair(car: Car, studio: Studio, turn: float, rng: np.random.Generator)
     rasterise(car.quads, screen, shade_vertices(car, turn), zbuffer, layer)
     gains = rng.uniform(0.9, 1.1) * rng.uniform((0.98, 1.0, 0.96), (1.04, 1.0, 1.04))
     noise = np.frombuffer(rng.bytes(height * width * 6), np.uint8).reshape(height, width, 6)
-    return expose(picture, zbuffer, layer, left, top, gains, noise)
+    image, mask = expose(picture, zbuffer, layer, left, top, gains, noise)
+    if parts:
+        zbuffer[:] = 0
+        rasterise(car.quads, screen, np.ascontiguousarray(car.parts.T), zbuffer, layer)
+        box = (slice(top, bottom), slice(left, right))
+        mask[box] *= np.uint8(2) + label_parts(zbuffer, layer)
+        mask[(mask == 0) & ~studio.ground] = 1
+    return image, mask
+
+
+def label_parts(zbuffer: ndarray, weights: ndarray) -> ndarray:
+    """The part that covers most of each pixel of the car, by the camera's filter: 0 body, 1 window, 2 wheel, 3 light.
+
+    Args:
+        zbuffer, weights: of `rasterise`, with the vertices' parts in place of their colours.
+
+    Returns:
+        (h, w) uint8; 0 where there is no car.
+    """
+    covered = zbuffer > 0
+    weights = np.where(covered[..., None], weights, 0)
+    samples = np.concatenate([covered[..., None] - weights.sum(2, keepdims=True), weights], 2)
+    for axis in (0, 1):  # the tent of 3x3 samples of `expose`
+        samples = np.moveaxis(samples, axis, 0)
+        samples = 0.5 * samples[:-2:2] + samples[1:-1:2] + 0.5 * samples[2::2]
+        samples = np.moveaxis(samples, 0, axis)
+    labels: ndarray = samples.argmax(2).astype(np.uint8)
+    return labels

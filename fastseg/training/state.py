@@ -112,7 +112,8 @@ def find_splits(config: Config) -> tuple[Pairs, Pairs]:
     else:
         train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
     if config.check_data:
-        splits = check_sets([train_pairs, val_pairs], bad_samples=config.bad_samples, num_workers=config.num_workers)
+        names = ("bad_samples", "num_workers", "classes", "ignore_value")
+        splits = check_sets([train_pairs, val_pairs], **{name: getattr(config, name) for name in names})
         train_pairs, val_pairs = splits
     return train_pairs, val_pairs
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fastseg.data.batch import Batch, empty_batch, wait_on_current_stream
 from fastseg.data.dali.errors import DaliFileError, dali_config_errors, dali_run_errors
-from fastseg.data.decode import Size, as_dali_input, decode_mask
+from fastseg.data.decode import Size, as_dali_input
 from fastseg.data.host import HostDecoder, check_sizes, decode_file
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import sampling_grid
@@ -57,7 +57,7 @@ class DaliDecoder(HostDecoder):
             issue 1634). Raise it only on a machine where `tests/test_gpu.py` finds no torn batch.
         batches_ahead: DALI's prefetch depth.
         largest_photo: height and width for which the JPEG engines allocate memory at the start; 0, 0: on demand.
-        options: `mask_resize`, `num_workers` and `bad`, as for `HostDecoder`.
+        options: `mask_resize`, `classes`, `ignore_value`, `num_workers` and `bad`, as for `HostDecoder`.
 
     Raises:
         ConfigError: DALI is not installed, or cannot be loaded.
@@ -203,7 +203,7 @@ class DaliDecoder(HostDecoder):
             image_path, mask_path = self.pairs.image_path(index), self.pairs.mask_path(index)
             try:
                 image, encoded_size, size = decode_file(image_path, as_dali_input, *target)
-                mask_size = decode_file(mask_path, decode_mask, mask, self.mask_resize)
+                mask_size = self.decode_mask_file(mask_path, mask)
                 check_sizes(mask_path, mask_size, size)
                 return _Sample(index, np.frombuffer(image, np.uint8), mask, _halvings(encoded_size, target))
             except DataError as error:
