@@ -102,7 +102,8 @@ def draw_overlay(
         OutputError: the file cannot be written.
     """
     shown = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(np.int64))
-    decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)  # MERGE
+    options = {"mask_resize": config.mask_resize, "classes": config.classes, "ignore_value": config.ignore_value}
+    decoder = HostDecoder(pairs, config.image_height, config.image_width, **options)  # type: ignore[arg-type]
     images, masks, _ = next(decoder.decode([shown]))
 
     def predict(images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from fastseg.data.labels.encoding import class_encoding
 from fastseg.data.labels.vote import index_colours
 from fastseg.data.resample import MASK_MODES
 from fastseg.masks.refine import mean_field_crf
+from fastseg.masks.upsample import label_logits
 from fastseg.training.augment import augment, sample_params
 
 HEIGHT, WIDTH = 32, 48
@@ -56,7 +57,10 @@ def compile_class_kernels(images: Path, masks: Path) -> None:
             Image.new("L", photo.size).save(masks / f"{image.stem}_mask.{kind}")
     pairs = fastseg.find_pairs(images, masks)
     classes = fastseg.Config(classes={"wall": 0, "car": 1}).classes
-    next(HostDecoder(pairs, HEIGHT, WIDTH, classes=classes).decode([np.arange(len(pairs))]))
+    batch = next(HostDecoder(pairs, HEIGHT, WIDTH, classes=classes).decode([np.arange(len(pairs))]))
+    params = sample_params(fastseg.Config(), len(pairs), torch.Generator())
+    augment(batch.images, batch.masks, params, classes=True)
+    label_logits(np.zeros((2, HEIGHT, WIDTH), np.float32), 2 * HEIGHT, 2 * WIDTH)
     encoding = class_encoding(fastseg.Config(classes={"wall": [0, 0, 0], "car": [1, 1, 1]}).classes, 255)
     index_colours(np.stack([pixels] * 3, 2), *encoding.codes)
 

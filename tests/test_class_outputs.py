@@ -21,7 +21,7 @@ from fastseg.plots import tint_classes
 from tests.conftest import write_pair
 
 NAMES = ("sky", "car", "road", "tree")
-COLOURS = ((0, 0, 0), (220, 20, 60), (0, 128, 255), (255, 255, 255))
+COLOURS = ((0, 0, 0), (220, 20, 60), (0, 128, 255), (240, 240, 90))
 NUMBERED = tuple(SegClass(name=name, value=i, colour=c) for i, (name, c) in enumerate(zip(NAMES, COLOURS, strict=True)))
 VALUED = tuple(item.model_copy(update={"value": value}) for item, value in zip(NUMBERED, (7, 3, 200, 0), strict=True))
 COLOURED = tuple(SegClass(name=item.name, colour=item.colour) for item in NUMBERED)

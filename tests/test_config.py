@@ -42,6 +42,7 @@ def other_value(name: str, field: FieldInfo) -> Any:
         "seed": 2**63 - 1,
         "classes": [{"name": name, "value": None, "colour": [1, 2, at]} for at, name in enumerate(("sky", "tree"))],
         "ignore_value": 128,
+        "class_weights": [0.5, 2.0],
     }
     default, choices = field.default, get_args(field.annotation)
     if name in chosen:

@@ -186,7 +186,7 @@ def test_pair_that_breaks_at_full_size_only(checkpoint, data, monkeypatch):
             raise DataError("is damaged or truncated")
         return decode_full_mask(file)
 
-    monkeypatch.setattr("fastseg.masks.evaluate.decode_full_mask", decode)
+    monkeypatch.setattr("fastseg.masks.score.decode_full_mask", decode)
     scores = evaluate(checkpoint, data, bad_samples="skip")
     assert (scores["images"], "car1_01.jpg" in scores["worst"]) == (len(SIZES) - 1, False)
     with pytest.raises(DataError, match=r"car1_01_mask\.png: .*bad_samples"):

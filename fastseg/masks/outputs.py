@@ -1,7 +1,6 @@
 """The files of a photo: mask, probability and overlay at its own size, and its row in the table."""
 
 import csv
-import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from fastseg.classes import SegClass
 from fastseg.data.decode import Size, decode_full_mask
 from fastseg.data.gif import Bytes, encode_gif
-from fastseg.data.host import decode_file, load_photo, read_file
+from fastseg.data.host import decode_file, load_photo
+from fastseg.data.labels.decode import decode_full_classes
+from fastseg.data.labels.encoding import ClassEncoding
 from fastseg.data.resample import mask_from_array
 from fastseg.errors import DataError
 from fastseg.masks.encode import encode_class_overlay, encode_overlay, encode_png
@@ -84,28 +84,13 @@ def find_results(photo: Photo, options: OutputOptions) -> Row | None:
         return Row(photo, skipped=True)
     try:
         if options.classes:
-            mask: NDArray[Any] = _read_classes(paths[0], options)
+            mask: NDArray[Any] = decode_file(paths[0], decode_full_classes, ClassEncoding(options.classes, -1))
         else:
             mask = decode_file(paths[0], decode_full_mask)
     except DataError:
         return None  # not a readable mask: predict it again
     height, width = mask.shape
     return Row(photo, (height, width), _shares(mask, options), skipped=True)
-
-
-def _read_classes(path: str, options: OutputOptions) -> Bytes:
-    """The numbers of the classes (H, W) in a mask that `write_results` has written."""
-    try:
-        with Image.open(io.BytesIO(read_file(path)), formats=("PNG",)) as image:
-            pixels = np.asarray(image)
-    except (OSError, ValueError, SyntaxError):
-        raise DataError("is damaged or truncated") from None
-    values = options.values
-    numbers = np.full(256, len(values), np.uint8)
-    numbers[values] = np.arange(len(values))
-    if pixels.dtype != np.uint8 or pixels.ndim != 2 or (numbers[pixels] == len(values)).any():
-        raise DataError("is no mask of these classes", "values")
-    return numbers[pixels]
 
 
 def _shares(mask: NDArray[np.bool_] | Bytes, options: OutputOptions) -> tuple[float, ...]:

@@ -97,7 +97,7 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLik
     """Load a checkpoint's weights into a network built from `config`.
 
     Raises:
-        CheckpointError: they belong to a network with another number of channels or another depth.
+        CheckpointError: they belong to a network with another number of channels, another depth or other classes.
     """
     saved = {"network": "unet", **state["config"]}
     named = os.fspath(path) == config.checkpoint
@@ -112,7 +112,18 @@ def load_weights(model: nn.Module, state: dict[str, Any], path: str | os.PathLik
                 f"{path}: must hold a network with {field} {getattr(config, field)}, as configured; it has "
                 f"{saved[field]}. Set {field} to {saved[field]}, or {remedy}."
             )
+    names, own = [item["name"] for item in saved.get("classes", ())], [item.name for item in config.classes]
+    if len(names) != len(own) or (names != own and not named):
+        raise CheckpointError(
+            f"{path}: must hold a network of {_describe(own)}, as configured; it has {_describe(names)}. Set classes "
+            f"to its own, or {remedy}."
+        )
     model.load_state_dict(_matching_weights(model, state, path, config, remedy))
+
+
+def _describe(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) + ", ..." * (len(names) > 4)
+    return f"{len(names)} classes ({shown})" if names else "no classes"
 
 
 def _matching_weights(

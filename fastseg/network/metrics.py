@@ -111,6 +111,11 @@ class ClassScores:
         self.sums += counts.sum(0)
         return _mean_of_present(_overlaps(counts)[1])
 
+    def means(self) -> tuple[float, float]:
+        """Dice and IoU, means over the classes that occur; 1 if all pixels are ignored. Waits for the device."""
+        iou, dice = _overlaps(self.sums.cpu())
+        return _mean_of_present(dice).item(), _mean_of_present(iou).item()
+
     def compute(self) -> dict[str, Any]:
         """The scores; waits for the device.
 
@@ -126,9 +131,10 @@ class ClassScores:
         if not pixels:
             raise DataError("masks: every pixel that could be scored is ignored. Check ignore_value and the classes.")
         iou, dice = _overlaps(confusion)
+        mean_dice, mean_iou = self.means()
         return {
-            "dice": _mean_of_present(dice).item(),
-            "iou": _mean_of_present(iou).item(),
+            "dice": mean_dice,
+            "iou": mean_iou,
             "pixel_accuracy": confusion.diagonal().sum().item() / pixels,
             "class_dice": none_for_nan(dice),
             "class_iou": none_for_nan(iou),

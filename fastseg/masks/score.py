@@ -1,0 +1,121 @@
+"""The scores of one pair, at the training size and at the photo's own: of two values, or of classes."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastseg.config import Config
+from fastseg.data.decode import decode_full_mask
+from fastseg.data.host import decode_file, load_photo
+from fastseg.data.labels.decode import decode_full_classes
+from fastseg.data.labels.encoding import ClassEncoding
+from fastseg.data.pairs import Pairs
+from fastseg.masks.refine import guide_size
+from fastseg.masks.refine import refine as refine_logits
+from fastseg.masks.upsample import label_logits, threshold_logits
+from fastseg.network.losses import bce_dice_loss, class_loss
+from fastseg.network.metrics import ClassScores, Scores, boundary_iou, class_boundary_iou
+from fastseg.network.normalise import to_targets
+
+__all__ = ["Output", "Row", "Scored", "choose_score", "mean_of"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Scores of one image, a line of scores.csv."""
+
+    image: str
+    dice: float
+    iou: float
+    full_dice: float | None = None
+    full_iou: float | None = None
+    full_boundary_iou: float | None = None
+
+    @property
+    def rank(self) -> float:
+        """The Dice by which the worst images are chosen."""
+        return self.dice if self.full_dice is None else self.full_dice
+
+
+class Output(NamedTuple):
+    """The network's output for one pair, on the CPU."""
+
+    pair: int
+    logits: Tensor  # (1, 1, h, w), or (1, C, h, w) with classes
+    masks: Tensor  # (1, h, w) uint8
+
+
+class Scored(NamedTuple):
+    """The scores of one pair."""
+
+    row: Row
+    loss: float
+    small: Tensor  # `Scores.sums`, or those of `ClassScores`, of this image at the training size
+    full: Tensor  # likewise at full size
+    masks: tuple[NDArray[Any], NDArray[Any]] | None  # true and predicted at full size: bool, or uint8 classes
+    bands: list[float | None] | None = None  # boundary IoU of each class at full size
+
+
+def choose_score(pairs: Pairs, config: Config, *, full_size: bool, refine: str) -> Callable[[Output], Scored]:
+    """The function that scores a pair; called in threads. It raises a DataError if a file cannot be decoded."""
+    if config.classes:
+        encoding = ClassEncoding(config.classes, config.ignore_value)
+        return partial(_score_classes, pairs=pairs, encoding=encoding, full_size=full_size)
+    return partial(_score, pairs=pairs, config=config, full_size=full_size, refine=refine)
+
+
+@torch.inference_mode()
+def _score(output: Output, *, pairs: Pairs, config: Config, full_size: bool, refine: str) -> Scored:
+    """Score one pair of two values."""
+    pair, logits, masks = output
+    small, full, name = Scores(), Scores(), pairs.images[pair]
+    dice = small.update(logits[:, 0] > 0, masks >= 128).item()
+    loss = bce_dice_loss(logits, to_targets(masks)).item()
+    row = Row(name, dice, _iou(dice))
+    if not full_size:
+        return Scored(row, loss, small.sums, full.sums, None)
+    true = decode_file(pairs.mask_path(pair), decode_full_mask)
+    height, width = true.shape
+    if refine != "none":
+        guide = load_photo(pairs.image_path(pair), guide_size(config.image_height, config.image_width))
+        logits = refine_logits(logits, torch.from_numpy(guide)[None], (height, width), refine)
+    predicted = threshold_logits(logits[0, 0].numpy(), height, width)
+    both = torch.from_numpy(predicted)[None], torch.from_numpy(true)[None]
+    dice, band = full.update(*both).item(), boundary_iou(*both).item()
+    row = Row(name, row.dice, row.iou, dice, _iou(dice), band)
+    return Scored(row, loss, small.sums, full.sums, (true, predicted))
+
+
+@torch.inference_mode()
+def _score_classes(output: Output, *, pairs: Pairs, encoding: ClassEncoding, full_size: bool) -> Scored:
+    """Score one pair of classes."""
+    pair, logits, masks = output
+    num_classes = logits.shape[1]
+    small, full, name = ClassScores(num_classes), ClassScores(num_classes), pairs.images[pair]
+    small.update(logits.argmax(1), masks)
+    loss = class_loss(logits, masks).item()
+    row = Row(name, *small.means())
+    if not full_size:
+        return Scored(row, loss, small.sums, full.sums, None)
+    true = decode_file(pairs.mask_path(pair), decode_full_classes, encoding)
+    predicted = label_logits(logits[0].numpy(), *true.shape)
+    both = torch.from_numpy(predicted)[None], torch.from_numpy(true)[None]
+    full.update(*both)
+    bands = class_boundary_iou(both[0][0], both[1][0], num_classes)
+    row = Row(name, row.dice, row.iou, *full.means(), mean_of(bands))
+    return Scored(row, loss, small.sums, full.sums, (true, predicted), bands)
+
+
+def mean_of(scores: Iterable[float | None]) -> float:
+    """The mean of the scores that are not None; 1 if there is none."""
+    found = [score for score in scores if score is not None]
+    return sum(found) / len(found) if found else 1.0
+
+
+def _iou(dice: float) -> float:
+    return dice / (2 - dice)
