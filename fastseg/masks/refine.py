@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastseg.data.decode import Size
 from fastseg.masks.upsample import upsample_logits
+from fastseg.runtime.kernels import njit
 
 __all__ = ["METHODS", "guide_size", "mean_field_crf", "refine"]
 
