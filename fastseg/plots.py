@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastseg.config import Config
+from fastseg.data.batch import BadSamples
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.network.metrics import Scores
@@ -80,8 +81,9 @@ def draw_overlay(
         OutputError: the file cannot be written.
     """
     shown = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(np.int64))
-    decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
-    images, masks, _ = next(decoder.decode([shown]))
+    bad = BadSamples(pairs, config.bad_samples)  # those that another process has found are not known here
+    decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize, bad=bad)
+    images, masks, shown = next(decoder.decode([shown]))
 
     def predict(images: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():

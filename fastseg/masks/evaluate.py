@@ -284,8 +284,11 @@ def _write_results(folder: Path, totals: _Totals, summary: dict[str, Any]) -> No
             writer.writerows(asdict(row) for row in totals.rows)
         with atomic_write(folder / "summary.json") as temporary:
             temporary.write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
-        if totals.worst:
-            draw_worst([outlined for _, outlined in totals.worst], folder / "worst.png")
     except OutputError:
         log.error("scores: %s", json_text(summary))
         raise
+    if totals.worst:
+        try:
+            draw_worst([outlined for _, outlined in totals.worst], folder / "worst.png")
+        except OutputError as error:
+            log.warning("%s", error)

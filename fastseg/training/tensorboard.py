@@ -3,6 +3,7 @@
 tensorboard --logdir runs
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from PIL import Image
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 
-__all__ = ["import_writer", "open_writer", "write_epoch"]
+__all__ = ["close_writer", "import_writer", "open_writer", "write_epoch"]
+
+log = logging.getLogger(__name__)
 
 
 def open_writer(config: Config, epoch: int) -> Any:
@@ -42,12 +45,28 @@ def import_writer(config: Config) -> Any:
     return SummaryWriter
 
 
-def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path) -> None:
-    """Write an epoch's numbers, grouped as train, val and run, and its overlay."""
+def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path | None) -> None:
+    """Write an epoch's numbers, grouped as train, val and run, and its overlay; warn if they cannot be written."""
+    try:
+        _write_epoch(writer, entry, overlay)
+    except OSError as error:
+        log.warning("tensorboard: epoch %d cannot be written (%s)", entry["epoch"], error.strerror)
+
+
+def close_writer(writer: Any) -> None:
+    """Close the writer; warn if its last events cannot be written."""
+    try:
+        writer.close()
+    except OSError as error:
+        log.warning("tensorboard: the last events cannot be written (%s)", error.strerror)
+
+
+def _write_epoch(writer: Any, entry: dict[str, Any], overlay: Path | None) -> None:
     for name, value in entry.items():
         part, _, rest = name.partition("_")
         if name != "epoch":
             writer.add_scalar(f"{part}/{rest}" if part in ("train", "val") else f"run/{name}", value, entry["epoch"])
-    with Image.open(overlay) as picture:
-        writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
+    if overlay is not None:
+        with Image.open(overlay) as picture:
+            writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
     writer.flush()
