@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -428,3 +429,21 @@ def test_two_processes_share_a_study(tmp_path):
     assert outputs == [f"12 {max(map(float, values))}\n"] * 2
     with open(tmp_path / "study/trials.csv", newline="") as file:
         assert [row["state"] for row in csv.DictReader(file)] == ["complete"] * 12
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "value"), [("study", "settings", [1]), ("trial", "deaths", [1]), ("trial", "retry_of", [1])]
+)
+def test_a_study_that_somebody_has_changed_is_refused(of, name, value, tmp_path, trained):
+    """Attributes of other types, as another program may write them."""
+    tune(tmp_path, 1)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        if of == "study":
+            database.execute("UPDATE study_user_attributes SET value_json = ? WHERE key = ?", [json.dumps(value), name])
+        else:
+            row = [1, name, json.dumps(value)]
+            database.execute("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)", row)
+            database.execute("UPDATE trials SET state = 'RUNNING'")
+    database.close()
+    with pytest.raises(fastseg.ConfigError, match=r"study\.db: .*another folder"):
+        tune(tmp_path, 2)
