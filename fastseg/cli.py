@@ -3,6 +3,7 @@
 import argparse
 import io
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -38,18 +39,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     try:
-        options, unknown = parser.parse_known_args(arguments)
-        if unknown:
-            options.parser.error_unknown(unknown[0])
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-        logging.getLogger("numba").setLevel(logging.WARNING)
-        sys.exit(options.run(options))
+        try:
+            options, unknown = parser.parse_known_args(arguments)
+            if unknown:
+                options.parser.error_unknown(unknown[0])
+            logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+            logging.getLogger("numba").setLevel(logging.WARNING)
+            sys.exit(options.run(options))
+        finally:
+            sys.stdout.flush()
     except FastsegError as error:
         print(f"fastseg: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _fail_to_print(error)
     except KeyboardInterrupt:
         print("fastseg: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+
+
+def _fail_to_print(error: OSError) -> NoReturn:
+    """Exit after standard output could not be written; a reader that has left, such as `head`, is no error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries again at its end
+    if not isinstance(error, BrokenPipeError):
+        print(f"fastseg: standard output: cannot be written ({error.strerror}). Make room.", file=sys.stderr)
+    sys.exit(2)
 
 
 def _parser() -> argparse.ArgumentParser:

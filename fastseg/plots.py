@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastseg.classes import SegClass
 from fastseg.config import Config
+from fastseg.data.batch import BadSamples
 from fastseg.data.gif import Bytes
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
@@ -103,8 +104,9 @@ def draw_overlay(
     """
     shown = np.unique(np.linspace(0, len(pairs) - 1, count).round().astype(np.int64))
     options = {"mask_resize": config.mask_resize, "classes": config.classes, "ignore_value": config.ignore_value}
-    decoder = HostDecoder(pairs, config.image_height, config.image_width, **options)  # type: ignore[arg-type]
-    images, masks, _ = next(decoder.decode([shown]))
+    bad = BadSamples(pairs, config.bad_samples)  # those that another process has found are not known here
+    decoder = HostDecoder(pairs, config.image_height, config.image_width, bad=bad, **options)  # type: ignore[arg-type]
+    images, masks, shown = next(decoder.decode([shown]))
 
     def predict(images: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():

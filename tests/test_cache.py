@@ -530,24 +530,6 @@ def test_orphan_is_removed_and_a_temporary_file_in_use_is_not(make: Callable[...
     assert len(list(folder.glob("*.fastseg"))) == 2
 
 
-def test_temporary_file_that_is_removed_before_it_is_locked_is_made_again(
-    make: Callable[..., Loader], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, removed = cache_module.fcntl.flock, []
-
-    def flock(file: Any, operation: int) -> None:
-        if not removed and operation == cache_module.fcntl.LOCK_EX:
-            removed.append(os.unlink(file.name))
-        original(file, operation)
-
-    monkeypatch.setattr(cache_module.fcntl, "flock", flock)
-    loader = make()
-    assert removed == [None]
-    assert len(temporary_files(folder)) == 1
-    assert pixels_of(loader) == pixels_of(make(cache="off"))
-    assert published(folder).exists()
-
-
 def test_other_files_stay_as_they_are(make: Callable[..., Loader], folder: Path, own_pairs: Pairs) -> None:
     expected = pixels_of(make())
     name = published(folder).name
@@ -578,7 +560,7 @@ def test_other_files_stay_as_they_are(make: Callable[..., Loader], folder: Path,
         lambda data: data + b"\0",
         lambda data: bytes(len(data)),
         lambda data: b"\xff" * len(data),
-        lambda data: data.replace(b'"format": 1', b'"format": 0', 1),
+        lambda data: data.replace(b'"format": 2', b'"format": 0', 1),
         lambda data: data.replace(b"[12, 16, 24]", b"[12, 24, 16]", 1),
         lambda data: data.replace(b"[12, 16, 24]", b"[-2, 16, 24]", 1),
         lambda data: data.replace(b"[12, 16, 24]", b"[1e9,16,24]", 1),
@@ -746,3 +728,52 @@ def test_concurrent_threads_do_not_disturb_each_other(make: Callable[..., Loader
         thread.join(60)
     assert got == [expected] * 4
     assert [path.suffix for path in folder.iterdir()] == [".fastseg"]
+
+
+# Damage of the file
+
+
+def flip_bytes(path: Path, *offsets: int) -> None:
+    data = bytearray(path.read_bytes())
+    for offset in offsets:
+        data[offset] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_flipped_bytes_are_decoded_again(
+    make: Callable[..., Loader], folder: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pixels_of(make())
+    path = published(folder)
+    size = path.stat().st_size
+    flip_bytes(path, size - 5, size - 12 * 16 * 24 - 7)  # in the last mask, and in the last image
+    decoded.clear()
+    assert pixels_of(make()) == expected
+    assert len(decoded) == 1
+    assert "damaged" in caplog.text
+    assert not path.exists()  # the next run writes it again
+    decoded.clear()
+    assert pixels_of(make()) == expected
+    assert len(decoded) == 12
+    decoded.clear()
+    assert pixels_of(make()) == expected
+    assert not decoded
+
+
+def test_damaged_rows_are_not_copied_into_another_file(
+    make: Callable[..., Loader], folder: Path, own_pairs: Pairs, decoded: list[str]
+) -> None:
+    expected = pixels_of(make(cache="off"))
+    pixels_of(make())
+    path = published(folder)
+    flip_bytes(path, path.stat().st_size - 5)
+    decoded.clear()
+    assert pixels_of(make(pairs=own_pairs.subset([0, 11]))) == {0: expected[0], 1: expected[11]}
+    assert decoded == [own_pairs.images[11]]
+
+
+def test_a_header_of_brackets_is_no_cache(make: Callable[..., Loader], folder: Path) -> None:
+    expected = pixels_of(make())
+    path = published(folder)
+    path.write_bytes(b"[" * 4096 + path.read_bytes()[4096:])
+    assert pixels_of(make()) == expected

@@ -4,8 +4,10 @@ import contextlib
 import functools
 import importlib.metadata
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -303,3 +305,32 @@ def test_script_refuses_a_bad_file(tmp_path):
     outcome.assert_refused("hyperparams.json: LERNING_RATE: ", "learning_rate?")
     assert outcome.err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["hyperparams.json"]
+
+
+def test_a_full_standard_output_is_one_message(data):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastseg", "check", "images", "masks", "--no-duplicates"],
+            cwd=data,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=600,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("fastseg: standard output: "), done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+def test_a_reader_of_standard_output_may_leave(data):
+    command = [sys.executable, "-m", "fastseg", "check", "images", "masks", "--no-duplicates"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    reader, writer = os.pipe()
+    os.close(reader)
+    streams = {"stdout": writer, "stderr": subprocess.PIPE, "text": True}
+    error = subprocess.run(command, cwd=data, env=environment, timeout=600, **streams).stderr
+    os.close(writer)
+    assert "Traceback" not in error
+    assert "Exception ignored" not in error

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import ROOT
 
 # In a process of its own, because a kernel that this process has loaded is not looked up in the cache again.
@@ -58,3 +60,29 @@ def test_the_commands_find_every_kernel_compiled(tmp_path):
     compiled = run_python("scripts/compile_kernels.py", cache=cache)
     assert len(compiled) >= 8
     assert run_python("-c", COMMANDS, tmp_path / "out", cache=cache) == compiled
+
+
+@pytest.mark.parametrize("place", ["temporary", "none", "of another user"])
+def test_kernels_compile_where_numba_can_write_no_cache(place, tmp_path):
+    """No folder beside the source, none of the user's, and perhaps no safe temporary one."""
+    (tmp_path / "kernel.py").write_text(
+        "from fastseg.runtime.kernels import njit\n@njit(cache=True)\ndef double(x):\n    return 2 * x\n"
+    )
+    (tmp_path / "__pycache__").touch()  # a file, so that no folder of that name can be made, not even by root
+    folder = tmp_path / f"fastseg-kernels-{os.getuid()}"
+    if place == "none":
+        folder.touch()
+    elif place == "of another user":
+        folder.mkdir()
+        folder.chmod(0o777)
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith("NUMBA")},
+        "HOME": "/dev/null",
+        "XDG_CACHE_HOME": "/dev/null/cache",
+        "TMPDIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)]),
+    }
+    command = [sys.executable, "-c", "from kernel import double; print(double(21))"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.stdout == "42\n", done.stderr
+    assert bool(folder.is_dir() and any(folder.iterdir())) == (place == "temporary")

@@ -13,7 +13,9 @@ from typing import TypeVar
 import pytest
 
 import fastseg
-from fastseg.data.pairs import find_images, group_of
+from fastseg.data.pairs import find_images, find_pairs, group_of
+from fastseg.errors import DataError
+from fastseg.quality.headers import check_pairs
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 MASK_EXTENSIONS = (".gif", ".png", ".bmp")
@@ -272,3 +274,20 @@ def test_20_000_pairs_take_at_most_300_bytes_each(tmp_path):
     assert 100 * len(pairs) < size <= 300 * len(pairs)  # two names take more than 100 bytes
     _, size = allocated_bytes(lambda: [(images / f"{stem}.jpg", masks / f"{stem}.gif") for stem in stems[:1000]])
     assert size > 300 * 1000  # proof that the bound detects an index of Path objects
+
+
+def test_a_link_to_itself_is_a_file_that_cannot_be_read(pairs_dir, tmp_path):
+    """It neither ends the search nor is followed."""
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+        for path in (pairs_dir / part).iterdir():
+            (tmp_path / part / path.name).symlink_to(path)
+    (tmp_path / "images" / "loop").symlink_to("loop")
+    (tmp_path / "images" / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "masks" / "loop.gif").symlink_to("loop.gif")
+    assert "loop.jpg" in find_images(tmp_path / "images")
+    pairs = find_pairs(tmp_path / "images", tmp_path / "masks")
+    assert len(pairs) == 13
+    assert len(check_pairs(pairs, bad_samples="skip")) == 12
+    with pytest.raises(DataError, match=r"loop\.jpg: cannot be read"):
+        check_pairs(pairs)

@@ -1,5 +1,6 @@
 """Whole runs on small pairs: accuracy, files, determinism and refusals."""
 
+import errno
 import itertools
 import json
 import math
@@ -16,7 +17,8 @@ from PIL import Image
 
 import fastseg
 from fastseg.network.checkpoint import init_model
-from fastseg.training import loop
+from fastseg.training import loop, summary
+from fastseg.training.loop import train_step
 from fastseg.training.state import find_splits
 from tests.conftest import write_pair
 
@@ -87,12 +89,80 @@ def test_weights_load_into_a_plain_network(pairs_dir, tmp_path):
     fastseg.UNet(4, 2).load_state_dict(weights(result.run_dir / "best.pt"))
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "curves.png", "overlay.png", "summary.json"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
 def test_a_file_that_cannot_be_written_is_named(pairs_dir, tmp_path, name):
     settings = config(pairs_dir, tmp_path, num_epochs=1)
     settings.run_dir.joinpath(name).mkdir(parents=True)
     with pytest.raises(fastseg.OutputError, match=f"{name}: .*place"):
         fastseg.train(settings)
+
+
+@pytest.mark.parametrize("name", ["curves.png", "overlay.png"])
+def test_a_picture_that_cannot_be_written_is_a_warning(pairs_dir, tmp_path, name, caplog):
+    settings = config(pairs_dir, tmp_path, num_epochs=1, tensorboard=True)
+    settings.run_dir.joinpath(name).mkdir(parents=True)
+    result = fastseg.train(settings)
+    assert f"{name}: cannot be written" in caplog.text
+    assert (result.run_dir / "summary.json").exists()
+
+
+def test_metrics_that_cannot_be_written_come_after_the_checkpoint(pairs_dir, tmp_path, monkeypatch):
+    """The disk is full when the first epoch's line is written."""
+    settings = config(pairs_dir, tmp_path, num_epochs=2)
+
+    def write_to_a_full_disk(entry):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(summary, "_json_line", write_to_a_full_disk)
+        with pytest.raises(fastseg.OutputError, match=r"metrics\.jsonl: .*No space"):
+            fastseg.train(settings)
+    assert torch.load(settings.run_dir / "last.pt", weights_only=True)["epoch"] == 1
+    assert len(fastseg.train(settings).history) == 2
+
+
+def test_a_broken_validation_file_costs_no_trained_epoch(pairs_dir, tmp_path, monkeypatch):
+    """It is met after the first epoch's training; once it is mended, the run resumes there."""
+    for path in [*pairs_dir.glob("images/*"), *pairs_dir.glob("masks/*")]:
+        for part in ("train", "val"):
+            target = tmp_path / part / path.relative_to(pairs_dir)
+            target.parent.mkdir(exist_ok=True, parents=True)
+            target.write_bytes(path.read_bytes())
+    folders = {
+        f"{part}_{kind}_dir": str(tmp_path / part / f"{name}s")
+        for part in ("train", "val")
+        for kind, name in (("img", "image"), ("mask", "mask"))
+    }
+    settings = config(pairs_dir, tmp_path, check_data=False, **folders)
+    whole = fastseg.train(settings.replace(name="whole"))
+    broken = tmp_path / "val" / "images" / "car1_02.jpg"
+    data = broken.read_bytes()
+    broken.write_bytes(data[:2000])
+    with pytest.raises(fastseg.DataError, match=r"car1_02\.jpg"):
+        fastseg.train(settings)
+    state = torch.load(settings.run_dir / "last.pt", weights_only=True)
+    assert (state["epoch"], state["step"], state["history"]) == (0, 3, [])
+    broken.write_bytes(data)
+    trained = []
+    monkeypatch.setattr(loop, "train_step", lambda run, *batch: (trained.append(run.epoch), train_step(run, *batch)))
+    resumed = fastseg.train(settings)
+    assert trained == [1, 1, 1]
+    assert same(weights(whole.run_dir / "last.pt"), weights(resumed.run_dir / "last.pt"))
+    assert [entry["train_loss"] for entry in resumed.history] == [entry["train_loss"] for entry in whole.history]
+
+
+def test_the_overlay_skips_bad_files_that_an_earlier_process_has_found(pairs_dir, tmp_path):
+    for path in [*pairs_dir.glob("images/*"), *pairs_dir.glob("masks/*")]:
+        target = tmp_path / path.relative_to(pairs_dir)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    (tmp_path / "images/car0_01.jpg").write_bytes(b"")
+    validation = {"val_img_dir": str(tmp_path / "images"), "val_mask_dir": str(tmp_path / "masks")}
+    changes = {"bad_samples": "skip", "check_data": False, "num_epochs": 1, **validation}
+    first = fastseg.train(config(pairs_dir, tmp_path / "runs", **changes))
+    (first.run_dir / "overlay.png").unlink()
+    again = fastseg.train(config(pairs_dir, tmp_path / "runs", **changes))  # has nothing left to train or to score
+    assert (again.run_dir / "overlay.png").exists()
 
 
 def test_skipped_files_are_named_and_counted(pairs_dir, tmp_path, caplog):

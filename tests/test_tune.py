@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -470,3 +471,21 @@ def test_ctrl_c_ends_all_processes(pairs_dir, tmp_path):
     assert process.returncode == 130, printed
     assert "resume" in printed
     assert list(tmp_path.glob("study/trials/*/last.pt")) == []
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "value"), [("study", "settings", [1]), ("trial", "deaths", [1]), ("trial", "retry_of", [1])]
+)
+def test_a_study_that_somebody_has_changed_is_refused(of, name, value, tmp_path, trained):
+    """Attributes of other types, as another program may write them."""
+    tune(tmp_path, 1)
+    with sqlite3.connect(tmp_path / "study.db") as database:
+        if of == "study":
+            database.execute("UPDATE study_user_attributes SET value_json = ? WHERE key = ?", [json.dumps(value), name])
+        else:
+            row = [1, name, json.dumps(value)]
+            database.execute("INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (?, ?, ?)", row)
+            database.execute("UPDATE trials SET state = 'RUNNING'")
+    database.close()
+    with pytest.raises(fastseg.ConfigError, match=r"study\.db: .*another folder"):
+        tune(tmp_path, 2)

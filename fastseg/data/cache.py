@@ -3,24 +3,21 @@
 Carvana's training set takes 0.8 GB at 160x240. With a cache, each pair is decoded once.
 """
 
-import fcntl
 import hashlib
-import json
 import logging
 import math
 import os
 import shutil
-import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastseg.data.batch import Batch
+from fastseg.data.formats.rows import FORMAT, STAMP_BYTES, Rows, TemporaryRows, remove_orphans
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.errors import ConfigError, OutputError
@@ -28,10 +25,6 @@ from fastseg.runtime.files import user_cache
 from fastseg.runtime.memory import free_host_memory
 
 __all__ = ["Cache", "DiskCache", "open_cache"]
-
-FORMAT = 1  # version of the file; raise it when the layout or the decoded pixels change
-HEADER_BYTES = 4096
-STAMP_BYTES = 16
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +69,10 @@ class Cache:
             rows = rows.pin_memory()  # otherwise the copy waits for the running step
         return rows.to(self.device, non_blocking=True)
 
+    def find_damaged(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of the filled rows that must be decoded again; they are not filled any more."""
+        return indices[:0]
+
     def is_complete(self, bad: list[int]) -> bool:
         """Whether all rows but the `bad` ones are filled."""
         done = self.filled.copy()
@@ -92,7 +89,7 @@ class DiskCache(Cache):
     It is filled in a temporary file that takes its final name when it is complete. A run that dies leaves the last
     complete file untouched, and the next run removes the temporary one. Each row has a stamp of its two files (names,
     sizes, times): rows with an unchanged stamp are copied from the old file, the others are decoded again. Processes
-    that map the old file keep it.
+    that map the old file keep it. Each row also has a checksum, which is verified when the row is first read.
 
     Args:
         decoder: of the pixels to cache.
@@ -111,97 +108,65 @@ class DiskCache(Cache):
         names = hashlib.sha256(os.fsencode("\0".join([*pairs.images, *pairs.masks]))).hexdigest()[:16]
         self.path = folder / f"{key}-{names}.fastseg"
         self.stamps = _stamps(pairs)
-        self._temporary: IO[bytes] | None = None
-        _remove_orphans(folder)
+        self._temporary: TemporaryRows | None = None
+        remove_orphans(folder)
         shape = (len(pairs), height, width)
-        published = _Rows.open(self.path, shape)
+        self._verified = np.zeros(len(pairs), bool)
+        published = Rows.open(self.path, shape)
         if published is not None and np.array_equal(published.stamps, self.stamps):
+            self._rows = published
             super().__init__(torch.from_numpy(published.images), torch.from_numpy(published.masks))
             self.filled[:] = True
             log.info("disk cache: %d pairs from %s", len(pairs), self.path)
             return
-        self._temporary, self._rows = _Rows.create(self.path, shape, self.stamps)
-        self._close_temporary = weakref.finalize(self, _close, self._temporary)
+        self._temporary = TemporaryRows(self.path, shape, self.stamps)
+        self._rows = self._temporary.rows
+        weakref.finalize(self, self._temporary.close)  # runs at the latest when the program ends
         super().__init__(torch.from_numpy(self._rows.images), torch.from_numpy(self._rows.masks))
         for other in sorted(folder.glob(f"{key}-*.fastseg")):  # the same folders, perhaps split in another way
-            self._copy_rows(_Rows.open(other, (None, height, width)))
+            self._copy_rows(Rows.open(other, (None, height, width)))
         log.info("disk cache: %d of %d pairs already in %s", self.filled.sum(), len(pairs), folder)
 
-    def _copy_rows(self, old: "_Rows | None") -> None:
+    def _copy_rows(self, old: Rows | None) -> None:
         if old is None:
             return
         row_of = {stamp.tobytes(): row for row, stamp in enumerate(old.stamps)}
         for row in np.flatnonzero(~self.filled):
             source = row_of.get(self.stamps[row].tobytes())
-            if source is not None:
+            if source is not None and old.is_intact(source):
                 self.images.numpy()[row] = old.images[source]
                 self.masks.numpy()[row] = old.masks[source]
-                self.filled[row] = True
+                self._rows.checksums[row] = old.checksums[source]
+                self.filled[row] = self._verified[row] = True
+
+    def put(self, batch: Batch) -> None:
+        super().put(batch)
+        for row in batch.indices:
+            self._rows.checksums[row] = self._rows.checksum(row)
+        self._verified[batch.indices] = True
+
+    def find_damaged(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        unread = indices[~self._verified[indices]]
+        intact = np.array([self._rows.is_intact(row) for row in unread], bool)
+        self._verified[unread[intact]] = True
+        damaged = unread[~intact]
+        if len(damaged):
+            self.filled[damaged] = False
+            log.warning("disk cache: %d pairs in %s are damaged; it is removed", len(damaged), self.path)
+            self.path.unlink(missing_ok=True)
+        return damaged
 
     def publish(self, bad: list[int]) -> None:
         if self._temporary is None or not self.is_complete(bad):
             return
         self._rows.stamps[~self.filled] = 0  # the stamp of no file, so that the next run tries these pairs again
         try:
-            for part in (self._rows.stamps, self._rows.images, self._rows.masks):
-                part.flush()
-            os.fsync(self._temporary.fileno())
-            os.replace(self._temporary.name, self.path)
+            self._temporary.publish()
             log.info("disk cache: wrote %s", self.path)
         except OSError as error:  # this run does not need the file: its rows stay mapped
             log.warning("disk cache: %s cannot be written (%s); the next run decodes again", self.path, error.strerror)
+        self._temporary.close()
         self._temporary = None
-        self._close_temporary()
-
-
-class _Rows:
-    """A cache file mapped into memory: a JSON header, then stamps, images and masks."""
-
-    def __init__(self, file: IO[bytes], shape: tuple[int, int, int], mode: Any) -> None:
-        count, height, width = shape
-        offsets = np.cumsum([HEADER_BYTES, count * STAMP_BYTES, count * height * width * 3])
-        shapes = [(count, STAMP_BYTES), (count, height, width, 3), shape]
-        self.stamps, self.images, self.masks = (
-            np.memmap(file, np.uint8, mode, offset, part) for offset, part in zip(offsets, shapes, strict=True)
-        )
-
-    @classmethod
-    def create(cls, path: Path, shape: tuple[int, int, int], stamps: NDArray[np.uint8]) -> tuple[IO[bytes], "_Rows"]:
-        """A temporary file for `path`, locked, and its rows."""
-        file = open(f"{path}.{uuid.uuid4().hex}.part", "x+b")  # noqa: SIM115 (closed by _close)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
-            file.flush()
-            os.posix_fallocate(file.fileno(), 0, _file_bytes(shape))  # fails now if the disk is full, not in the epoch
-            rows = cls(file, shape, "r+")
-        except OSError:
-            _close(file)
-            raise
-        if not os.path.exists(file.name):  # another process removed it as an orphan before it was locked
-            file.close()
-            return cls.create(path, shape, stamps)
-        rows.stamps[:] = stamps
-        return file, rows
-
-    @classmethod
-    def open(cls, path: Path, shape: tuple[int | None, int, int]) -> "_Rows | None":
-        """The rows of a complete file of this shape (None: any number of rows); None if there is no such file."""
-        try:
-            with open(path, "rb") as file:
-                header = json.loads(file.read(HEADER_BYTES))
-                found = tuple(header["shape"])
-                fits = header["format"] == FORMAT and found[1:] == shape[1:] and shape[0] in (None, found[0])
-                if not fits or os.fstat(file.fileno()).st_size != _file_bytes(found):
-                    return None
-                return cls(file, found, "c")  # copy on write: torch requires writable memory, but nothing writes
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
-
-def _file_bytes(shape: tuple[int, int, int]) -> int:
-    count, height, width = shape
-    return HEADER_BYTES + count * (STAMP_BYTES + height * width * 4)
 
 
 def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
@@ -220,23 +185,6 @@ def _stamps(pairs: Pairs) -> NDArray[np.uint8]:
             yield hashlib.blake2b(os.fsencode(text), digest_size=STAMP_BYTES).digest()
 
     return np.frombuffer(b"".join(rows()), np.uint8).reshape(len(pairs), STAMP_BYTES)
-
-
-def _remove_orphans(folder: Path) -> None:
-    """Delete temporary files whose process has died: a live process holds a lock on its file."""
-    for path in folder.glob("*.fastseg.*.part"):
-        try:
-            with open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
-        except OSError:  # locked, or already deleted by another process
-            continue
-
-
-def _close(temporary: IO[bytes]) -> None:
-    """Close a temporary file and delete it, unless it has its final name; runs at the latest when the program ends."""
-    Path(temporary.name).unlink(missing_ok=True)
-    temporary.close()
 
 
 def open_cache(

@@ -15,18 +15,18 @@ from io import BytesIO
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 from numpy.typing import NDArray
 from PIL import Image
 
 from fastseg.errors import DataError
+from fastseg.runtime.kernels import njit
 
 __all__ = ["Bytes", "compiled", "decode_frame", "decode_gif_mask", "encode_gif", "parse_header"]
 
 OK, TRUNCATED, DAMAGED, NO_IMAGE, TOO_LARGE, TOO_MANY_VALUES = range(6)
-
 STATUS_MESSAGES = {
     TRUNCATED: "is a truncated GIF: it ends after {detail} pixels",
     DAMAGED: "is a damaged GIF: it has an impossible size or LZW code",

@@ -212,6 +212,8 @@ class Loader:
         pin_memory = self._pin_memory and cache.device.type == "cpu"
         with contextlib.closing(self._decode(todo)) as decoded:
             for indices, lack in zip(batches, missing, strict=True):
+                if not lack.all():
+                    self._repair(cache, indices[~lack])
                 if not lack.any():
                     yield cache.gather(indices, pin_memory)
                     continue
@@ -242,6 +244,12 @@ class Loader:
                 if batch is None:
                     return
                 yield batch
+
+    def _repair(self, cache: Cache, indices: NDArray[np.int64]) -> None:
+        """Decode those cached pairs again whose pixels have been damaged on the disk."""
+        damaged = cache.find_damaged(indices)
+        for batch in self._decode([damaged] if len(damaged) else []):
+            cache.put(batch)
 
     def _decode_rest(self, cache: Cache) -> None:
         """Decode the pairs that `drop_last` left out of the epoch, so that the cache is complete."""

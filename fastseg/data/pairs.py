@@ -242,7 +242,7 @@ def list_files(folder: str, what: str) -> list[str]:
                     if entry.name.startswith("."):  # .DS_Store, ._a.jpg and the like
                         continue
                     name = os.path.join(below, entry.name)
-                    if entry.is_dir():
+                    if _is_folder(entry):
                         target = os.path.realpath(entry.path)
                         if target not in above:  # following a link to a folder above would never end
                             pending.append((name, (*above, target)))
@@ -253,6 +253,13 @@ def list_files(folder: str, what: str) -> list[str]:
                 f"{os.path.join(folder, below)}: cannot be read ({error.strerror}). Make it readable."
             ) from None
     return sorted(names)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself: reading it as a file names it
+        return False
 
 
 def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str]:

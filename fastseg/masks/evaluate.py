@@ -244,14 +244,21 @@ def _write_results(folder: Path, totals: _Totals, summary: dict[str, Any], confi
             writer.writerows(asdict(row) for row in totals.rows)
         with atomic_write(folder / "summary.json") as temporary:
             temporary.write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
-        worst = [outlined for _, outlined in totals.worst]
-        if config.classes:
-            confusion = (totals.full if worst else totals.small).sums.numpy()
-            draw_confusion(confusion, config.classes, folder / "confusion.png")
-        if worst and config.classes:
-            draw_classes(worst, config.classes, folder / "worst.png", width=3.6)
-        elif worst:
-            draw_worst(worst, folder / "worst.png")
     except OutputError:
         log.error("scores: %s", json_text(summary))
         raise
+    try:
+        _draw_pictures(folder, totals, config)
+    except OutputError as error:  # the scores are worth more than their pictures
+        log.warning("%s", error)
+
+
+def _draw_pictures(folder: Path, totals: _Totals, config: Config) -> None:
+    worst = [outlined for _, outlined in totals.worst]
+    if config.classes:
+        confusion = (totals.full if worst else totals.small).sums.numpy()
+        draw_confusion(confusion, config.classes, folder / "confusion.png")
+    if worst and config.classes:
+        draw_classes(worst, config.classes, folder / "worst.png", width=3.6)
+    elif worst:
+        draw_worst(worst, folder / "worst.png")

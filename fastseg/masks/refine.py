@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from fastseg.config import Config
 from fastseg.data.decode import Size
 from fastseg.errors import ConfigError
 from fastseg.masks.upsample import upsample_logits
+from fastseg.runtime.kernels import njit
 
 __all__ = ["METHODS", "choose_method", "guide_size", "mean_field_crf", "refine"]
 

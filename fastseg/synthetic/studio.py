@@ -7,10 +7,10 @@ Colours are linear light, 1 is white, until `expose` applies gamma.
 import math
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 from numpy import ndarray
 
+from fastseg.runtime.kernels import njit
 from fastseg.synthetic.car import Car
 
 __all__ = ["PARTS", "Studio", "make_studio", "render_pair"]
@@ -120,7 +120,7 @@ def shade_vertices(car: Car, turn: float) -> ndarray:
     return colors
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
+@njit(cache=True, nogil=True, fastmath=True, error_model="numpy")
 def rasterise(quads: ndarray, screen: ndarray, colors: ndarray, zbuffer: ndarray, layer: ndarray) -> None:
     """Draw quads into a z-buffer; colours are interpolated between the vertices.
 
@@ -158,7 +158,7 @@ def rasterise(quads: ndarray, screen: ndarray, colors: ndarray, zbuffer: ndarray
                             layer[y, x, c] = b0 * colors[i, c] + b1 * colors[j, c] + b2 * colors[k, c]
 
 
-@numba.njit(cache=True, nogil=True, fastmath=True)
+@njit(cache=True, nogil=True, fastmath=True)
 def expose(
     picture: ndarray, zbuffer: ndarray, layer: ndarray, left: int, top: int, gains: ndarray, noise: ndarray
 ) -> tuple[ndarray, ndarray]:

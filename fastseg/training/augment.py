@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
 from fastseg.config import Config
 from fastseg.network.normalise import GAIN, OFFSET
+from fastseg.runtime.kernels import njit
 
 __all__ = ["AugmentParams", "augment", "augment_cpu", "augment_torch", "resize", "sample_params"]
 

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastseg.config import Config, as_config
+from fastseg.errors import FastsegError
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.contention import core_use, warn_about_contention
@@ -51,7 +52,7 @@ from fastseg.training.state import (
     save_last,
 )
 from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, log_epoch, open_run_dir, summarise
-from fastseg.training.trackers.tensorboard import import_writer, open_writer, write_epoch
+from fastseg.training.trackers.tensorboard import close_writer, import_writer, open_writer, write_epoch
 
 __all__ = ["train", "train_step"]
 
@@ -139,7 +140,7 @@ def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None
                     break
                 compile_if_it_pays(run)
         if writer:
-            writer.close()
+            close_writer(writer)
         trained = time.perf_counter()
         if run.interrupted:
             save_last(run)
@@ -246,7 +247,13 @@ def _validate(run: Run) -> None:
     """Score the epoch, write its line, start writing its checkpoints, and advance to the next."""
     began = time.perf_counter()
     model = run.eval_model.eval()
-    scores = score_batches(model, run.val_loader, run.runtime, len(run.config.classes))
+    try:
+        scores = score_batches(model, run.val_loader, run.runtime, len(run.config.classes))
+    except FastsegError:  # such as a broken file: the epoch's steps must not be lost
+        run.history.pop()
+        save_last(run)
+        log.info("%s is saved; the same command scores epoch %d again", run.config.run_dir / "last.pt", run.epoch + 1)
+        raise
     entry = run.history[-1]
     entry.update({f"val_{name}": value for name, value in scores.items()})
     scored = time.perf_counter()
@@ -260,9 +267,9 @@ def _validate(run: Run) -> None:
     )
     run.epoch, run.step = run.epoch + 1, 0
     run.loss_sum.zero_()
-    if run.runtime.rank == 0:
-        log_epoch(run.config.run_dir, entry)
     save_epoch(run)
+    if run.runtime.rank == 0:  # after the checkpoint, which a full disk must not cost
+        log_epoch(run.config.run_dir, entry)
     run.seconds["checkpoints"] += time.perf_counter() - scored
 
 

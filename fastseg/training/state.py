@@ -261,7 +261,8 @@ def _last_state(run: Run) -> dict[str, Any]:
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "generator": run.generator.get_state(),
-        "loader": run.train_loader.state_dict(),
+        # At the end of an epoch that is not scored yet, the loader already stands at the next one.
+        "loader": {**run.train_loader.state_dict(), "epoch": run.epoch, "step": run.step},
         "epoch": run.epoch,
         "step": run.step,
         "loss_sum": run.loss_sum,

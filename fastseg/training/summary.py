@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -101,12 +101,25 @@ def _json_line(entry: dict[str, Any]) -> str:
     return json_text(entry) + "\n"
 
 
-def draw_val_overlay(run: Run, model: nn.Module) -> Path:
-    """Draw eight validation images with the true and the predicted masks; returns the path of the PNG."""
+def draw_val_overlay(run: Run, model: nn.Module) -> Path | None:
+    """Draw eight validation images with the true and the predicted masks.
+
+    Returns:
+        The path of the PNG; None, with a warning, if it cannot be written.
+    """
     path = run.config.run_dir / "overlay.png"
     usable = run.val_loader.pairs.without(run.val_loader.bad.found)
-    draw_overlay(model.eval(), usable, run.config, run.runtime, path)
-    return path
+    return path if _draw(draw_overlay, model.eval(), usable, run.config, run.runtime, path) else None
+
+
+def _draw(draw: Callable[..., None], *arguments: Any) -> bool:
+    """Draw a picture; warn if it cannot be written: a run is worth more than its pictures."""
+    try:
+        draw(*arguments)
+    except OutputError as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def _other_scores(config: Config, best: dict[str, Any]) -> dict[str, Any]:
@@ -140,7 +153,7 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     began = time.perf_counter()
     if run.history and run.runtime.rank == 0:
         load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
-        draw_curves(run.history, folder / "curves.png", run.config.classes)
+        _draw(draw_curves, run.history, folder / "curves.png", run.config.classes)
         draw_val_overlay(run, run.model)
     run.seconds["pictures"] = time.perf_counter() - began
     stepping = sum(run.seconds[part] for part in ("steps", FIRST_STEPS, "waiting for data"))

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
@@ -29,6 +29,12 @@ DATABASE = "study.db"
 SQLITE_TIMEOUT_S = 60  # how long SQLite waits while another process writes
 NUM_UNPRUNED = 5  # trials that must complete before a trial can end early
 MAX_DEATHS = 3  # a trial fails when it has been killed this often: it may itself be the cause
+STUDY_ATTRIBUTES: dict[str, Any] = {"settings": dict}
+TRIAL_ATTRIBUTES: dict[str, Any] = {
+    **dict.fromkeys(("deaths", "retry_of", "best_epoch"), int),
+    **dict.fromkeys(("seconds", "val_iou"), (int, float)),
+    "error": str,
+}
 # Fields that may change when a study is resumed: they hardly affect the scores.
 MACHINE_FIELDS = (
     *("out_dir", "name", "load_model", "check_data", "num_workers", "pin_memory", "decoder"),
@@ -128,6 +134,7 @@ def open_study(folder: Path, name: str, config: Config, space: dict[str, Distrib
         )
         settings = config.model_dump(exclude=set(MACHINE_FIELDS))
         settings |= {field: format_distribution(distribution) for field, distribution in space.items()}
+        _check_attributes(study, folder)
         stored = study.user_attrs.get("settings")
         if stored is None:
             study.set_user_attr("settings", settings)
@@ -138,6 +145,16 @@ def open_study(folder: Path, name: str, config: Config, space: dict[str, Distrib
                 "Give the settings of that study, or another folder."
             )
     return Study(study, folder, config, space)
+
+
+def _check_attributes(study: optuna.Study, folder: Path) -> None:
+    """ConfigError if an attribute has another type than fastseg writes: somebody has changed the database."""
+    places = [(study.user_attrs, STUDY_ATTRIBUTES)]
+    places += [(trial.user_attrs, TRIAL_ATTRIBUTES) for trial in study.get_trials(deepcopy=False)]
+    for attributes, types in places:
+        for name, value in attributes.items():
+            if name in types and not isinstance(value, types[name]):
+                raise ConfigError(f"{folder / DATABASE}: is damaged (its {name} is {value!r}). Use another folder.")
 
 
 @contextmanager

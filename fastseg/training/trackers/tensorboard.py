@@ -3,6 +3,7 @@
 tensorboard --logdir runs
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from fastseg.classes import SegClass
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 
-__all__ = ["import_writer", "open_writer", "write_epoch"]
+__all__ = ["close_writer", "import_writer", "open_writer", "write_epoch"]
+
+log = logging.getLogger(__name__)
 
 
 def open_writer(config: Config, epoch: int) -> Any:
@@ -44,8 +47,26 @@ def import_writer(config: Config) -> Any:
     return SummaryWriter
 
 
-def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path, classes: Sequence[SegClass] = ()) -> None:
-    """Write an epoch's numbers, grouped as train, val, the classes' scores and run, and its overlay."""
+def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path | None, classes: Sequence[SegClass] = ()) -> None:
+    """Write an epoch's numbers, grouped as train, val, the classes' scores and run, and its overlay.
+
+    What cannot be written is logged as a warning.
+    """
+    try:
+        _write_epoch(writer, entry, overlay, classes)
+    except OSError as error:
+        log.warning("tensorboard: epoch %d cannot be written (%s)", entry["epoch"], error.strerror)
+
+
+def close_writer(writer: Any) -> None:
+    """Close the writer; warn if its last events cannot be written."""
+    try:
+        writer.close()
+    except OSError as error:
+        log.warning("tensorboard: the last events cannot be written (%s)", error.strerror)
+
+
+def _write_epoch(writer: Any, entry: dict[str, Any], overlay: Path | None, classes: Sequence[SegClass]) -> None:
     for name, value in entry.items():
         part, _, rest = name.partition("_")
         if isinstance(value, list):
@@ -54,6 +75,7 @@ def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path, classes: Sequ
                     writer.add_scalar(f"{rest}/{item.name}", score, entry["epoch"])
         elif name != "epoch":
             writer.add_scalar(f"{part}/{rest}" if part in ("train", "val") else f"run/{name}", value, entry["epoch"])
-    with Image.open(overlay) as picture:
-        writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
+    if overlay is not None:
+        with Image.open(overlay) as picture:
+            writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
     writer.flush()

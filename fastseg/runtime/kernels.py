@@ -1,0 +1,50 @@
+"""numba's compiler, with a cache wherever a folder can be written.
+
+numba caches beside the source or in the user's cache folder. Where it can write neither, as in a container without
+root, it refuses to compile at all.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+__all__ = ["njit"]
+
+config: Any = numba.config  # its fields are set at run time
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def njit(**options: Any) -> Callable[[Function], Function]:
+    """`numba.njit`; with `cache=True` cached in numba's own folder, in a temporary one of this user, or not at all."""
+
+    def decorate(function: Function) -> Function:
+        configured = config.CACHE_DIR
+        for folder in (lambda: configured, _temporary_folder):
+            try:
+                config.CACHE_DIR = folder()
+                return numba.njit(**options)(function)
+            except (OSError, RuntimeError):  # numba raises RuntimeError where it can write no cache
+                continue
+            finally:
+                config.CACHE_DIR = configured
+        return numba.njit(**{**options, "cache": False})(function)
+
+    return decorate
+
+
+def _temporary_folder() -> str:
+    """A folder that this user alone can write: numba executes what it reads from its cache.
+
+    Raises:
+        OSError: it cannot be made, or belongs to somebody else.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = os.path.join(tempfile.gettempdir(), f"fastseg-kernels-{user}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    status = os.lstat(folder)
+    if hasattr(os, "getuid") and (status.st_uid != user or status.st_mode & 0o170077 != 0o040000):
+        raise PermissionError(f"{folder} does not belong to this user alone")
+    return folder
