@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -50,7 +50,7 @@ from fastseg.training.state import (
     save_last,
 )
 from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, summarise
-from fastseg.training.trackers.tensorboard import import_writer, open_writer, write_epoch
+from fastseg.training.trackers.tracker import check_trackers, open_trackers
 
 __all__ = ["train", "train_step"]
 
@@ -94,10 +94,15 @@ def train(
     """
     start_time = time.perf_counter()
     config = as_config(config, **name_network(network))
-    with process_group(config.device), restore_cudnn_benchmark(), report_training_out_of_memory(config):
+    with (
+        process_group(config.device),
+        restore_cudnn_benchmark(),
+        report_training_out_of_memory(config),
+        ExitStack() as until_done,
+    ):
         runtime = choose_runtime(config)
         check_compile(config, runtime)
-        import_writer(config)  # a missing package is reported before anything else happens
+        check_trackers(config)  # a missing package is reported before anything else happens
         augmentation = prepare_augmentation(augmentation, config, runtime)
         loss = prepare_loss(loss, config, runtime)
         model, state = load_or_init_model(config, network)
@@ -112,7 +117,9 @@ def train(
         run.first_step = run.steps_done
         compile_model(run)
         create_run_dir(run)
-        writer = open_writer(config, run.epoch) if runtime.rank == 0 else None
+        active = runtime.rank == 0 and run.first_step < run.total_steps
+        opened = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
+        trackers = until_done.enter_context(opened)
         run.seconds["start-up"] = time.perf_counter() - start_time
         with run.checkpoints:  # which waits for the last checkpoint at its end
             with _stop_on_signal(run), retain_freed_memory(runtime.device):
@@ -121,14 +128,12 @@ def train(
                     if run.interrupted:
                         break
                     _validate(run)
-                    if writer:
-                        write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                    if trackers:
+                        trackers.log_epoch(run.history[-1], draw_val_overlay(run, run.eval_model))
                     if after_epoch and any_rank(after_epoch(dict(run.history[-1])), runtime.device):
                         log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                         break
                     compile_if_it_pays(run)
-            if writer:
-                writer.close()
             trained = time.perf_counter()
             if run.interrupted:
                 save_last(run)

@@ -1,8 +1,6 @@
-"""TensorBoard events of a run, if `Config.tensorboard` is true: the numbers of metrics.jsonl and overlay.png.
+"""TensorBoard events in the run's folder: `tensorboard --logdir runs`."""
 
-tensorboard --logdir runs
-"""
-
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,44 +8,31 @@ import numpy as np
 from PIL import Image
 
 from fastseg.config import Config
-from fastseg.errors import ConfigError
 
-__all__ = ["import_writer", "open_writer", "write_epoch"]
-
-
-def open_writer(config: Config, epoch: int) -> Any:
-    """A `SummaryWriter` into the run's folder that discards events after `epoch`; None if TensorBoard is off.
-
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
-    summary_writer = import_writer(config)
-    return summary_writer and summary_writer(config.run_dir, purge_step=epoch + 1)
+__all__ = ["open_tracker"]
 
 
-def import_writer(config: Config) -> Any:
-    """The class `SummaryWriter`; None if TensorBoard is off.
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
 
-    Raises:
-        ConfigError: TensorBoard is not installed.
-    """
-    if not config.tensorboard:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ConfigError(
-            "tensorboard: the package is not installed. Install fastseg-dali[tensorboard], or pass tensorboard=false."
-        ) from None
-    return SummaryWriter
+    def log_epoch(self, epoch: int, scalars: dict[str, float], overlay: Path) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, epoch)
+        with Image.open(overlay) as picture:
+            self.writer.add_image("overlay", np.asarray(picture.convert("RGB")), epoch, dataformats="HWC")
+        self.writer.flush()
+
+    def finish(self, files: list[Path], failed: bool) -> None:
+        self.writer.close()
 
 
-def write_epoch(writer: Any, entry: dict[str, Any], overlay: Path) -> None:
-    """Write an epoch's numbers, grouped as train, val and run, and its overlay."""
-    for name, value in entry.items():
-        part, _, rest = name.partition("_")
-        if name != "epoch":
-            writer.add_scalar(f"{part}/{rest}" if part in ("train", "val") else f"run/{name}", value, entry["epoch"])
-    with Image.open(overlay) as picture:
-        writer.add_image("overlay", np.asarray(picture.convert("RGB")), entry["epoch"], dataformats="HWC")
-    writer.flush()
+def open_tracker(config: Config, epoch: int, resumes: bool) -> _TensorBoard:
+    """A writer into the run's folder that discards events after `epoch`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(config.run_dir), purge_step=epoch + 1)
+    if not resumes:
+        fields = "\n".join(f"    {line}" for line in json.dumps(config.model_dump(), indent=2).splitlines())
+        writer.add_text("config", fields)  # four spaces: Markdown shows it as it is
+    return _TensorBoard(writer)
