@@ -8,6 +8,7 @@ transform, brightness, contrast, saturation and hue. First ours is compared with
 parameters; hue is left out there, because kornia turns it in HSV and we turn it by a matrix.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,9 @@ from report import describe_machine, make_parser, plus_minus, print_table, run, 
 from torch import Tensor
 
 from fastseg.config import Config
-from fastseg.runtime.device import choose_device
+from fastseg.runtime.device import Runtime, choose_device
 from fastseg.training.augment import AugmentParams, augment, sample_params
+from fastseg.training.pipeline import augment_with
 
 PACKAGES = ("kornia", "albumentations", "opencv-python-headless")
 MAX_DIFFERENCE = 1 / 255  # from kornia's functions
@@ -52,6 +54,12 @@ def kornia_classes(images: Tensor, masks: Tensor, config: Config) -> Callable[[]
     return run
 
 
+def kornia_in_train(images: Tensor, masks: Tensor, config: Config) -> Callable[[], Any]:
+    """The same classes as `fastseg.train(augmentation=)` calls them: seeded by the step, then normalised."""
+    sequence, runtime, steps = kornia_augmentation(config), Runtime(images.device, torch.float32), itertools.count()
+    return lambda: augment_with(sequence, images, masks, config, runtime, next(steps))
+
+
 def albumentations_loop(images: Tensor, masks: Tensor, config: Config) -> Callable[[], Any]:
     import albumentations as A
 
@@ -74,7 +82,12 @@ def albumentations_loop(images: Tensor, masks: Tensor, config: Config) -> Callab
     return run
 
 
-ENGINES = {"ours": ours, "kornia classes": kornia_classes, "albumentations": albumentations_loop}
+ENGINES = {
+    "ours": ours,
+    "kornia classes": kornia_classes,
+    "kornia through train(augmentation=)": kornia_in_train,
+    "albumentations": albumentations_loop,
+}
 
 
 def difference_from_kornia(images: Tensor, masks: Tensor) -> float:

@@ -59,7 +59,7 @@ def settings_table() -> str:
 
 def _meaning(field: Any) -> str:
     choices = getattr(field.annotation, "__args__", ())
-    listed = ", ".join(f"`{choice}`" for choice in choices)
+    listed = ", ".join(f"`{choice}`" for choice in choices if choice)
     text = field.description.replace("**", r"\*\*").replace("|", r"\|")
     return f"{text} ({listed})" if listed else text
 

@@ -66,5 +66,5 @@ def read_search(texts: Sequence[str]) -> dict[str, str]:
 def _metavar(annotation: Any) -> str:
     """A field's choices or type, for the help."""
     if get_origin(annotation) is Literal:
-        return "|".join(get_args(annotation))
+        return "|".join(filter(None, get_args(annotation)))
     return {bool: "true|false", int: "N", float: "X"}.get(annotation, "TEXT")

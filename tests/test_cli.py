@@ -38,7 +38,7 @@ def test_train_help_shows_every_field_with_its_description_and_choices(cli):
     for name, field in fastseg.Config.model_fields.items():
         choices = ""  # others than Literals have N, X, TEXT or true|false
         if get_origin(field.annotation) is Literal:
-            choices = "|".join(get_args(field.annotation))
+            choices = "|".join(filter(None, get_args(field.annotation)))
         assert re.search(
             rf"--{name.replace('_', '-')} {re.escape(choices) or '[^ ]+'} {re.escape(field.description)}", text
         )

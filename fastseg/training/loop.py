@@ -52,7 +52,7 @@ from fastseg.training.state import (
     save_last,
 )
 from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, log_epoch, open_run_dir, summarise
-from fastseg.training.trackers.tensorboard import close_writer, import_writer, open_writer, write_epoch
+from fastseg.training.trackers.tracker import TrackerGroup, check_trackers, open_trackers
 
 __all__ = ["train", "train_step"]
 
@@ -100,7 +100,7 @@ def train(
     with process_group(config.device), restore_cudnn_benchmark(), report_training_out_of_memory(config):
         runtime = choose_runtime(config)
         check_compile(config, runtime)
-        import_writer(config)  # a missing package is reported before anything else happens
+        check_trackers(config)  # a missing package is reported before anything else happens
         augmentation = prepare_augmentation(augmentation, config, runtime)
         loss = prepare_loss(loss, config, runtime)
         read = file_version(config.run_dir / "last.pt")
@@ -116,15 +116,16 @@ def train(
         run.first_step = run.steps_done
         compile_model(run)
         run.class_weights = make_class_weights(config, run.train_loader, runtime)
-        with open_run_dir(run, read):
+        active = runtime.rank == 0 and run.first_step < run.total_steps
+        trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
+        with open_run_dir(run, read), trackers as opened:
             run.seconds["start-up"] = time.perf_counter() - start_time
-            _train_epochs(run, after_epoch)
+            _train_epochs(run, opened, after_epoch)
             return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
 
-def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
+def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
     """Train until the last epoch is done or the run is interrupted, and wait until its checkpoints are on disk."""
-    writer = open_writer(run.config, run.epoch) if run.runtime.rank == 0 else None
     with run.checkpoints:  # which waits for the last checkpoint at its end
         with _stop_on_signal(run), retain_freed_memory(run.runtime.device):
             while not run.interrupted and not _is_finished(run):
@@ -132,15 +133,12 @@ def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None
                 if run.interrupted:
                     break
                 _validate(run)
-                if writer:
-                    overlay = draw_val_overlay(run, run.eval_model)
-                    write_epoch(writer, run.history[-1], overlay, run.config.classes)
+                if trackers:
+                    trackers.log_epoch(run.history[-1], draw_val_overlay(run, run.eval_model))
                 if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
                     log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                     break
                 compile_if_it_pays(run)
-        if writer:
-            close_writer(writer)
         trained = time.perf_counter()
         if run.interrupted:
             save_last(run)
