@@ -17,7 +17,7 @@ from PIL import Image
 import fastseg
 from fastseg.data.host import HostDecoder
 from fastseg.data.labels.encoding import class_encoding
-from fastseg.data.labels.vote import index_colours
+from fastseg.data.labels.vote import count_bytes, index_colours
 from fastseg.data.resample import MASK_MODES
 from fastseg.masks.refine import mean_field_crf
 from fastseg.training.augment import augment, sample_params
@@ -58,7 +58,7 @@ def compile_class_kernels(images: Path, masks: Path) -> None:
     classes = fastseg.Config(classes={"wall": 0, "car": 1}).classes
     next(HostDecoder(pairs, HEIGHT, WIDTH, classes=classes).decode([np.arange(len(pairs))]))
     encoding = class_encoding(fastseg.Config(classes={"wall": [0, 0, 0], "car": [1, 1, 1]}).classes, 255)
-    index_colours(np.stack([pixels] * 3, 2), *encoding.codes)
+    count_bytes(index_colours(np.stack([pixels] * 3, 2), *encoding.codes))
 
 
 if __name__ == "__main__":
