@@ -90,8 +90,9 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
             return model(normalise(images))
 
     forward = halve_until_it_fits(predict_logits, runtime.device)
-    scores = Scores(runtime.device)
-    loss = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over images, and their number
+    device = torch.device("cpu") if runtime.device.type == "mps" else runtime.device  # which has no float64
+    scores = Scores(device)
+    loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum over images, and their number
     with torch.inference_mode():
         for images, masks, _ in batches:
             if not len(images):  # this rank's slice of a last batch that is smaller than the number of ranks
@@ -99,7 +100,7 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
             logits = forward(images)
             loss[0] += bce_dice_loss(logits, to_targets(masks)) * len(images)
             loss[1] += len(images)
-            scores.update(logits[:, 0] > 0, masks >= 128)
+            scores.update((logits[:, 0] > 0).to(device), (masks >= 128).to(device))
     all_reduce(scores.sums)
     total, images_seen = all_reduce(loss).tolist()
     return {"loss": total / max(images_seen, 1), **scores.compute()}

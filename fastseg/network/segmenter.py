@@ -60,7 +60,7 @@ def load(checkpoint: str | os.PathLike[str], *, device: str | torch.device = "cp
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run, or a `.safetensors` file from `fastseg export`.
-        device: auto, cpu, cuda or cuda:N.
+        device: as in `Config`.
 
     Returns:
         The network with its preprocessing; its attribute `config` is the configuration of its training.
