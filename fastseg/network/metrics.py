@@ -79,7 +79,8 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
         model: normalised images (B, 3, H, W) to logits (B, 1, H, W).
 
     Returns:
-        `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`.
+        `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`, and the shares of the cells
+        that are `predicted` and true `foreground`.
 
     Raises:
         FastsegError: one image does not fit in memory. Batches that do not fit are halved.
@@ -92,18 +93,20 @@ def score_batches(model: Callable[[Tensor], Tensor], batches: Iterable[Batch], r
     forward = halve_until_it_fits(predict_logits, runtime.device)
     device = torch.device("cpu") if runtime.device.type == "mps" else runtime.device  # which has no float64
     scores = Scores(device)
+    cells = 1  # of an image
     loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum over images, and their number
     with torch.inference_mode():
         for images, masks, _ in batches:
             if not len(images):  # this rank's slice of a last batch that is smaller than the number of ranks
                 continue
-            logits = forward(images)
+            logits, cells = forward(images), masks[0].numel()
             loss[0] += bce_dice_loss(logits, to_targets(masks)) * len(images)
             loss[1] += len(images)
             scores.update((logits[:, 0] > 0).to(device), (masks >= 128).to(device))
     all_reduce(scores.sums)
     total, images_seen = all_reduce(loss).tolist()
-    return {"loss": total / max(images_seen, 1), **scores.compute()}
+    predicted, true = (scores.sums[4:] / (cells * max(images_seen, 1))).tolist()
+    return {"loss": total / max(images_seen, 1), **scores.compute(), "predicted": predicted, "foreground": true}
 
 
 def boundary_iou(predicted: Tensor, target: Tensor, pixels: int = BOUNDARY_PIXELS) -> Tensor:

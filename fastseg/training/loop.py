@@ -19,6 +19,7 @@ from torch import Tensor
 from fastseg.config import Config, as_config
 from fastseg.errors import FastsegError
 from fastseg.network.metrics import score_batches
+from fastseg.quality.diagnosis import explain_predictions, foreground_shares, warn_of_uniform_masks
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.files import file_version
@@ -96,6 +97,8 @@ def train(
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
+        if runtime.rank == 0 and (message := warn_of_uniform_masks(foreground_shares(train_pairs))):
+            log.warning("%s", message)
         with open_run_dir(run, read):
             run.seconds["start-up"] = time.perf_counter() - start_time
             _train_epochs(run, after_epoch)
@@ -112,8 +115,13 @@ def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None
                 if run.interrupted:
                     break
                 _validate(run)
+                _warn_of_black_masks(run)
+                is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
+                overlay = (
+                    draw_val_overlay(run, run.eval_model) if run.runtime.rank == 0 and (writer or is_first) else None
+                )
                 if writer:
-                    write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                    write_epoch(writer, run.history[-1], overlay)
                 if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
                     log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                     break
@@ -242,6 +250,17 @@ def _validate(run: Run) -> None:
     if run.runtime.rank == 0:  # after the checkpoint, which a full disk must not cost
         log_epoch(run.config.run_dir, entry)
     run.seconds["checkpoints"] += time.perf_counter() - scored
+
+
+def _warn_of_black_masks(run: Run) -> None:
+    """Warn after the first of several epochs whose predictions are no better than guessing."""
+    if run.runtime.rank > 0 or run.warned:
+        return
+    shares = foreground_shares(run.train_loader.pairs)
+    message = explain_predictions(run.history[-1], shares, run.config.learning_rate, run.steps_done)
+    run.warned = bool(message)
+    if message:
+        log.warning("%s", message)
 
 
 def _is_finished(run: Run) -> bool:
