@@ -95,7 +95,7 @@ class Config(BaseModel):
     min_steps: int = _field(240, "minimum number of steps if num_epochs is not given", ge=0)
     early_stopping: int = _field(0, "stop after this many epochs without a better Dice; 0: never", ge=0)
     time_limit_s: float = _field(0.0, "start no epoch that would end after this many seconds; 0: no limit", ge=0)
-    device: str = _field("auto", "auto, cpu, cuda or cuda:N")
+    device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps (Apple; never tried)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "dtype of the network's arithmetic")
     compile: Literal["auto", "on", "graphs", "off"] = _field(
         "auto", "on: torch.compile; graphs: CUDA graphs; auto: by the device and the run's length"
@@ -167,8 +167,8 @@ class Config(BaseModel):
     @field_validator("device")
     @classmethod
     def _device_is_known(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", device):
-            raise ValueError("must be auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:[0-9]{1,2})?", device):
+            raise ValueError("must be auto, cpu, cuda, cuda:N or mps")
         return device
 
     @field_validator("network")

@@ -279,7 +279,7 @@ def test_a_trial_whose_process_dies_repeatedly_fails(tmp_path):
         trial, lock = study.ask(1)
         assert study.ask(1) is None  # the trial is running
         values.append(trial.params)
-        lock.close()  # as the system does when a process dies
+        lock.lock.release()  # as the system does when a process dies
     assert values == [values[0]] * MAX_DEATHS
     assert study.ask(1) is None
     rows = trial_rows(study)
@@ -295,7 +295,7 @@ def test_interruptions_do_not_count_as_deaths(tmp_path):
         with lock:
             study.requeue(trial.number)
     trial, lock = study.ask(1)
-    lock.close()
+    lock.lock.release()
     retried, lock = study.ask(1)
     with lock:
         assert retried.params == trial.params
@@ -305,7 +305,7 @@ def test_interruptions_do_not_count_as_deaths(tmp_path):
 def test_a_process_that_dies_while_it_requeues_a_trial_requeues_it_once(tmp_path, monkeypatch):
     study = new_study(tmp_path)
     trial, lock = study.ask(1)
-    lock.close()
+    lock.lock.release()
     with monkeypatch.context() as patch:
 
         def die(*arguments, **named):
@@ -326,9 +326,9 @@ def test_a_trial_that_ends_while_another_process_checks_it_is_not_requeued(tmp_p
     lock_trial = study_module.Study._lock_trial
 
     def end_first(self, number):
-        if not first_lock.closed:
+        if first_lock.lock.is_locked:
             study.optuna_study.tell(first, 0.5)
-            first_lock.close()
+            first_lock.lock.release()
         return lock_trial(self, number)
 
     monkeypatch.setattr(study_module.Study, "_lock_trial", end_first)

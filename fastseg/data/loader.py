@@ -260,7 +260,7 @@ class Loader:
     def _on_device(self, batches: Generator[Batch, None, None]) -> Iterator[Batch]:
         """Copy each batch to the GPU on a stream of its own, during the step before."""
         if self._copy_stream is None:
-            yield from batches
+            yield from (batches if self.device.type == "cpu" else (_move(batch, self.device) for batch in batches))
             return
         ahead: deque[tuple[Batch, torch.cuda.Event]] = deque()
         with contextlib.closing(batches):

@@ -171,8 +171,9 @@ def score_batches(
         num_classes: C; 0 for masks of two values.
 
     Returns:
-        `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`. With classes `loss`
-        (cross-entropy + Dice) and the scores of `ClassScores`.
+        `loss` (BCE + Dice, mean over images), `dice`, `iou`, `dice_pixels`, `iou_pixels`, and the shares of the cells
+        that are `predicted` and true `foreground`. With classes `loss` (cross-entropy + Dice) and the scores of
+        `ClassScores`.
 
     Raises:
         DataError: all pixels are ignored.
@@ -184,23 +185,29 @@ def score_batches(
             return model(normalise(images))
 
     forward = halve_until_it_fits(predict_logits, runtime.device)
-    scores = ClassScores(num_classes, runtime.device) if num_classes else Scores(runtime.device)
-    loss = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # sum over images, and their number
+    device = torch.device("cpu") if runtime.device.type == "mps" else runtime.device  # which has no float64
+    scores = ClassScores(num_classes, device) if num_classes else Scores(device)
+    cells = 1  # of an image
+    loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum over images, and their number
     with torch.inference_mode():
         for images, masks, _ in batches:
             if not len(images):  # this rank's slice of a last batch that is smaller than the number of ranks
                 continue
-            logits = forward(images)
+            logits, cells = forward(images), masks[0].numel()
             loss[1] += len(images)
             if num_classes:
                 loss[0] += class_loss(logits, masks) * len(images)
-                scores.update(logits.argmax(1), masks)
+                scores.update(logits.argmax(1).to(device), masks.to(device))
             else:
                 loss[0] += bce_dice_loss(logits, to_targets(masks)) * len(images)
-                scores.update(logits[:, 0] > 0, masks >= 128)
+                scores.update((logits[:, 0] > 0).to(device), (masks >= 128).to(device))
     all_reduce(scores.sums)
     total, images_seen = all_reduce(loss).tolist()
-    return {"loss": total / max(images_seen, 1), **scores.compute()}
+    found = {"loss": total / max(images_seen, 1), **scores.compute()}
+    if num_classes:
+        return found
+    predicted, true = (scores.sums[4:] / (cells * max(images_seen, 1))).tolist()
+    return {**found, "predicted": predicted, "foreground": true}
 
 
 def boundary_iou(predicted: Tensor, target: Tensor, pixels: int = BOUNDARY_PIXELS) -> Tensor:

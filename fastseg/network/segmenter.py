@@ -67,7 +67,7 @@ def load(
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run, or a `.safetensors` file from `fastseg export`.
-        device: auto, cpu, cuda or cuda:N.
+        device: as in `Config`.
         network: if the checkpoint's network is a module of your own, an instance of its class; it is copied.
 
     Returns:

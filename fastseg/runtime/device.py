@@ -51,6 +51,8 @@ class Runtime:
         short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, {short}"
+        if self.device.type == "mps":
+            return f"Apple GPU, {short}"
         count = torch.get_num_threads()
         return f"CPU, {count} thread{'s' * (count > 1)}, {short}"
 
@@ -72,9 +74,12 @@ def choose_device(name: str) -> torch.device:
     Raises:
         ConfigError: this machine lacks that GPU.
     """
+    # "auto" takes no Apple GPU: nobody has measured one.
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device: mps needs an Apple GPU; torch finds none here. Use auto or cpu.")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
@@ -92,6 +97,10 @@ def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             raise ConfigError("precision: fp16 needs a GPU; the device is cpu. Use auto, bf16 or fp32.")
         fast_bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast_bf16) else torch.float32
+    if device.type == "mps":
+        if precision in ("bf16", "fp16"):
+            raise ConfigError(f"precision: {precision} has not been tried on mps. Use auto or fp32.")
+        return torch.float32
     if precision == "auto":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

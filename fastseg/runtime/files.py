@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import platformdirs
 import psutil
 from filelock import FileLock, Timeout
 
@@ -180,7 +181,8 @@ def lock_folder(folder: Path, remedy: str) -> Iterator[None]:
     lock = FileLock(path, thread_local=False)
     try:
         lock.acquire(timeout=0)
-        path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
+        if os.name == "posix":  # elsewhere a locked file cannot be read
+            path.write_text(f"process {os.getpid()} on {platform.node()}", encoding="utf-8")
     except Timeout:
         holder = ""
         with suppress(OSError):
@@ -221,5 +223,5 @@ def _without_nan(value: Any) -> Any:
 
 
 def user_cache() -> Path:
-    """The user's folder for caches. Source: XDG base directory specification."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "fastseg")
+    """The user's folder for caches, as the system has it."""
+    return Path(platformdirs.user_cache_dir("fastseg", appauthor=False))

@@ -7,10 +7,12 @@ benchmarks/README.md has the measurement. Source: mallopt(3).
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 __all__ = [
@@ -33,10 +35,11 @@ def free_memory(device: torch.device) -> int:
 
 
 def free_host_memory() -> int:
-    """Bytes that can be allocated without swapping and within a container's limit."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":") for line in file)
-    free = int(fields["MemAvailable"].split()[0]) * 1024
+    """Bytes that can be allocated without swapping and within a container's limit; 0 if the system does not tell."""
+    try:
+        free = psutil.virtual_memory().available
+    except (OSError, psutil.Error, KeyError, ValueError):  # such as an unreadable /proc/meminfo
+        return 0
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup 2, 1
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             free = min(free, int(Path(limit).read_text()))
@@ -68,9 +71,10 @@ def restore_default_allocator() -> None:
 
 
 def _set(options: dict[int, int]) -> bool:
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if os.name == "posix" else None
     if not hasattr(libc, "mallopt"):
         return False
+    assert libc is not None
     for option, value in options.items():
         libc.mallopt(option, value)
     return True

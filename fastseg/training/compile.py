@@ -74,8 +74,8 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[str, str]:
         return config.compile, "as asked"
     if runtime.device.type == "cpu":
         return "off", "on a CPU, compiling takes longer than it saves"
-    if config.network != "unet":
-        return "off", "CUDA graphs are captured of fastseg's UNet only"
+    if runtime.device.type != "cuda":
+        return "off", f"never tried on {runtime.device.type}"
     if runtime.world_size > 1 or config.micro_batch:
         return "off", "CUDA graphs need one process and whole batches"
     if config.network != "unet":  # another network may wait for the device, which no graph can hold
@@ -111,7 +111,7 @@ def compile_if_it_pays(run: Run) -> None:
     The seconds that the run's own steps have taken tell how long the others will take.
     """
     config, total, done = run.config, run.total_steps, run.steps_done
-    if config.compile != "auto" or run.compiled == "on" or run.runtime.device.type == "cpu":
+    if config.compile != "auto" or run.compiled == "on" or run.runtime.device.type != "cuda":
         return
     remaining_s = seconds_of_steps(run, done, total)
     if config.time_limit_s:

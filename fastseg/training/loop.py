@@ -20,6 +20,7 @@ from fastseg.config import Config, as_config
 from fastseg.errors import FastsegError
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.network.metrics import score_batches
+from fastseg.quality.diagnosis import explain_predictions, foreground_shares, warn_of_uniform_masks
 from fastseg.runtime.contention import core_use, warn_about_contention
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
@@ -116,6 +117,7 @@ def train(
         run.first_step = run.steps_done
         compile_model(run)
         run.class_weights = make_class_weights(config, run.train_loader, runtime)
+        _warn_of_uniform_masks(run)
         active = runtime.rank == 0 and run.first_step < run.total_steps
         trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
         with open_run_dir(run, read), trackers as opened:
@@ -133,8 +135,11 @@ def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[
                 if run.interrupted:
                     break
                 _validate(run)
-                if trackers:
-                    trackers.log_epoch(run.history[-1], draw_val_overlay(run, run.eval_model))
+                _warn_of_black_masks(run)
+                is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
+                if run.runtime.rank == 0 and (trackers or is_first):
+                    overlay = draw_val_overlay(run, run.eval_model)
+                    trackers.log_epoch(run.history[-1], overlay)
                 if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
                     log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                     break
@@ -269,6 +274,24 @@ def _validate(run: Run) -> None:
     if run.runtime.rank == 0:  # after the checkpoint, which a full disk must not cost
         log_epoch(run.config.run_dir, entry)
     run.seconds["checkpoints"] += time.perf_counter() - scored
+
+
+def _warn_of_uniform_masks(run: Run) -> None:
+    if run.runtime.rank == 0 and not run.config.classes:
+        message = warn_of_uniform_masks(foreground_shares(run.train_loader.pairs))
+        if message:
+            log.warning("%s", message)
+
+
+def _warn_of_black_masks(run: Run) -> None:
+    """Warn after the first of several epochs whose predictions are no better than guessing."""
+    if run.runtime.rank > 0 or run.warned or run.config.classes:
+        return
+    shares = foreground_shares(run.train_loader.pairs)
+    message = explain_predictions(run.history[-1], shares, run.config.learning_rate, run.steps_done)
+    run.warned = bool(message)
+    if message:
+        log.warning("%s", message)
 
 
 def _is_finished(run: Run) -> bool:

@@ -155,7 +155,7 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
         load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
         _draw(draw_curves, run.history, folder / "curves.png", run.config.classes)
         draw_val_overlay(run, run.model)
-    run.seconds["pictures"] = time.perf_counter() - began
+    run.seconds["pictures"] += time.perf_counter() - began
     stepping = sum(run.seconds[part] for part in ("steps", FIRST_STEPS, "waiting for data"))
     result = TrainResult(
         run_dir=folder,

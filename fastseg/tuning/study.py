@@ -6,15 +6,15 @@ makes counting the trials and starting one a single step; processes that share a
 """
 
 import errno
-import fcntl
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
@@ -65,7 +65,7 @@ class Study:
         """The counted trials that are complete, ended early or failed."""
         return [trial for trial in self.counted() if trial.state.is_finished()]
 
-    def ask(self, num_trials: int) -> tuple[Trial, IO[bytes]] | None:
+    def ask(self, num_trials: int) -> tuple[Trial, AbstractContextManager[object]] | None:
         """Start a trial.
 
         Returns:
@@ -95,11 +95,11 @@ class Study:
         """Requeue the running trials whose lock is free: their process has died."""
         for trial in self.trials():
             if trial.state == TrialState.RUNNING:
-                with suppress(BlockingIOError), self._lock_trial(trial.number):
+                with suppress(Timeout), self._lock_trial(trial.number):
                     if self.trials()[trial.number].state == TrialState.RUNNING:  # it may have ended meanwhile
                         self.requeue(trial.number, died=True)
 
-    def _lock_trial(self, number: int) -> IO[bytes]:
+    def _lock_trial(self, number: int) -> AbstractContextManager[object]:
         return _lock(self.folder / "trials" / f"{number:04d}", wait=False)
 
 
@@ -170,16 +170,12 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise ConfigError(f"{folder / DATABASE}: is damaged ({reason}). Use another folder.") from None
 
 
-def _lock(folder: Path, *, wait: bool = True) -> IO[bytes]:
-    """Lock a folder until the returned file is closed; raises BlockingIOError if it is locked and `wait` is False."""
+def _lock(folder: Path, *, wait: bool = True) -> AbstractContextManager[object]:
+    """Lock a folder until the returned context ends; raises Timeout if it is locked and `wait` is False."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("wb")
+        return FileLock(folder / ".lock", thread_local=False).acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        raise
     except OSError as error:
         raise OutputError(folder, error) from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise
-    return file
