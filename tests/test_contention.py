@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from fastseg.runtime import contention as module
-from fastseg.runtime.contention import CoreUse, contention, core_use, warn_about_contention
+from fastseg.runtime import threads as module
+from fastseg.runtime.threads import CoreUse, contention, core_use, warn_about_contention
 
 START = CoreUse(wall=0.0, busy=0.0, own=0.0, cores=2)
 
@@ -49,7 +49,7 @@ def test_a_process_on_the_same_core_is_found():
     script = (
         f"import os, subprocess, sys, time\nos.sched_setaffinity(0, [{core}])\n"
         "busy = subprocess.Popen([sys.executable, '-c', 'while True: pass'])\n"
-        "from fastseg.runtime.contention import contention, core_use\nstart = core_use()\n"
+        "from fastseg.runtime.threads import contention, core_use\nstart = core_use()\n"
         "until = time.perf_counter() + 3.5\nwhile time.perf_counter() < until: pass\n"
         "found = contention(start)\nbusy.kill()\nprint(found)"
     )

@@ -13,8 +13,8 @@ from fastseg.config import Config
 from fastseg.errors import CheckpointError, ConfigError, OutputError
 from fastseg.network.architecture import build_model, is_own, name_network
 from fastseg.network.unet import init_weights
+from fastseg.runtime.device import seeded
 from fastseg.runtime.files import atomic_write, check_regular
-from fastseg.runtime.seeds import seeded
 
 __all__ = [
     "build_model",

@@ -1,11 +1,13 @@
-"""The device, the dtype of the network's arithmetic, and the versions of packages."""
+"""The device, its random numbers, the dtype of the network's arithmetic, and the versions of packages."""
 
 import importlib.metadata
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,7 +16,7 @@ from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.runtime.distributed import get_rank, get_world_size, local_batch_size
 
-__all__ = ["Runtime", "choose_device", "choose_runtime", "versions"]
+__all__ = ["Runtime", "choose_device", "choose_runtime", "seeded", "versions"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -115,3 +117,19 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = "absent"
     return found
+
+
+@contextmanager
+def seeded(device: torch.device, *numbers: int) -> Iterator[None]:
+    """Seed torch's global generators of the CPU and of `device` from `numbers`; afterwards they are as before.
+
+    Args:
+        numbers: at least 0, such as the run's seed and the step.
+    """
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    on_gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if on_gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if on_gpu:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield

@@ -7,7 +7,6 @@ result.val_dice, result.run_dir
 import logging
 import math
 import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +20,13 @@ from fastseg.errors import FastsegError
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.network.metrics import score_batches
 from fastseg.quality.diagnosis import explain_predictions, foreground_shares, warn_of_uniform_masks
-from fastseg.runtime.contention import core_use, warn_about_contention
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.files import file_version
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
+from fastseg.runtime.signals import stop_on_signal
+from fastseg.runtime.threads import core_use, warn_about_contention
 from fastseg.training.augment import resize
 from fastseg.training.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
 from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
@@ -129,7 +129,7 @@ def train(
 def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
     """Train until the last epoch is done or the run is interrupted, and wait until its checkpoints are on disk."""
     with run.checkpoints:  # which waits for the last checkpoint at its end
-        with _stop_on_signal(run), retain_freed_memory(run.runtime.device):
+        with stop_on_signal(partial(setattr, run, "stop_requested", True)), retain_freed_memory(run.runtime.device):
             while not run.interrupted and not _is_finished(run):
                 _train_epoch(run)
                 if run.interrupted:
@@ -325,24 +325,3 @@ def _time_first_step(run: Run) -> Iterator[None]:
     run.loss_sum.item()  # waits for the device
     run.warm_sizes.add(size)
     run.seconds[FIRST_STEPS] += time.perf_counter() - began
-
-
-@contextmanager
-def _stop_on_signal(run: Run) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the run after the current step; a second signal ends it at once."""
-
-    def request_stop(number: int, frame: object) -> None:
-        run.stop_requested = True
-        signal.signal(number, previous[number])
-
-    previous: dict[int, Any] = {}
-    try:
-        for number in map(int, (signal.SIGINT, signal.SIGTERM)):
-            previous[number] = signal.signal(number, request_stop)
-    except ValueError:  # not the main thread: the main program handles signals
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

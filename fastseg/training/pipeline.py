@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.network.normalise import GAIN, OFFSET, to_targets
-from fastseg.runtime.device import Runtime
-from fastseg.runtime.seeds import seeded
+from fastseg.runtime.device import Runtime, seeded
 from fastseg.training.augment import augment, sample_params
 
 __all__ = [

@@ -11,8 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +19,7 @@ import numpy as np
 
 from fastseg.errors import ConfigError, FastsegError
 from fastseg.runtime.progress import progress_bar
+from fastseg.runtime.signals import stop_on_signal
 from fastseg.tuning.report import best_trial
 from fastseg.tuning.study import Study
 
@@ -59,8 +59,16 @@ def run_processes(study: Study, search: Mapping[str, str], num_trials: int, num_
         command += [text for field, values in search.items() for text in ("--search", f"{field}={values}")]
         logs = [open(Path(folder) / f"{number}.log", "w+") for number in range(num_processes)]  # noqa: SIM115
         workers = [_start(command, cores, file) for cores, file in zip(split_cores(num_processes), logs, strict=True)]
+        stopped = False
+
+        def stop() -> None:
+            nonlocal stopped
+            stopped = True
+            for worker in workers:
+                worker.send_signal(signal.SIGTERM)
+
         try:
-            with _stop_on_signal(workers) as stopped, progress_bar() as bar:
+            with stop_on_signal(stop), progress_bar() as bar:
                 task = bar.add_task("trials", total=num_trials, note="")
                 while any(worker.poll() is None for worker in workers):
                     best = best_trial(study)
@@ -72,7 +80,7 @@ def run_processes(study: Study, search: Mapping[str, str], num_trials: int, num_
                 worker.kill()
             reasons = [_last_line(file) for file in logs]
         if stopped or len(study.ended()) >= num_trials:
-            return bool(stopped)
+            return stopped
         raise FastsegError(f"{study.folder}: all {num_processes} processes ended before the last trial; {reasons[0]}")
 
 
@@ -96,26 +104,3 @@ def _last_line(printed: IO[str]) -> str:
     with printed:
         printed.seek(0)
         return (printed.read().splitlines() or ["it printed nothing"])[-1]
-
-
-@contextmanager
-def _stop_on_signal(workers: list[subprocess.Popen[bytes]]) -> Iterator[list[int]]:
-    """Pass the first Ctrl-C or SIGTERM on to the processes, once; yields a list that then holds the signal."""
-    received: list[int] = []
-
-    def stop(number: int, frame: object) -> None:
-        received.append(number)
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM) if len(received) == 1 else worker.kill()
-
-    previous = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, stop)
-    except ValueError:  # not the main thread: the main program handles signals
-        pass
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
