@@ -206,3 +206,21 @@ def test_compiled_equals_eager(pairs_dir, tmp_path):
         for mode in ("off", "on")
     ]
     assert runs[0].history[0]["train_loss"] == pytest.approx(runs[1].history[0]["train_loss"], abs=1e-4)
+
+
+class Hungry(Halving):
+    """Fits in memory with two pairs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return super().forward(x)
+
+
+def test_a_batch_that_does_not_fit_is_split(pairs_dir, tmp_path, caplog):
+    caplog.set_level("INFO")
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1), network=Hungry())
+    assert "micro_batch: 4 pairs do not fit" in caplog.text
+    assert result.best_epoch == 1
+    with pytest.raises(fastseg.FastsegError, match=r"^micro_batch: 4 pairs do not fit.*micro_batch=2"):
+        fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, name="fixed", micro_batch=4), network=Hungry())

@@ -1,6 +1,8 @@
 """A user's own augmentation and loss: against kornia called directly, resumed runs, two processes, and messages."""
 
 import signal
+import subprocess
+import sys
 
 import kornia.augmentation as K
 import pytest
@@ -10,6 +12,7 @@ import fastseg
 from fastseg.network.losses import bce_dice_loss, bce_loss
 from fastseg.runtime.device import Runtime, seeded
 from fastseg.training.pipeline import augment_with
+from tests.conftest import ROOT
 from tests.test_distributed import FIELDS, run_program
 from tests.test_resume import send_signal
 from tests.test_training import config, same, weights
@@ -82,6 +85,33 @@ def test_resume_equals_uninterrupted(pairs_dir, tmp_path, number, monkeypatch):
     assert same(weights(whole.run_dir / "last.pt"), weights(tmp_path / "stopped/last.pt"))
     ours = fastseg.train(config(pairs_dir, tmp_path, name="ours"), loss=bce_loss)
     assert ours.history[0]["train_loss"] != whole.history[0]["train_loss"]
+
+
+KILLED = """
+import os, signal, sys
+import fastseg, torch
+from tests.test_networks import halving
+from tests.test_pipeline import pipeline
+
+kill = lambda entry: entry["epoch"] == 2 and os.kill(os.getpid(), signal.SIGKILL)
+after_epoch = kill if sys.argv[2] == "kill" else None
+own = {"network": halving(dropout=0.3), "augmentation": pipeline(), "loss": torch.nn.BCEWithLogitsLoss()}
+fastseg.train(sys.argv[1], **own, after_epoch=after_epoch)
+"""
+
+
+def test_a_killed_run_resumes_exactly(pairs_dir, tmp_path):
+    """kill -9 after the second epoch, while its checkpoint may still be written: network, pipeline and loss are own."""
+    ended = {}
+    for name, modes in (("whole", ["run"]), ("killed", ["kill", "run"])):
+        settings = config(pairs_dir, tmp_path, name=name, num_epochs=3, network="own")
+        settings.to_json(tmp_path / "config.json")
+        for mode in modes:
+            command = [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), mode]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+            assert done.returncode == (-signal.SIGKILL if mode == "kill" else 0), done.stderr
+        ended[name] = weights(settings.run_dir / "last.pt")
+    assert same(ended["whole"], ended["killed"])
 
 
 PROGRAM = """

@@ -107,7 +107,8 @@ def train(
         read = file_version(config.run_dir / "last.pt")
         model, state = load_or_init_model(config, network)
         check_encoder(config, model)
-        config = resolve_sizes(config, model)
+        with runtime.autocast():
+            config = resolve_sizes(config, runtime.to_device(model))
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)

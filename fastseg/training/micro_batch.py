@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.config import Config
-from fastseg.network.architecture import build_model, is_own
+from fastseg.network.architecture import build_model
 from fastseg.runtime.device import Runtime, choose_runtime
 from fastseg.runtime.memory import free_memory
 from fastseg.runtime.out_of_memory import is_out_of_memory, out_of_memory_error, release_memory, report_out_of_memory
@@ -78,9 +78,10 @@ def _explain(run: Run, size: int) -> tuple[str, str]:
     config = run.config
     if size == 1:
         return "batch_size: not even one pair fits in memory", SMALLER_NETWORK
-    fits = size // 2 if is_own(config) else min(estimate_batch_size(config, run.runtime), size - 1)
+    can_estimate = config.network == "unet"  # the shapes of other networks are not known without running them
+    fits = min(estimate_batch_size(config, run.runtime), size - 1) if can_estimate else size // 2
     field = "micro_batch" if config.micro_batch else "batch_size"
-    problem = f"{field}: {size} pairs do not fit in memory; by estimate {fits} do"
+    problem = f"{field}: {size} pairs do not fit in memory" + (f"; by estimate {fits} do" if can_estimate else "")
     if not fits:
         return problem, SMALLER_NETWORK
     if run.compiled == "graphs":
@@ -94,7 +95,7 @@ def report_training_out_of_memory(config: Config) -> AbstractContextManager[None
     """Turn every allocation that fails within the block, other than a step's, into a FastsegError."""
 
     def remedy() -> str:
-        if is_own(config):
+        if config.network != "unet":
             return "Use a lower batch_size, a smaller network, or cache=off"
         fits = estimate_batch_size(config, choose_runtime(config))
         if not fits:
