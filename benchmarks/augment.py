@@ -22,8 +22,8 @@ from torch import Tensor
 
 from fastseg.config import Config
 from fastseg.runtime.device import Runtime, choose_device
-from fastseg.training.augment import AugmentParams, augment, sample_params
-from fastseg.training.pipeline import augment_with
+from fastseg.training.step.augment import AugmentParams, augment, sample_params
+from fastseg.training.step.pipeline import augment_with
 
 PACKAGES = ("kornia", "albumentations", "opencv-python-headless")
 MAX_DIFFERENCE = 1 / 255  # from kornia's functions

@@ -45,9 +45,9 @@ from fastseg.network.losses import bce_dice_loss
 from fastseg.network.unet import UNet
 from fastseg.runtime.device import Runtime, choose_device, choose_runtime
 from fastseg.runtime.memory import restore_default_allocator, set_retaining_allocator
-from fastseg.training.augment import augment, sample_params
-from fastseg.training.compile import capture_graphs
 from fastseg.training.recipe import make_optimizer
+from fastseg.training.step.augment import augment, sample_params
+from fastseg.training.step.compile import capture_graphs
 
 WARM_UP, STEPS, MAX_PAIRS = 5, 10, 640  # steps of a measurement; a large batch takes fewer of them
 REPEAT = 3  # measurements

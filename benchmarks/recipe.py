@@ -74,7 +74,7 @@ LOOP = "fastseg.training.loop"  # the module of the step
 PATCHES: dict[str, tuple[str, Any]] = {  # row: a function as training imports it, and its replacement
     "bce": (f"{LOOP}.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
     "dice": (f"{LOOP}.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
-    "clip": ("fastseg.training.state.make_optimizer", _optimizer_that_clips),
+    "clip": ("fastseg.training.setup.make_optimizer", _optimizer_that_clips),
     "constant": (f"{LOOP}.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
 }
 

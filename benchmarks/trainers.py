@@ -24,9 +24,10 @@ from fastseg.network.checkpoint import build_model
 from fastseg.network.losses import bce_loss
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.memory import set_retaining_allocator
-from fastseg.training.compile import compile_model
 from fastseg.training.loop import train_step
-from fastseg.training.state import Run, build_run
+from fastseg.training.setup import build_run
+from fastseg.training.state import Run
+from fastseg.training.step.compile import compile_model
 
 WATERFALL = {
     "tutorial": "torch DataLoader, Pillow, kornia's classes, Adam, float32, NCHW",

@@ -9,6 +9,7 @@ A file holds one of these as JSON, or lines `name R G B` or `R G B name`, as Cam
 """
 
 import json
+import math
 import os
 import re
 from collections import Counter
@@ -73,6 +74,30 @@ def read_classes(given: Any) -> tuple[SegClass, ...]:
         return _complete(entries) if entries or file else ()
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}" if file else str(error)) from None
+
+
+def read_class_weights(given: Any) -> tuple[float, ...]:
+    """The weights of classes: numbers, or one text of numbers with commas.
+
+    Raises:
+        ValueError: they are no numbers, or negative, or all 0.
+    """
+    try:
+        weights = tuple(map(float, given.split(",") if isinstance(given, str) else given))
+    except (TypeError, ValueError):
+        weights = ()
+    if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+        raise ValueError("must be none, auto, or numbers of at least 0 that are not all 0")
+    return weights
+
+
+def find_ignored(classes: Sequence[SegClass], ignore_value: int) -> str:
+    """The name of the class that an ignored value stands for; empty if there is none."""
+
+    def is_ignored(item: SegClass) -> bool:
+        return item.colour == (ignore_value,) * 3 if item.value is None else item.value == ignore_value
+
+    return next((item.name for item in classes if is_ignored(item)), "")
 
 
 def default_colours(count: int) -> Sequence[Colour]:

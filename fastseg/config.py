@@ -11,16 +11,15 @@ import json
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from fastseg.classes import SegClass, read_classes
+from fastseg.classes import SegClass, find_ignored, read_class_weights, read_classes
 from fastseg.errors import ConfigError
-from fastseg.messages import closest_match, format_value, shorten, validation_message
+from fastseg.messages import closest_match, format_value, shorten, unique_keys, validation_message
 
 __all__ = ["Config", "as_config", "closest_match", "format_value"]
 
@@ -145,15 +144,7 @@ class Config(BaseModel):
     @field_validator("class_weights", mode="before")
     @classmethod
     def _class_weights_are_numbers(cls, weights: Any) -> Any:
-        if weights in ("none", "auto"):
-            return weights
-        try:
-            numbers = tuple(map(float, weights.split(",") if isinstance(weights, str) else weights))
-        except (TypeError, ValueError):
-            numbers = ()
-        if not numbers or not all(0 <= number < math.inf for number in numbers) or not any(numbers):
-            raise ValueError("must be none, auto, or numbers of at least 0 that are not all 0")
-        return numbers
+        return weights if weights in ("none", "auto") else read_class_weights(weights)
 
     @field_validator("name")
     @classmethod
@@ -221,13 +212,14 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _no_class_is_ignored(self) -> "Config":
-        for item in self.classes:
-            ignored = item.colour == (self.ignore_value,) * 3 if item.value is None else item.value == self.ignore_value
-            if ignored:
-                raise ValueError(
-                    f"ignore_value: must not stand for a class; got {self.ignore_value}, which is {item.name}. "
-                    "Use -1 if no pixel is ignored."
-                )
+        ignored = find_ignored(self.classes, self.ignore_value)
+        if ignored and "ignore_value" in self.model_fields_set:
+            raise ValueError(
+                f"ignore_value: must not stand for a class; got {self.ignore_value}, which is {ignored}. Use -1 if no "
+                "pixel is ignored."
+            )
+        if ignored:
+            self.__dict__["ignore_value"] = -1  # the default gives way to a class
         return self
 
     @model_validator(mode="after")
@@ -279,7 +271,7 @@ class Config(BaseModel):
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-            fields = json.loads(text, object_pairs_hook=_unique_keys)
+            fields = json.loads(text, object_pairs_hook=unique_keys)
             if isinstance(fields, dict):
                 return cls(**{**fields, **changes})
         except ConfigError as error:
@@ -310,13 +302,6 @@ def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str], **cha
     raise ConfigError(
         f"config: must be a Config, a mapping of its fields or the path of a JSON file; got {shorten(repr(config))}."
     )
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
-    if twice is not None:
-        raise ConfigError(f"{twice.lower()}: given twice. Keep one.")
-    return dict(pairs)
 
 
 def _known_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:

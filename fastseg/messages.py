@@ -1,6 +1,7 @@
 """Messages about wrong settings: the field, the rule, the value, and what to do."""
 
 import difflib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from fastseg.errors import ConfigError
 
-__all__ = ["closest_match", "format_value", "shorten", "validation_message"]
+__all__ = ["closest_match", "format_value", "shorten", "unique_keys", "validation_message"]
 
 # the rule in a message, by pydantic's error type or its first word
 RULES = {
@@ -65,3 +66,15 @@ def validation_message(error: ValidationError, fields: Mapping[str, FieldInfo]) 
 def shorten(text: str) -> str:
     """The beginning of a value that is shown in a message."""
     return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values, for `object_pairs_hook`.
+
+    Raises:
+        ConfigError: a key occurs twice.
+    """
+    twice = next((key for key, count in Counter(key for key, _ in pairs).items() if count > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{twice.lower()}: given twice. Keep one.")
+    return dict(pairs)

@@ -15,7 +15,7 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import main
-from fastseg.data.loader import _has_dali
+from fastseg.data.dali.choice import has_dali
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -189,7 +189,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
-    if not _has_dali():
+    if not has_dali():
         for item in items:
             if item.get_closest_marker("dali"):
                 item.add_marker(pytest.mark.skip(reason="needs nvidia-dali-cuda120"))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import fastseg.training.augment
+import fastseg.training.step.augment
 from fastseg.config import Config
 from fastseg.network.normalise import normalise, to_targets
-from fastseg.training.augment import AugmentParams, augment, resize, sample_params
+from fastseg.training.step.augment import AugmentParams, augment, resize, sample_params
 
 OFF = dict.fromkeys(("flip", "rotation", "scale", "translation", "brightness", "contrast", "saturation", "hue"), 0)
 
@@ -127,7 +127,7 @@ def test_the_compiled_pass_equals_torch(monkeypatch):
     images, masks = smooth_batch()
     sampled = sample_params(Config(image_height=48, image_width=80), len(images), torch.Generator().manual_seed(1))
     compiled = augment(images, masks, sampled)
-    monkeypatch.setattr(fastseg.training.augment, "augment_cpu", fastseg.training.augment.augment_torch)
+    monkeypatch.setattr(fastseg.training.step.augment, "augment_cpu", fastseg.training.step.augment.augment_torch)
     for got, expected in zip(compiled, augment(images, masks, sampled), strict=True):
         assert got.shape == expected.shape
         torch.testing.assert_close(got, expected, atol=1e-3, rtol=0)
@@ -158,7 +158,7 @@ def class_batch():
 @pytest.mark.parametrize("path", ["augment_cpu", "augment_torch"])
 def test_classes_are_warped_like_the_image_but_to_the_nearest(path, monkeypatch):
     """No new class appears, and where the image is of one value all around, the mask has that value."""
-    monkeypatch.setattr(fastseg.training.augment, "augment_cpu", getattr(fastseg.training.augment, path))
+    monkeypatch.setattr(fastseg.training.step.augment, "augment_cpu", getattr(fastseg.training.step.augment, path))
     images, masks = class_batch()
     sampled = params(flip=1, angle=1, scale=1, shift=1)
     inputs, targets = augment(images, masks, sampled, classes=True)
@@ -181,7 +181,7 @@ def test_both_paths_give_the_same_classes(monkeypatch):
     images, masks = class_batch()
     sampled = sample_params(Config(image_height=48, image_width=80), 6, torch.Generator().manual_seed(1))
     compiled = augment(images, masks, sampled, classes=True)[1]
-    monkeypatch.setattr(fastseg.training.augment, "augment_cpu", fastseg.training.augment.augment_torch)
+    monkeypatch.setattr(fastseg.training.step.augment, "augment_cpu", fastseg.training.step.augment.augment_torch)
     assert (augment(images, masks, sampled, classes=True)[1] == compiled).float().mean() > 0.999  # ties may differ
 
 

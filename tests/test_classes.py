@@ -178,3 +178,14 @@ def test_classes_are_a_flag(cli, monkeypatch, tmp_path):
     cli("train", "--classes", write(tmp_path, {"wall": 0, "car": 1}), "--ignore-value", "-1")
     assert configs[0] == configs[1] == fastseg.Config(classes=["wall", "car"], ignore_value=-1)
     cli("train", "--classes", "car").assert_refused("classes: car: ", "cannot be read", "commas")
+
+
+def test_the_default_ignore_value_gives_way_to_a_class():
+    """Masks of 0 and 255, and RGB masks with a white class, need no other setting."""
+    for classes in ({"ground": 0, "car": 255}, {"road": [255, 255, 255], "tree": [0, 255, 0]}):
+        config = fastseg.Config(classes=classes)
+        assert config.ignore_value == -1
+        assert fastseg.Config(**config.model_dump()) == config
+        with pytest.raises(fastseg.ConfigError, match=r"^ignore_value: .*got 255.*-1"):
+            fastseg.Config(classes=classes, ignore_value=255)
+    assert fastseg.Config(classes=["ground", "car"]).ignore_value == 255

@@ -11,15 +11,15 @@ import torch
 
 import fastseg
 from fastseg.runtime.device import Runtime, choose_runtime
-from fastseg.training import compile
-from fastseg.training.compile import (
+from fastseg.training.recipe import training_size
+from fastseg.training.step import compile
+from fastseg.training.step.compile import (
     capture_graphs,
     choose_compile,
     compile_if_it_pays,
     compile_model,
     seconds_of_steps,
 )
-from fastseg.training.recipe import training_size
 from tests.test_training import config, weights
 
 

@@ -11,7 +11,7 @@ import torch
 
 import fastseg
 from fastseg.runtime.distributed import local_batch_size
-from fastseg.training.state import resolve_config
+from fastseg.training.setup import resolve_config
 from tests.conftest import write_pair
 
 KINDS = (("img", "image"), ("mask", "mask"))

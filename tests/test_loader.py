@@ -17,6 +17,7 @@ from fastseg.data import host
 from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
 from fastseg.data.cache import Cache
+from fastseg.data.dali import choice
 from fastseg.data.loader import epoch_order
 from fastseg.errors import ConfigError, DataError
 
@@ -361,9 +362,9 @@ def test_decoder_that_cannot_be_loaded_is_refused(make: Callable[..., Loader], m
 def test_auto_takes_the_faster_decoder(
     monkeypatch: pytest.MonkeyPatch, on_gpu: bool, threads: int, dali: bool, expected: str
 ) -> None:
-    monkeypatch.setattr(loader_module, "_has_dali", lambda: dali)
-    assert loader_module._choose_decoder("auto", on_gpu, threads)[0] == expected
-    assert loader_module._choose_decoder("dali", on_gpu, threads)[0] == "dali"
+    monkeypatch.setattr(choice, "has_dali", lambda: dali)
+    assert choice.choose_decoder("auto", on_gpu, threads)[0] == expected
+    assert choice.choose_decoder("dali", on_gpu, threads)[0] == "dali"
 
 
 def refuse_driver(*_: Any) -> None:
@@ -387,7 +388,7 @@ def test_pipeline_that_cannot_be_built(
     target: str, fault: Callable[..., None], reason: str,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(target, fault)
-    monkeypatch.setattr(loader_module, "_choose_decoder", lambda *_: ("dali", "the GPU decodes"))
+    monkeypatch.setattr(loader_module, "choose_decoder", lambda *_: ("dali", "the GPU decodes"))
     with pytest.raises(ConfigError, match=rf"^decoder: DALI .*{reason}.*decoder=host"):
         make(decoder="dali")
     loader = make(decoder="auto")

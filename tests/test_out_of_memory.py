@@ -14,11 +14,11 @@ from fastseg.data.loader import Loader
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.memory import free_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, is_out_of_memory
-from fastseg.training import micro_batch as micro_batch_module
-from fastseg.training.augment import augment, sample_params
 from fastseg.training.loop import train_step
-from fastseg.training.micro_batch import estimate_batch_size, fit_micro_batch
-from fastseg.training.state import build_run, find_splits, load_or_init_model
+from fastseg.training.setup import build_run, find_splits, load_or_init_model
+from fastseg.training.step import micro_batch as micro_batch_module
+from fastseg.training.step.augment import augment, sample_params
+from fastseg.training.step.micro_batch import estimate_batch_size, fit_micro_batch
 from tests.conftest import write_checkpoint
 from tests.test_resume import send_signal
 from tests.test_training import config, same

@@ -11,7 +11,7 @@ import torch
 import fastseg
 from fastseg.network.losses import bce_dice_loss, bce_loss
 from fastseg.runtime.device import Runtime, seeded
-from fastseg.training.pipeline import augment_with
+from fastseg.training.step.pipeline import augment_with
 from tests.conftest import ROOT
 from tests.test_distributed import FIELDS, run_program
 from tests.test_resume import send_signal

@@ -13,7 +13,7 @@ from fastseg.data.loader import Loader
 from fastseg.network.metrics import score_batches
 from fastseg.runtime.device import Runtime, choose_device, choose_runtime
 from fastseg.runtime.memory import free_host_memory
-from fastseg.training.compile import choose_compile
+from fastseg.training.step.compile import choose_compile
 from tests.conftest import ROOT, fields
 
 WITHOUT_LINUX = """

@@ -98,7 +98,7 @@ def test_patience_begins_when_training_sees_the_full_size(
         dice = next(falling)
         return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels"), 0.5) | {"dice": dice}
 
-    monkeypatch.setattr("fastseg.training.loop.score_batches", score)
+    monkeypatch.setattr("fastseg.training.validate.score_batches", score)
     changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}
     result = fastseg.train(config(pairs_dir, tmp_path, **changes))
     assert len(result.history) == epochs

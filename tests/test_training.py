@@ -19,7 +19,7 @@ import fastseg
 from fastseg.network.checkpoint import init_model
 from fastseg.training import loop, summary
 from fastseg.training.loop import train_step
-from fastseg.training.state import find_splits
+from fastseg.training.setup import find_splits
 from tests.conftest import write_pair
 
 SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}

@@ -10,7 +10,6 @@ The first epoch decodes the files and fills the cache; later epochs only gather 
 """
 
 import contextlib
-import importlib.util
 import logging
 import time
 from collections import deque
@@ -25,13 +24,13 @@ from fastseg.classes import SegClass
 from fastseg.config import Config
 from fastseg.data.batch import BadSamples, Batch, wait_on_current_stream
 from fastseg.data.cache import Cache, open_cache
+from fastseg.data.dali.choice import choose_decoder, count_decoding_threads
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
 from fastseg.data.resample import MASK_MODES
 from fastseg.data.verify import verify_rows
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import Runtime
-from fastseg.runtime.threads import count_threads
 
 __all__ = ["Loader", "epoch_order", "make_loader"]
 
@@ -42,10 +41,6 @@ CHOICES = {
     "cache": ("auto", "device", "memory", "disk", "off"),
     "bad_samples": ("raise", "skip"),
 }
-# On an H100 (benchmarks/results/gpu), training with CUDA graphs gets 1,100 pairs/s from 4 threads, 1,008 from 8 and 728
-# from 16, because they compete for the GIL with the thread that launches kernels; from DALI 630.
-MAX_THREADS_BESIDE_GPU = 8  # by default
-ENOUGH_THREADS = 4  # with as many or more, `decoder=auto` decodes on the host, though a GPU could decode
 
 log = logging.getLogger(__name__)
 
@@ -126,9 +121,7 @@ class Loader:
         # One stream for all epochs: torch caches freed memory per stream, and would allocate more for each new one.
         self._copy_stream = torch.cuda.Stream(self.device) if on_gpu else None
         log_level = logging.INFO if shuffle else logging.DEBUG  # validation repeats training's choices
-        num_threads = count_threads(num_workers)
-        if on_gpu and not num_workers:
-            num_threads = min(num_threads, MAX_THREADS_BESIDE_GPU)
+        num_threads = count_decoding_threads(num_workers, on_gpu)
         options: dict[str, Any] = {"mask_resize": mask_resize, "classes": classes, "ignore_value": ignore_value}
         options |= {"num_workers": num_threads, "bad": self.bad}
         self.decoder = self._open_decoder(decoder, height, width, log_level, options)
@@ -139,7 +132,7 @@ class Loader:
     def _open_decoder(
         self, choice: str, height: int, width: int, log_level: int, options: dict[str, Any]
     ) -> HostDecoder:
-        name, reason = _choose_decoder(choice, self.device.type == "cuda", options["num_workers"])
+        name, reason = choose_decoder(choice, self.device.type == "cuda", options["num_workers"])
         if name == "dali":
             try:
                 from fastseg.data.dali.decoder import DaliDecoder  # imports DALI, so only if it is used
@@ -311,22 +304,3 @@ def _move(batch: Batch, device: torch.device) -> Batch:
     return batch._replace(
         images=batch.images.to(device, non_blocking=True), masks=batch.masks.to(device, non_blocking=True)
     )
-
-
-def _choose_decoder(name: str, on_gpu: bool, num_threads: int) -> tuple[str, str]:
-    if name != "auto":
-        return name, "as configured"
-    if not on_gpu:
-        return "host", "several times as fast as DALI on a CPU"
-    if num_threads >= ENOUGH_THREADS:
-        return "host", f"{num_threads} threads decode faster than the GPU"
-    if _has_dali():
-        return "dali", f"the GPU decodes faster than {num_threads} threads"
-    return "host", "DALI is not installed"
-
-
-def _has_dali() -> bool:
-    try:
-        return importlib.util.find_spec("nvidia.dali") is not None
-    except ModuleNotFoundError:  # its parent package is missing, too
-        return False

@@ -16,10 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastseg.config import Config, as_config
-from fastseg.errors import FastsegError
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
-from fastseg.network.metrics import score_batches
-from fastseg.quality.diagnosis import explain_predictions, foreground_shares, warn_of_uniform_masks
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, process_group
 from fastseg.runtime.files import file_version
@@ -27,10 +24,6 @@ from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
-from fastseg.training.augment import resize
-from fastseg.training.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
-from fastseg.training.micro_batch import fit_micro_batch, report_training_out_of_memory
-from fastseg.training.pipeline import Augmentation, Loss, augment_batch, network_rng, prepare_augmentation, prepare_loss
 from fastseg.training.recipe import (
     drop_frozen_gradients,
     learning_rate,
@@ -41,19 +34,22 @@ from fastseg.training.recipe import (
     training_size,
     update_ema,
 )
-from fastseg.training.state import (
-    Run,
-    build_run,
-    check_finite,
-    find_splits,
-    load_or_init_model,
-    resolve_config,
-    resume,
-    save_epoch,
-    save_last,
+from fastseg.training.setup import build_run, find_splits, load_or_init_model, resolve_config
+from fastseg.training.state import Run, check_finite, resume, save_last
+from fastseg.training.step.augment import resize
+from fastseg.training.step.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
+from fastseg.training.step.micro_batch import fit_micro_batch, report_training_out_of_memory
+from fastseg.training.step.pipeline import (
+    Augmentation,
+    Loss,
+    augment_batch,
+    network_rng,
+    prepare_augmentation,
+    prepare_loss,
 )
-from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, log_epoch, open_run_dir, summarise
+from fastseg.training.summary import FIRST_STEPS, TrainResult, draw_val_overlay, open_run_dir, summarise
 from fastseg.training.trackers.tracker import TrackerGroup, check_trackers, open_trackers
+from fastseg.training.validate import validate, warn_of_black_masks, warn_of_training_masks
 
 __all__ = ["train", "train_step"]
 
@@ -118,7 +114,7 @@ def train(
         run.first_step = run.steps_done
         compile_model(run)
         run.class_weights = make_class_weights(config, run.train_loader, runtime)
-        _warn_of_uniform_masks(run)
+        warn_of_training_masks(run)
         active = runtime.rank == 0 and run.first_step < run.total_steps
         trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
         with open_run_dir(run, read), trackers as opened:
@@ -135,8 +131,8 @@ def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[
                 _train_epoch(run)
                 if run.interrupted:
                     break
-                _validate(run)
-                _warn_of_black_masks(run)
+                validate(run)
+                warn_of_black_masks(run)
                 is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
                 if run.runtime.rank == 0 and (trackers or is_first):
                     overlay = draw_val_overlay(run, run.eval_model)
@@ -245,54 +241,6 @@ def _train_epoch(run: Run) -> None:
                 "seconds": seconds,
             }
         )
-
-
-def _validate(run: Run) -> None:
-    """Score the epoch, write its line, start writing its checkpoints, and advance to the next."""
-    began = time.perf_counter()
-    model = run.eval_model.eval()
-    try:
-        scores = score_batches(model, run.val_loader, run.runtime, len(run.config.classes))
-    except FastsegError:  # such as a broken file: the epoch's steps must not be lost
-        run.history.pop()
-        save_last(run)
-        log.info("%s is saved; the same command scores epoch %d again", run.config.run_dir / "last.pt", run.epoch + 1)
-        raise
-    entry = run.history[-1]
-    entry.update({f"val_{name}": value for name, value in scores.items()})
-    scored = time.perf_counter()
-    run.seconds["validation"] += scored - began
-    entry["epoch_seconds"] = entry["seconds"] + scored - began
-    entry["elapsed_seconds"] = scored - run.start_time
-    log.info(
-        "epoch %d/%d: loss %.4f, val loss %.4f, val Dice %.4f, val IoU %.4f, %.0f pairs/s, data wait %.0f %%",
-        *(entry["epoch"], run.config.num_epochs, entry["train_loss"], entry["val_loss"]),
-        *(entry["val_dice"], entry["val_iou"], entry["pairs_per_s"], entry["data_wait_pct"]),
-    )
-    run.epoch, run.step = run.epoch + 1, 0
-    run.loss_sum.zero_()
-    save_epoch(run)
-    if run.runtime.rank == 0:  # after the checkpoint, which a full disk must not cost
-        log_epoch(run.config.run_dir, entry)
-    run.seconds["checkpoints"] += time.perf_counter() - scored
-
-
-def _warn_of_uniform_masks(run: Run) -> None:
-    if run.runtime.rank == 0 and not run.config.classes:
-        message = warn_of_uniform_masks(foreground_shares(run.train_loader.pairs))
-        if message:
-            log.warning("%s", message)
-
-
-def _warn_of_black_masks(run: Run) -> None:
-    """Warn after the first of several epochs whose predictions are no better than guessing."""
-    if run.runtime.rank > 0 or run.warned or run.config.classes:
-        return
-    shares = foreground_shares(run.train_loader.pairs)
-    message = explain_predictions(run.history[-1], shares, run.config.learning_rate, run.steps_done)
-    run.warned = bool(message)
-    if message:
-        log.warning("%s", message)
 
 
 def _is_finished(run: Run) -> bool:

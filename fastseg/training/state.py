@@ -1,8 +1,7 @@
-"""The state of a training run: built from a configuration, saved to `last.pt` and resumed from it."""
+"""The state of a training run: its parts and its progress, saved to `last.pt` and resumed from it."""
 
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,26 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastseg.config import DEFAULT_VAL_DIRS, Config
-from fastseg.data.loader import Loader, make_loader
-from fastseg.data.pairs import Pairs, find_pairs, split_by_group
-from fastseg.errors import CheckpointError, ConfigError, FastsegError
-from fastseg.network.checkpoint import has_finite_weights, init_model, load_checkpoint, load_weights
-from fastseg.quality.headers import check_sets
+from fastseg.config import Config
+from fastseg.data.loader import Loader
+from fastseg.errors import ConfigError, FastsegError
+from fastseg.network.checkpoint import has_finite_weights
 from fastseg.runtime.device import Runtime
-from fastseg.runtime.distributed import wrap_ddp
-from fastseg.runtime.files import check_writable
-from fastseg.training.pipeline import Augmentation, Loss
-from fastseg.training.recipe import make_ema_model, make_optimizer
+from fastseg.training.step.pipeline import Augmentation, Loss
 from fastseg.training.writer import CheckpointWriter
 
 __all__ = [
     "Run",
-    "build_run",
     "check_finite",
-    "find_splits",
-    "load_or_init_model",
-    "resolve_config",
     "resume",
     "save_epoch",
     "save_last",
@@ -95,111 +85,6 @@ class Run:
     def best(self) -> dict[str, Any]:
         """The entry of the epoch with the highest Dice; epoch 0 before the first validation."""
         return max(self.history, key=lambda entry: entry["val_dice"], default=NO_SCORES)
-
-
-def find_splits(config: Config) -> tuple[Pairs, Pairs]:
-    """Find the training and the validation pairs, and check their files.
-
-    Validation pairs come from their own folders. If the default folders do not exist, or `val_img_dir` is empty, whole
-    cars are held out of the training folders instead.
-
-    Raises:
-        DataError: see `find_pairs` and `check_sets`.
-    """
-    pairs = find_pairs(config.train_img_dir, config.train_mask_dir, bad_samples=config.bad_samples)
-    val_dirs = (config.val_img_dir, config.val_mask_dir)
-    missing = val_dirs == DEFAULT_VAL_DIRS and not any(map(_has_files, val_dirs))
-    if missing or not config.val_img_dir:
-        train_pairs, val_pairs = split_by_group(pairs, config.val_fraction, config.seed)
-        log.info("no validation folders: %d pairs of whole cars are held out", len(val_pairs))
-    else:
-        train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
-    if config.check_data:
-        names = ("bad_samples", "num_workers", "classes", "ignore_value")
-        splits = check_sets([train_pairs, val_pairs], **{name: getattr(config, name) for name in names})
-        train_pairs, val_pairs = splits
-    return train_pairs, val_pairs
-
-
-def _has_files(folder: str) -> bool:
-    if not os.path.isdir(folder):
-        return False
-    with os.scandir(folder) as entries:
-        return any(entries)
-
-
-def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Config:
-    """Fit batch size and number of epochs to the number of training pairs; changes are logged.
-
-    A batch size that is lowered stays divisible by the number of processes.
-
-    Raises:
-        ConfigError: there are fewer pairs than processes.
-    """
-    if num_pairs < world_size:
-        raise ConfigError(
-            f"batch_size: each process needs a pair of every batch; got {num_pairs} training pair(s) for {world_size} "
-            "processes. Start fewer processes, or add pairs."
-        )
-    if config.batch_size > num_pairs:
-        batch_size = num_pairs // world_size * world_size
-        log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
-        config = config.replace(batch_size=batch_size)
-    if "num_epochs" not in config.model_fields_set:
-        epochs = max(config.num_epochs, math.ceil(config.min_steps / (num_pairs // config.batch_size)))
-        if epochs > config.num_epochs:
-            log.info("num_epochs: raised to %d, for at least %d steps (min_steps)", epochs, config.min_steps)
-        config = config.replace(num_epochs=epochs)
-    return config
-
-
-def load_or_init_model(config: Config, network: nn.Module | None = None) -> tuple[nn.Module, dict[str, Any] | None]:
-    """The network at the beginning of a run, and the state to resume from; None for a new run. Logs a new run's origin.
-
-    Args:
-        network: a user's own; it is copied.
-
-    Raises:
-        CheckpointError: a checkpoint is damaged, belongs to another network, or `config.checkpoint` is missing.
-        OutputError: the run's folder cannot be written.
-    """
-    check_writable(config.run_dir)
-    path = config.run_dir / "last.pt"
-    resumes = config.load_model and path.exists()
-    model = init_model(config, network, pretrained=not resumes and not config.checkpoint)
-    if config.checkpoint:
-        load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
-    if resumes:
-        state = load_checkpoint(path)
-        load_weights(model, state, path, config)
-        if not has_finite_weights(model):
-            raise CheckpointError(
-                f"{path}: its weights are not finite, so the run cannot resume from it. Pass load_model=false to start "
-                "from scratch, and a lower learning_rate."
-            )
-        return model, state
-    random = "the module's weights" if network is not None else "random weights"
-    origin = f"weights from {config.checkpoint}" if config.checkpoint else random
-    log.info("new run from %s (%s)", origin, "no last.pt yet" if config.load_model else "load_model is false")
-    return model, None
-
-
-def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: Pairs, val_pairs: Pairs) -> Run:
-    """A run at its beginning."""
-    model = runtime.to_device(model)
-    return Run(
-        config=config,
-        runtime=runtime,
-        model=model,
-        forward=wrap_ddp(model, runtime.device),
-        ema_model=make_ema_model(config, model),
-        optimizer=make_optimizer(config, model),
-        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
-        generator=torch.Generator().manual_seed(config.seed),
-        train_loader=make_loader(train_pairs, config, runtime, training=True),
-        val_loader=make_loader(val_pairs, config, runtime, training=False),
-        loss_sum=torch.zeros((), device=runtime.device),
-    )
 
 
 def check_finite(run: Run, loss: float = 0.0) -> None:

@@ -19,7 +19,7 @@ from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.network.normalise import GAIN, OFFSET, to_targets
 from fastseg.runtime.device import Runtime, seeded
-from fastseg.training.augment import augment, sample_params
+from fastseg.training.step.augment import augment, sample_params
 
 __all__ = [
     "Augmentation",
