@@ -97,7 +97,8 @@ def train(
         resume(run, state)
         run.first_step = run.steps_done
         compile_model(run)
-        if runtime.rank == 0 and (message := warn_of_uniform_masks(foreground_shares(train_pairs))):
+        run.mask_shares = foreground_shares(train_pairs) if runtime.rank == 0 else []
+        if message := warn_of_uniform_masks(run.mask_shares):
             log.warning("%s", message)
         with open_run_dir(run, read):
             run.seconds["start-up"] = time.perf_counter() - start_time
@@ -116,12 +117,10 @@ def _train_epochs(run: Run, after_epoch: Callable[[dict[str, Any]], bool] | None
                     break
                 _validate(run)
                 _warn_of_black_masks(run)
-                is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
-                overlay = (
-                    draw_val_overlay(run, run.eval_model) if run.runtime.rank == 0 and (writer or is_first) else None
-                )
                 if writer:
-                    write_epoch(writer, run.history[-1], overlay)
+                    write_epoch(writer, run.history[-1], draw_val_overlay(run, run.eval_model))
+                elif run.runtime.rank == 0 and run.epoch == 1 < run.config.num_epochs:
+                    draw_val_overlay(run, run.eval_model)  # shows at once whether masks and photos match
                 if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
                     log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                     break
@@ -256,8 +255,7 @@ def _warn_of_black_masks(run: Run) -> None:
     """Warn after the first of several epochs whose predictions are no better than guessing."""
     if run.runtime.rank > 0 or run.warned:
         return
-    shares = foreground_shares(run.train_loader.pairs)
-    message = explain_predictions(run.history[-1], shares, run.config.learning_rate, run.steps_done)
+    message = explain_predictions(run.history[-1], run.mask_shares, run.config.learning_rate, run.steps_done)
     run.warned = bool(message)
     if message:
         log.warning("%s", message)
