@@ -60,6 +60,7 @@ class Run:
     compiled: str = "off"  # what `forward` is: "on" (torch.compile), "graphs" (CUDA graphs) or "off"
     first_step: int = 0  # of this call, as `steps_done` counts
     warm_sizes: set[tuple[int, int]] = field(default_factory=set)  # image sizes at which a step has run in this call
+    mask_shares: list[float] = field(default_factory=list)  # foreground in some training masks; only rank 0 has them
     warned: bool = False  # of predictions that are no better than guessing
     micro_batch: int = 0  # pairs per forward pass that fit in memory; 0: the whole batch
     trained_pairs: int = 0  # in this call

@@ -47,8 +47,8 @@ def validate(run: Run) -> None:
 def warn_of_training_masks(run: Run) -> None:
     """Warn before the first step if all training masks are empty, or all are full."""
     if run.runtime.rank == 0 and not run.config.classes:
-        message = warn_of_uniform_masks(foreground_shares(run.train_loader.pairs))
-        if message:
+        run.mask_shares = foreground_shares(run.train_loader.pairs)
+        if message := warn_of_uniform_masks(run.mask_shares):
             log.warning("%s", message)
 
 
@@ -56,8 +56,7 @@ def warn_of_black_masks(run: Run) -> None:
     """Warn after the first of several epochs whose predictions are no better than guessing."""
     if run.runtime.rank > 0 or run.warned or run.config.classes:
         return
-    shares = foreground_shares(run.train_loader.pairs)
-    message = explain_predictions(run.history[-1], shares, run.config.learning_rate, run.steps_done)
+    message = explain_predictions(run.history[-1], run.mask_shares, run.config.learning_rate, run.steps_done)
     run.warned = bool(message)
     if message:
         log.warning("%s", message)
