@@ -409,7 +409,9 @@ def train(config, *, after_epoch):
     after_epoch({"epoch": 1, "val_dice": config.flip})
     with open(out / f"{me}.log", "a") as file:
         print(config.name, config.flip, file=file)
+    until = time.monotonic() + 120
     while not all((out / f"{name}.log").exists() for name in "ab"):  # the first trials run at the same time
+        assert time.monotonic() < until, "the other process has ended"
         time.sleep(0.01)
     return fastseg.TrainResult(config.run_dir, config.flip, 0.5, 1, 1, 0.1, False, [{"epoch": 1}])
 

@@ -132,7 +132,7 @@ def open_study(folder: Path, name: str, config: Config, space: dict[str, Distrib
         study = optuna.create_study(
             storage=storage, pruner=pruner, study_name=name, direction="maximize", load_if_exists=True
         )
-        settings = config.model_dump(exclude=set(MACHINE_FIELDS))
+        settings = config.model_dump(mode="json", exclude=set(MACHINE_FIELDS))
         settings |= {field: format_distribution(distribution) for field, distribution in space.items()}
         _check_attributes(study, folder)
         stored = study.user_attrs.get("settings")
