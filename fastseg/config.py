@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from fastseg.classes import SegClass, default_colours
 from fastseg.errors import ConfigError
-from fastseg.messages import closest_match, format_value, shorten, validation_message
+from fastseg.messages import closest_match, format_value, shorten, size_message, validation_message
 
 __all__ = ["Config", "as_config", "closest_match", "format_value"]
 
@@ -47,12 +47,8 @@ class Config(BaseModel):
     val_img_dir: str = _field(DEFAULT_VAL_DIRS[0], "folder of validation images; empty: hold out val_fraction")
     val_mask_dir: str = _field(DEFAULT_VAL_DIRS[1], "folder of validation masks")
     val_fraction: float = _field(0.1, "fraction of cars to hold out if there are no validation folders", gt=0, lt=1)
-    image_height: int = _field(
-        160, "height of the network's input in pixels; for unet a multiple of 2**depth", ge=1, le=2**14
-    )
-    image_width: int = _field(
-        240, "width of the network's input in pixels; for unet a multiple of 2**depth", ge=1, le=2**14
-    )
+    image_height: int = _field(160, "height of the network's input in pixels", ge=1, le=2**14)
+    image_width: int = _field(240, "width of the network's input in pixels", ge=1, le=2**14)
     mask_resize: Literal["area", "nearest"] = _field("area", "resize masks by area average or to the nearest pixel")
     classes: tuple[SegClass, ...] = _field(
         (), "names of classes, or a file of them; empty: two values, of which the brighter is foreground"
@@ -169,14 +165,9 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_can_be_divided(self) -> "Config":
-        step, messages = self.cell, []
         reason = f"the UNet halves it {self.depth} times" if self.network == "unet" else "the network needs this"
-        for field in ("image_height", "image_width"):
-            size = getattr(self, field)
-            if size % step:
-                below, above = size // step * step, (size // step + 1) * step
-                choice = f"{below} or {above}" if below else f"{above}"
-                messages.append(f"{field}: must be divisible by {step} ({reason}); got {size}. Use {choice}.")
+        sides = (("image_height", self.image_height), ("image_width", self.image_width))
+        messages = [size_message(field, size, self.cell, reason) for field, size in sides if size % self.cell]
         if messages:
             raise ValueError(" ".join(messages))
         return self

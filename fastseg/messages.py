@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-__all__ = ["closest_match", "format_value", "shorten", "validation_message"]
+__all__ = ["closest_match", "format_value", "shorten", "size_message", "validation_message"]
 
 # the rule in a message, by pydantic's error type or its first word
 RULES = {
@@ -39,6 +39,13 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def size_message(field: str, size: int, step: int, reason: str) -> str:
+    """A message about a side of the images that is not divisible by `step`."""
+    below, above = size // step * step, (size // step + 1) * step
+    choice = f"{below} or {above}" if below else f"{above}"
+    return f"{field}: must be divisible by {step} ({reason}); got {size}. Use {choice}."
 
 
 def validation_message(error: ValidationError, fields: Mapping[str, FieldInfo]) -> str:
