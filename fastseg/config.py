@@ -246,8 +246,7 @@ class Config(BaseModel):
 def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str], **changes: Any) -> Config:
     """Convert an argument of `fastseg.train`: a `Config`, a mapping of its fields, or the path of a JSON file.
 
-    Args:
-        changes: fields that replace the others.
+    `changes` replace its fields.
 
     Raises:
         ConfigError: it is none of these, or a field breaks a rule.
