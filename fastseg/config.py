@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from fastseg.classes import SegClass, find_ignored, read_class_weights, read_classes
 from fastseg.errors import ConfigError
-from fastseg.messages import closest_match, format_value, shorten, unique_keys, validation_message
+from fastseg.messages import closest_match, format_value, shorten, size_message, unique_keys, validation_message
 
 __all__ = ["Config", "as_config", "closest_match", "format_value"]
 
@@ -48,12 +48,8 @@ class Config(BaseModel):
     val_img_dir: str = _field(DEFAULT_VAL_DIRS[0], "folder of validation images; empty: hold out val_fraction")
     val_mask_dir: str = _field(DEFAULT_VAL_DIRS[1], "folder of validation masks")
     val_fraction: float = _field(0.1, "fraction of cars to hold out if there are no validation folders", gt=0, lt=1)
-    image_height: int = _field(
-        160, "height of the network's input in pixels; for unet a multiple of 2**depth", ge=1, le=2**14
-    )
-    image_width: int = _field(
-        240, "width of the network's input in pixels; for unet a multiple of 2**depth", ge=1, le=2**14
-    )
+    image_height: int = _field(160, "height of the network's input in pixels", ge=1, le=2**14)
+    image_width: int = _field(240, "width of the network's input in pixels", ge=1, le=2**14)
     mask_resize: Literal["area", "nearest"] = _field("area", "resize masks by area average or to the nearest pixel")
     classes: tuple[SegClass, ...] = _field((), "names of classes, or a file of them; empty: the brighter of two values")
     ignore_value: int = _field(255, "with classes: pixels of this value count in nothing; -1: none", ge=-1, le=255)
@@ -173,14 +169,9 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _sizes_can_be_divided(self) -> "Config":
-        step, messages = self.cell, []
         reason = f"the UNet halves it {self.depth} times" if self.network == "unet" else "the network needs this"
-        for field in ("image_height", "image_width"):
-            size = getattr(self, field)
-            if size % step:
-                below, above = size // step * step, (size // step + 1) * step
-                choice = f"{below} or {above}" if below else f"{above}"
-                messages.append(f"{field}: must be divisible by {step} ({reason}); got {size}. Use {choice}.")
+        sides = (("image_height", self.image_height), ("image_width", self.image_width))
+        messages = [size_message(field, size, self.cell, reason) for field, size in sides if size % self.cell]
         if messages:
             raise ValueError(" ".join(messages))
         return self
@@ -287,8 +278,7 @@ class Config(BaseModel):
 def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str], **changes: Any) -> Config:
     """Convert an argument of `fastseg.train`: a `Config`, a mapping of its fields, or the path of a JSON file.
 
-    Args:
-        changes: fields that replace the others.
+    `changes` replace its fields.
 
     Raises:
         ConfigError: it is none of these, or a field breaks a rule.

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from fastseg.errors import ConfigError
 
-__all__ = ["closest_match", "format_value", "shorten", "unique_keys", "validation_message"]
+__all__ = ["closest_match", "format_value", "shorten", "size_message", "unique_keys", "validation_message"]
 
 # the rule in a message, by pydantic's error type or its first word
 RULES = {
@@ -44,6 +44,13 @@ def format_value(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(item.name for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def size_message(field: str, size: int, step: int, reason: str) -> str:
+    """A message about a side of the images that is not divisible by `step`."""
+    below, above = size // step * step, (size // step + 1) * step
+    choice = f"{below} or {above}" if below else f"{above}"
+    return f"{field}: must be divisible by {step} ({reason}); got {size}. Use {choice}."
 
 
 def validation_message(error: ValidationError, fields: Mapping[str, FieldInfo]) -> str:

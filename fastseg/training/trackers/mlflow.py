@@ -11,6 +11,8 @@ from fastseg.training.trackers.tracker import saved_id
 
 __all__ = ["open_tracker"]
 
+MAX_PARAM = 500  # characters that a server takes
+
 
 class _MLflow:
     def __init__(self, client: Any, run_id: str) -> None:
@@ -42,5 +44,5 @@ def open_tracker(config: Config, epoch: int, resumes: bool) -> _MLflow:
     experiment_id = experiment.experiment_id if experiment else client.create_experiment(name)
     run_id = client.create_run(experiment_id, run_name=config.name).info.run_id
     for field, value in config.model_dump().items():
-        client.log_param(run_id, field, value)
+        client.log_param(run_id, field, str(value)[:MAX_PARAM])
     return _MLflow(client, saved_id(config, "mlflow", run_id))
