@@ -6,6 +6,7 @@ import math
 import signal
 from pathlib import Path
 
+import kornia.augmentation as K
 import numpy as np
 import pytest
 import torch
@@ -315,3 +316,23 @@ def test_settings_of_classes_are_checked():
     ):
         with pytest.raises(fastseg.ConfigError, match=words):
             fastseg.Config(**changes)
+
+
+def test_an_own_network_augmentation_and_loss_of_classes(class_pairs, tmp_path):
+    """One logit per class; kornia's pipeline keeps the numbers of the classes."""
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 5, 2, 2), torch.nn.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.Conv2d(16, 3, 3, 1, 1)
+    )
+    flip = K.AugmentationSequential(K.RandomHorizontalFlip(), data_keys=["input", "mask"])
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits, targets[:, 0].long(), ignore_index=IGNORED)
+
+    settings = class_config(class_pairs, tmp_path, num_epochs=20, learning_rate=1e-3)
+    result = fastseg.train(settings, network=module, augmentation=flip, loss=loss)
+    assert result.history[-1]["train_loss"] < 0.7 * result.history[0]["train_loss"]
+    segmenter = fastseg.load(result.run_dir / "best.pt", network=module)
+    assert segmenter(torch.zeros(1, 32, 48, 3, dtype=torch.uint8)).shape == (1, 3, 32, 48)
+    wrong = torch.nn.Conv2d(3, 1, 1)
+    with pytest.raises(fastseg.ConfigError, match=r"^network: .*\(B, 3, H, W\)"):
+        fastseg.train(settings.replace(name="wrong"), network=wrong)
