@@ -1,3 +1,4 @@
+from .annotations.convert import import_annotations as import_annotations
 from .config import Config as Config
 from .data.loader import Loader as Loader
 from .data.pairs import Pairs as Pairs

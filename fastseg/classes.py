@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from fastseg.errors import ConfigError
 
-__all__ = ["IGNORED", "MAX_CLASSES", "SegClass", "default_colours", "read_classes"]
+__all__ = ["IGNORED", "MAX_CLASSES", "Colour", "SegClass", "default_colours", "read_classes"]
 
 IGNORED = 255  # in decoded masks: the pixel counts in no loss and no score
 MAX_CLASSES = 254  # 254 and 255 are no classes in decoded masks

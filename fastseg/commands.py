@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fastseg.config import Config
+from fastseg.data_commands import add_check, add_import, add_synth, run_check, run_import, run_synth
 from fastseg.flags import add_all_fields, add_fields, read_config, read_fields, read_search
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
@@ -156,24 +157,6 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if result.broken else 0
 
 
-def _add_synth(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", metavar="DIR", default="data", help="folder to write to (default: data)")
-    parser.add_argument(
-        "--cars", metavar="N", type=int, default=6, help="number of cars; a quarter are for validation (default: 6)"
-    )
-    parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
-    parser.add_argument("--parts", action="store_true", help="masks of six classes, and their classes.json")
-
-
-def _synth(options: argparse.Namespace) -> int:
-    from fastseg.synthetic.generate import generate
-
-    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed, parts=options.parts)
-    print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
-    return 0
-
-
 def _add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", metavar="FILE", required=True, help="best.pt or last.pt of a run")
     parser.add_argument("--out", metavar="FILE", required=True, help="file to write: .onnx, .pt2 or .safetensors")
@@ -245,30 +228,6 @@ def _tune(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folders",
-        metavar="DIR",
-        nargs="+",
-        help="a folder with train_images, train_masks, val_images, val_masks (or images, masks); or those themselves",
-    )
-    parser.add_argument("--json", metavar="FILE", help="write the whole report to this file")
-    parser.add_argument("--strict", action="store_true", help="exit with status 1 for warnings, too")
-    parser.add_argument("--no-duplicates", action="store_true", help="do not look for near-duplicate images")
-    add_fields(parser, ("classes", "ignore_value", "num_workers"))
-
-
-def _check(options: argparse.Namespace) -> int:
-    from fastseg.quality.check import check
-    from fastseg.quality.report import print_report
-
-    report = check(*options.folders, duplicates=not options.no_duplicates, **read_fields(options))
-    print_report(report)
-    if options.json:
-        report.to_json(options.json)
-    return int(report.count("error") > 0 or (options.strict and report.count("warning") > 0))
-
-
 COMMANDS = (
     Command("train", "train a network", "[--config FILE] [--any-config-field VALUE ...]", add_all_fields, _train),
     Command(
@@ -310,8 +269,15 @@ COMMANDS = (
         "check",
         "find the faults of a data set; exit status 1 if there are errors",
         "DIR... [--classes CLASSES] [--json FILE] [--strict] [--no-duplicates] [--num-workers N]",
-        _add_check,
-        _check,
+        add_check,
+        run_check,
     ),
-    Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--parts] ...", _add_synth, _synth),
+    Command("synth", "make Carvana-like pairs", "[--out DIR] [--cars N] [--views N] [--parts]", add_synth, run_synth),
+    Command(
+        "import",
+        "make masks of COCO's, labelme's or YOLO's annotations",
+        "coco|labelme|yolo ANNOTATIONS --out DIR [--images DIR] [--num-workers N]",
+        add_import,
+        run_import,
+    ),
 )

@@ -18,7 +18,8 @@ class DataError(FastsegError):
 
     Args:
         message: names the file, or, where a decoder raises it that knows only bytes, begins with the verb.
-        kind: what is wrong: "unreadable", "size" (mask and image differ) or "values" (a mask of more than two values).
+        kind: what is wrong: "unreadable", "size" (mask and image differ) or "values" (a mask of too many
+            or unlisted values).
     """
 
     def __init__(self, message: str, kind: Literal["unreadable", "size", "values"] = "unreadable") -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 import fastseg
 from fastseg.data.host import HostDecoder
 from fastseg.data.labels.encoding import class_encoding
-from fastseg.data.labels.vote import index_colours
+from fastseg.data.labels.vote import count_bytes, index_colours
 from fastseg.data.resample import MASK_MODES
 from fastseg.masks.refine import mean_field_crf
 from fastseg.masks.upsample import label_logits
@@ -62,7 +62,7 @@ def compile_class_kernels(images: Path, masks: Path) -> None:
     augment(batch.images, batch.masks, params, classes=True)
     label_logits(np.zeros((2, HEIGHT, WIDTH), np.float32), 2 * HEIGHT, 2 * WIDTH)
     encoding = class_encoding(fastseg.Config(classes={"wall": [0, 0, 0], "car": [1, 1, 1]}).classes, 255)
-    index_colours(np.stack([pixels] * 3, 2), *encoding.codes)
+    count_bytes(index_colours(np.stack([pixels] * 3, 2), *encoding.codes))
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ for kind in ("P", "RGB"):
         config = fastseg.Config(classes=palette, ignore_value=-1)
         pairs = fastseg.find_pairs(folder / "images", folder / "masks")
         list(fastseg.Loader(pairs, height=16, width=24, batch_size=1, classes=config.classes, ignore_value=-1))
+        fastseg.check(folder / "images", folder / "masks", classes=palette, ignore_value=-1)
 """
 
 

@@ -24,6 +24,7 @@ from fastseg.data.labels.decode import (
     read_stored,
 )
 from fastseg.data.labels.encoding import ClassEncoding, class_encoding
+from fastseg.data.labels.inflate import inflate
 from fastseg.data.labels.png import read_png
 from fastseg.data.labels.vote import index_colours
 from fastseg.data.resample import MASK_MODES, sampling_grid
@@ -80,6 +81,12 @@ def write_png(rows: list[bytes], width: int, bits: int, kind: int, *extra: tuple
     pixels = zlib.compress(b"".join(rows))
     parts = [(b"IHDR", header), *extra, (b"IDAT", pixels[:9]), (b"IDAT", pixels[9:]), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def flip_bit(data: bytes, at: int) -> bytes:
+    flipped = bytearray(data)
+    flipped[at] ^= 16
+    return bytes(flipped)
 
 
 def reference(mask: Array, height: int, width: int, mode: str) -> Array:
@@ -270,6 +277,69 @@ def test_row_filters():
     assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
 
 
+def test_flat_rows_of_every_filter():
+    """Long runs, which the reader takes eight bytes at a time, in rows that depend on the row above."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for y in range(60):
+        row = np.zeros(101, np.uint8)
+        row[rng.integers(0, 101, 3)] = rng.integers(1, 255, 3)
+        rows.append(bytes([(4, 2, 4, 1, 4, 3)[y % 6]]) + row.tobytes())
+    data = write_png(rows, 101, 8, 0)
+    pixels, _ = read_png(data)
+    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
+
+
+def compressed(data: bytes, **options: int) -> bytes:
+    compressor = zlib.compressobj(**options)
+    return compressor.compress(data) + compressor.flush()
+
+
+def streams() -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    return {
+        "empty": b"",
+        "a byte": b"x",
+        "run": bytes(100_000),
+        "noise": rng.bytes(70_000),  # stored blocks
+        "few symbols": rng.choice(np.frombuffer(b"abcd", np.uint8), 50_000, p=[0.9, 0.06, 0.03, 0.01]).tobytes(),
+        "repetitions": b"".join(rng.bytes(n) * 300 for n in (1, 2, 3, 7, 8, 9, 63, 259)),
+        "far copies": rng.bytes(32_000) * 4,
+        "mask": blobs(300, 400).tobytes(),
+        "text": Path(__file__).read_bytes(),
+    }
+
+
+@pytest.mark.parametrize("name", streams())
+def test_inflation_equals_zlib(name):
+    data = streams()[name]
+    for level in (0, 1, 6, 9):
+        for strategy in (zlib.Z_DEFAULT_STRATEGY, zlib.Z_FILTERED, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_FIXED):
+            stream = compressed(data, level=level, strategy=strategy)
+            assert inflate(stream, len(data)).tobytes() == data
+            assert inflate(stream, len(data) + 1) is None
+            assert not data or inflate(stream, len(data) - 1) is None
+
+
+def test_damaged_streams_are_left_to_zlib():
+    """Truncated, or with flipped bits: None or another content, but never a write out of bounds."""
+    data = blobs(60, 80).tobytes()
+    stream = compressed(data)
+    rng = np.random.default_rng(0)
+    for end in range(0, len(stream) - 4, 7):
+        assert inflate(stream[:end], len(data)) is None
+    for _ in range(2000):
+        damaged = bytearray(stream)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(2, len(stream))] ^= 1 << rng.integers(8)
+        guarded = inflate(bytes(damaged), len(data))
+        assert guarded is None or len(guarded) == len(data)
+    for _ in range(500):
+        assert inflate(b"\x78\x9c" + rng.bytes(200), 10_000) is None
+    assert inflate(b"\x79\x9c" + stream[2:], len(data)) is None
+    assert inflate(b"", 0) is None
+
+
 def test_other_pngs_are_left_to_pillow():
     mask = blobs(20, 30)
     others = [
@@ -278,6 +348,7 @@ def test_other_pngs_are_left_to_pillow():
         encode(Image.fromarray(np.array(COLOURS, np.uint8)[mask])),
         write_png([bytes([5]) + bytes(30)] * 20, 30, 8, 0),  # an unknown filter
         encode(Image.fromarray(mask))[:-30],
+        flip_bit(encode(Image.fromarray(mask)), -20),  # its chunk's checksum shows it
         b"\x89PNG\r\n\x1a\n",
         encode(Image.fromarray(mask), "GIF"),
     ]

@@ -7,10 +7,9 @@ names and views are Carvana's, and no threshold separates the car. Scores on the
     fastseg synth --out data --parts                         masks of six classes, and data/classes.json
 """
 
-import json
 import math
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from io import BytesIO
+from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -18,10 +17,10 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy import ndarray
-from PIL import Image
 
-from fastseg.classes import default_colours
+from fastseg.classes import default_colours, read_classes
 from fastseg.data.gif import encode_gif
+from fastseg.data.labels.palette import classes_json, encode_labels
 from fastseg.errors import ConfigError, DataError
 from fastseg.runtime.files import atomic_write, make_folder, target_of_temporary
 from fastseg.runtime.progress import progress_bar
@@ -31,7 +30,7 @@ from fastseg.synthetic.studio import PARTS, make_studio, render_pair
 
 __all__ = ["encode_image", "generate"]
 
-PALETTE = default_colours(len(PARTS))
+COLOURS = default_colours(len(PARTS))
 JPEG_QUALITY = 55  # its luma quantisation table starts with 14 10 9 14 22 36 46 55, as Carvana's does
 
 
@@ -40,14 +39,6 @@ def encode_image(image: ndarray) -> bytes:
     return simplejpeg.encode_jpeg(
         np.ascontiguousarray(image), quality=JPEG_QUALITY, colorspace="RGB", colorsubsampling="420", fastdct=False
     )
-
-
-def encode_parts(mask: ndarray) -> bytes:
-    """Encode an (H, W) uint8 mask of `PARTS` as a palette PNG."""
-    picture, buffer = Image.frombytes("P", mask.shape[::-1], mask.tobytes()), BytesIO()
-    picture.putpalette([channel for colour in PALETTE for channel in colour])
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def prepare_folder(folder: Path, names: set[str]) -> None:
@@ -127,7 +118,9 @@ def generate(
     paints = [str(paint) for _ in rounds for paint in rng.permutation(list(PAINTS))]
     num_train = cars - max(1, math.floor(cars / 4 + 0.5))
 
-    mask_suffix, encode_mask = ("_mask.png", encode_parts) if parts else ("_mask.gif", encode_gif)
+    mask_suffix, encode_mask = (
+        ("_mask.png", partial(encode_labels, colours=COLOURS)) if parts else ("_mask.gif", encode_gif)
+    )
     folders = {name: Path(out) / name for name in ("train_images", "train_masks", "val_images", "val_masks")}
     for name, folder in folders.items():
         members = stems[:num_train] if name.startswith("train") else stems[num_train:]
@@ -138,9 +131,7 @@ def generate(
     if parts:
         made["classes"] = Path(out) / "classes.json"
         with atomic_write(made["classes"], sync=False) as temporary:
-            classes = [{"name": name, "value": value, "colour": PALETTE[value]} for value, name in enumerate(PARTS)]
-            lines = ",\n".join(f"  {json.dumps(item)}" for item in classes)
-            temporary.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            temporary.write_text(classes_json(read_classes(list(PARTS))), encoding="utf-8")
 
     stop = Event()
 

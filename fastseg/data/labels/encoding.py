@@ -49,16 +49,21 @@ class ClassEncoding:
         pairs = sorted((int(code), at) for code, at in coded)
         return np.array([code for code, _ in pairs], np.int32), np.array([at for _, at in pairs], np.uint8)
 
+    @cached_property
+    def greys(self) -> Bytes:
+        """The class index of each grey value or, if classes have values, of each stored byte; see `table`."""
+        keys: list[Value] = [(grey,) * 3 for grey in range(256)] if self.by_colour else list(range(256))
+        return np.array([self.indices.get(key, UNLISTED) for key in keys], np.uint8)
+
     def table(self, palette: Bytes | None) -> Bytes:
         """The class index of each stored byte, (256,) uint8: `IGNORED`, or `UNLISTED` for bytes that are no class.
 
         Args:
             palette: (N, 3) uint8, the colours of the bytes; None if they are greys.
         """
-        keys: list[Value] = list(range(256))
-        if self.by_colour:
-            keys = [(grey,) * 3 for grey in range(256)] if palette is None else [tuple(row) for row in palette.tolist()]
-        found = [self.indices.get(key, UNLISTED) for key in keys]
+        if palette is None or not self.by_colour:
+            return self.greys
+        found = [self.indices.get(tuple(colour), UNLISTED) for colour in palette.tolist()]
         return np.array(found + [UNLISTED] * (256 - len(found)), np.uint8)
 
     @property

@@ -1,7 +1,7 @@
 """Reads the bytes of 8-bit grey and of palette PNGs, which most masks of classes are.
 
-Pillow needs as long to hand out its pixels as to inflate them. Here zlib inflates, and a compiled function undoes the
-row filters and unpacks the bits. Files that are unusual or damaged are left to Pillow.
+Our own function inflates them, and another undoes the row filters and unpacks the bits. Files that are unusual or
+damaged are left to Pillow.
 
 Source: PNG specification, third edition (W3C 2025), chapters 5, 7 and 9.
 """
@@ -12,6 +12,7 @@ import zlib
 import numpy as np
 
 from fastseg.data.gif import MAX_PIXELS, Bytes, compiled
+from fastseg.data.labels.inflate import inflate
 
 __all__ = ["PNG_MAGIC", "read_png"]
 
@@ -25,43 +26,58 @@ def _restore_rows(filtered: Bytes, bits: int, out: Bytes) -> bool:
     """Undo the filter of each row, and unpack its pixels; returns whether every filter is known.
 
     Args:
-        filtered: (H, 1 + bytes per row) uint8, read-only: the filter, then the row. All filters work on whole bytes.
+        filtered: (H, 1 + bytes per row) uint8: the filter, then the row. All filters work on whole bytes.
         bits: per pixel, 1, 2, 4 or 8.
         out: (H, W) uint8, written.
     """
-    width = out.shape[1]
-    row, above = np.zeros(filtered.shape[1], np.uint8), np.zeros(filtered.shape[1], np.uint8)
+    width, size = out.shape[1], filtered.shape[1]
+    row, above = np.zeros((size + 7) // 8 * 8, np.uint8), np.zeros((size + 7) // 8 * 8, np.uint8)
+    pairs = np.empty(size, np.uint16)  # of pixels of 4 bits
+    pixels = pairs.view(np.uint8)
     for y in range(out.shape[0]):
         row, above = above, row
         kind = filtered[y, 0]
-        for x in range(1, row.size):
+        for x in range(1, size):
             row[x] = filtered[y, x]
         if kind == 1:
-            for x in range(1, row.size):
-                row[x] += row[x - 1]
+            value = np.uint8(0)
+            for x in range(1, size):
+                value += row[x]
+                row[x] = value
         elif kind == 2:
-            for x in range(1, row.size):
+            for x in range(1, size):
                 row[x] += above[x]
         elif kind == 3:
-            for x in range(1, row.size):
+            for x in range(1, size):
                 row[x] += np.uint8((np.int64(row[x - 1]) + np.int64(above[x])) >> 1)
         elif kind == 4:
-            for x in range(1, row.size):
-                a, b, c = np.int64(row[x - 1]), np.int64(above[x]), np.int64(above[x - 1])
+            by_8, above_by_8 = row.view(np.uint64), above.view(np.uint64)
+            a = c = np.int64(0)
+            x = 1
+            while x < size:
+                same = np.uint64(a) * np.uint64(0x0101010101010101)
+                if x % 8 == 0 and a == c and by_8[x // 8] == 0 and above_by_8[x // 8] == same:
+                    by_8[x // 8] = same  # eight bytes that equal their neighbours, as most of a mask do
+                    x += 8
+                    continue
+                b = np.int64(above[x])
                 from_a, from_b, from_c = abs(b - c), abs(a - c), abs(a + b - 2 * c)
                 nearest = a if from_a <= from_b and from_a <= from_c else b if from_b <= from_c else c
-                row[x] += np.uint8(nearest)
+                a, c = (np.int64(row[x]) + nearest) & 255, b
+                row[x] = a
+                x += 1
         elif kind != 0:
             return False
         if bits == 8:
             for x in range(width):
                 out[y, x] = row[x + 1]
         elif bits == 4:
-            for x in range(width // 2):
-                out[y, 2 * x] = row[x + 1] >> 4
-                out[y, 2 * x + 1] = row[x + 1] & 15
-            if width % 2:
-                out[y, width - 1] = row[width // 2 + 1] >> 4
+            for x in range(size - 1):
+                pairs[x] = np.uint16(row[x + 1]) >> np.uint16(4) | (np.uint16(row[x + 1]) & np.uint16(15)) << np.uint16(
+                    8
+                )
+            for x in range(width):
+                out[y, x] = pixels[x]
         else:
             for x in range(width):
                 shift = 8 - bits - x * bits % 8
@@ -88,20 +104,17 @@ def read_png(data: bytes) -> tuple[Bytes, Bytes | None] | None:
         if name in UNUSUAL or end + 4 > len(data):
             return None
         if name == b"IDAT":
-            parts.append(memoryview(data)[at + 8 : end])
+            parts.append(data[at + 8 : end])
+            if zlib.crc32(data[at + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+                return None
         elif name == b"PLTE" and kind == PALETTE:
             palette = np.frombuffer(data[at + 8 : end - (end - at - 8) % 3], np.uint8).reshape(-1, 3)
         at = end + 4
     if (kind == PALETTE) != (palette is not None):
         return None
     row_bytes = 1 + (width * bits + 7) // 8
-    try:
-        inflater = zlib.decompressobj()
-        filtered = inflater.decompress(parts[0] if len(parts) == 1 else b"".join(parts), height * row_bytes + 1)
-    except zlib.error:
-        return None
-    if len(filtered) != height * row_bytes or not inflater.eof:
+    filtered = inflate(parts[0] if len(parts) == 1 else b"".join(parts), height * row_bytes)
+    if filtered is None:
         return None
     out = np.empty((height, width), np.uint8)
-    rows = np.frombuffer(filtered, np.uint8).reshape(height, row_bytes)
-    return (out, palette) if _restore_rows(rows, bits, out) else None
+    return (out, palette) if _restore_rows(filtered.reshape(height, row_bytes), bits, out) else None

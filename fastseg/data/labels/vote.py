@@ -20,43 +20,50 @@ def _vote(
 ) -> bool:
     """See `vote`; returns whether every pixel has a class or is ignored.
 
-    The lowest and the highest byte of each column of a row of cells are found first, many columns at a time. Most cells
-    hold a single byte, and need no vote. The area that a class covers is exact: an integer, in units of
-    1 / (target_width * target_height) pixels.
+    Where a row of cells changes from pixel to pixel is found first, many columns at a time. Most cells have no change,
+    and need no vote; a cell whose edge is one gets its vote in vain. The area that a class covers is exact: an integer,
+    in units of 1 / (target_width * target_height) pixels.
     """
     height, width = stored.shape
     target_height, target_width = out.shape
-    low, high = np.empty(extent_x, np.uint8), np.empty(extent_x, np.uint8)
+    changes = np.zeros((width + 7) // 8 * 8, np.uint8)
+    by_8 = changes.view(np.uint64)
+    is_mixed = np.empty(target_width, np.bool_)
     areas = np.zeros(256, np.int64)
+    starts, ends = np.empty(target_width, np.int64), np.empty(target_width, np.int64)  # of the cells, columns
+    for c in range(target_width):
+        starts[c] = c * extent_x // target_width
+        ends[c] = ((c + 1) * extent_x + target_width - 1) // target_width
     all_listed = True
     for r in range(target_height):
         top, bottom = r * extent_y, (r + 1) * extent_y
         first_y, end_y = top // target_height, (bottom + target_height - 1) // target_height
-        row = stored[min(first_y, height - 1)]
-        for x in range(width):
-            low[x] = high[x] = row[x]
+        first = stored[min(first_y, height - 1)]
+        changes[0] = 0
+        for x in range(1, width):
+            changes[x] = first[x] ^ first[x - 1]
         for y in range(first_y + 1, min(end_y, height)):
             row = stored[y]
             for x in range(width):
-                low[x] = min(low[x], row[x])
-                high[x] = max(high[x], row[x])
-        for x in range(width, extent_x):  # pixels beyond the mask repeat its edge
-            low[x], high[x] = low[width - 1], high[width - 1]
+                changes[x] |= row[x] ^ first[x]
+        is_mixed[:] = False
+        for word in range(by_8.size):
+            if by_8[word] != 0:
+                for x in range(8 * word, 8 * word + 8):
+                    if changes[x] != 0:
+                        for c in range(x * target_width // extent_x, ((x + 1) * target_width - 1) // extent_x + 1):
+                            is_mixed[c] = True
         centre_y = min((2 * r + 1) * extent_y // (2 * target_height), height - 1)
         for c in range(target_width):
-            left, right = c * extent_x, (c + 1) * extent_x
-            first_x, end_x = left // target_width, (right + target_width - 1) // target_width
-            lowest, highest = low[first_x], high[first_x]
-            for x in range(first_x + 1, end_x):
-                lowest, highest = min(lowest, low[x]), max(highest, high[x])
-            index = np.int64(table[lowest])
-            if lowest != highest:
+            index = np.int64(table[first[min(starts[c], width - 1)]])
+            if is_mixed[c]:
+                left, right = c * extent_x, (c + 1) * extent_x
                 areas[:num_classes] = 0
                 areas[UNLISTED:] = 0
                 for y in range(first_y, end_y):
                     weight = min(bottom, (y + 1) * target_height) - max(top, y * target_height)
                     row = stored[min(y, height - 1)]
-                    for x in range(first_x, end_x):
+                    for x in range(starts[c], ends[c]):
                         part = min(right, (x + 1) * target_width) - max(left, x * target_width)
                         areas[table[row[min(x, width - 1)]]] += weight * part
                 all_listed &= areas[UNLISTED] == 0
