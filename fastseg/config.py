@@ -76,7 +76,7 @@ class Config(BaseModel):
         "auto", "classes: auto is cross-entropy + Dice; focal for the former, others for Dice"
     )
     class_weights: Literal["none", "auto"] | tuple[float, ...] = _field(
-        "none", "none; auto: rare classes weigh more in the loss; or a number for each class"
+        "auto", "auto: rare classes weigh more in the loss; none; or a number for each class"
     )
     learning_rate: float = _field(1e-4, "start of the cycle, whose peak is 30 times as high; tutorial: constant", gt=0)
     weight_decay: float = _field(1e-2, "weight decay of AdamW", ge=0)
@@ -188,8 +188,6 @@ class Config(BaseModel):
                 f"class_weights: must have one number per class, {len(self.classes)}; got {len(self.class_weights)}. "
                 "Use auto, or as many numbers."
             )
-        if self.class_weights == "auto" and not self.classes:
-            raise ValueError("class_weights: must be none for masks of two values; got auto. Name the classes.")
         return self
 
     @model_validator(mode="after")

@@ -65,9 +65,12 @@ def make_class_weights(config: Config, loader: Loader, runtime: Runtime) -> Tens
 
     With "auto" a class weighs as much as the inverse square root of its share of the pixels, and the mean over pixels
     is 1; a class that does not occur weighs 1. The pixels are those of the training masks at the training size.
-    Counting them decodes an epoch, which fills the cache of `loader`; its position does not change.
+    Counting them decodes an epoch, which fills the cache of `loader`; its position does not change. In the tutorial
+    recipe "auto" is "none".
     """
-    if config.class_weights == "none":
+    if not config.classes or config.class_weights == "none":
+        return None
+    if config.class_weights == "auto" and config.recipe == "tutorial":
         return None
     if config.class_weights != "auto":
         return torch.tensor(config.class_weights, device=runtime.device)
