@@ -7,7 +7,6 @@
 The command line has a flag for each field below; a field's description is its help text.
 """
 
-import difflib
 import json
 import math
 import os
@@ -21,28 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from fastseg.classes import SegClass, read_classes
 from fastseg.errors import ConfigError
+from fastseg.messages import closest_match, describe_errors, format_value, shorten
 
 __all__ = ["Config", "as_config", "closest_match", "format_value"]
 
 DEFAULT_VAL_DIRS = ("./data/val_images/", "./data/val_masks/")
 
-# the rule in a message, by pydantic's error type or its first word
-RULES = {
-    "greater_than_equal": "must be at least {ge}",
-    "greater_than": "must be above {gt}",
-    "less_than_equal": "must be at most {le}",
-    "less_than": "must be below {lt}",
-    "literal_error": "must be {expected}",
-    "string_too_short": "must not be empty",
-    "finite_number": "must be a finite number",
-    "int": "must be a whole number",
-    "float": "must be a number",
-    "bool": "must be true or false",
-    "string": "must be text",
-    "value_error": "{error}",
-}
 REMOVED = ("elastic", "blur")  # fields of older checkpoints and config.json files; ignored if 0
-MAX_SHOWN = 80  # characters of a wrong value in its error message
 
 
 def _field(default: Any, description: str, **rules: Any) -> Any:
@@ -129,7 +113,7 @@ class Config(BaseModel):
         try:
             super().__init__(**_known_fields(fields.items()))
         except ValidationError as error:
-            raise ConfigError(_message(error)) from None
+            raise ConfigError(describe_errors(error, Config.model_fields)) from None
 
     @field_validator("*", mode="before")
     @classmethod
@@ -275,7 +259,7 @@ class Config(BaseModel):
             raise ConfigError(f"{path}: cannot be read ({error.strerror}). Choose an existing JSON file.") from None
         except (ValueError, RecursionError) as error:  # json.JSONDecodeError, or bytes that are not text
             raise ConfigError(f"{path}: is not valid JSON ({error}). Correct the file.") from None
-        found = _shorten(json.dumps(fields))
+        found = shorten(json.dumps(fields))
         raise ConfigError(f'{path}: must be one JSON object; got {found}. Write {{"FIELD": value, ...}}.')
 
 
@@ -292,24 +276,8 @@ def as_config(config: Config | Mapping[str, Any] | str | os.PathLike[str]) -> Co
     if isinstance(config, str | os.PathLike):
         return Config.from_json(config)
     raise ConfigError(
-        f"config: must be a Config, a mapping of its fields or the path of a JSON file; got {_shorten(repr(config))}."
+        f"config: must be a Config, a mapping of its fields or the path of a JSON file; got {shorten(repr(config))}."
     )
-
-
-def closest_match(name: str, known: Iterable[str]) -> str:
-    """The known name that is closest to a misspelt or abbreviated one; case and dashes are ignored."""
-    name, known = name.lower().replace("-", "_"), list(known)
-    initials = {"".join(word[:1] for word in field.split("_")): field for field in known}  # lr: learning_rate
-    return initials.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-
-
-def format_value(value: Any) -> str:
-    """A field's value as written on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(item.name for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -331,24 +299,3 @@ def _known_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ConfigError(f"{name}: given twice (case is ignored). Keep one.")
         known[name] = value
     return known
-
-
-def _message(error: ValidationError) -> str:
-    """One message for all wrong fields: field, rule, value and default of each."""
-    messages = []
-    for item in error.errors():
-        kind = item["type"]
-        bounds = {name: format_value(bound) for name, bound in item.get("ctx", {}).items()}
-        rule = RULES[kind if kind in RULES else kind.partition("_")[0]].format(**bounds)
-        if isinstance(item.get("ctx", {}).get("error"), ConfigError):  # a whole message
-            rule = f"{item['loc'][0]}: {rule}"
-        elif item["loc"]:
-            field = str(item["loc"][0])
-            default = format_value(Config.model_fields[field].default)
-            rule = f"{field}: {rule}; got {_shorten(repr(item['input']))}. The default is {default}."
-        messages.append(rule)
-    return " ".join(messages)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."
