@@ -96,7 +96,9 @@ def test_patience_begins_when_training_sees_the_full_size(
 
     def score(*_):
         dice = next(falling)
-        return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels"), 0.5) | {"dice": dice}
+        return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels", "predicted", "foreground"), 0.5) | {
+            "dice": dice
+        }
 
     monkeypatch.setattr("fastseg.training.validate.score_batches", score)
     changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}

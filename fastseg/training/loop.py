@@ -135,8 +135,10 @@ def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[
                 warn_of_black_masks(run)
                 is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
                 if run.runtime.rank == 0 and (trackers or is_first):
+                    began = time.perf_counter()
                     overlay = draw_val_overlay(run, run.eval_model)
                     trackers.log_epoch(run.history[-1], overlay)
+                    run.seconds["pictures"] += time.perf_counter() - began
                 if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
                     log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
                     break

@@ -197,7 +197,7 @@ def _check_progress(state: dict[str, Any], num_batches: int) -> None:
             raise ValueError(f"{name} is {count!r}")
     if (loader["epoch"], loader["step"]) != (state["epoch"], state["step"]) or state["step"] > num_batches:
         raise ValueError(f"it ends at epoch {state['epoch']}, step {state['step']}; its loader disagrees")
-    numbers = [entry[name] for entry in history for name in ("epoch", *SCORES, "train_loss", "val_loss")]
+    numbers = [entry[name] for entry in history for name in ("epoch", "val_dice", "val_iou", "train_loss", "val_loss")]
     if len(history) != state["epoch"] or not all(isinstance(number, int | float) for number in numbers):
         raise ValueError("its history is not that of its epochs")
 
