@@ -246,7 +246,7 @@ def tint_classes(photo: Bytes, labels: Bytes, classes: Sequence[SegClass]) -> By
 
 
 def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[SegClass], path: Path) -> None:
-    """Draw a confusion matrix as shares of each true class; a PNG.
+    """Draw a confusion matrix in percent of each true class; a PNG.
 
     Args:
         confusion: (C, C) pixels of a true class (row) with a predicted class (column).
@@ -257,21 +257,21 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[SegClass], pa
     from matplotlib.figure import Figure
 
     pixels = confusion.sum(1, keepdims=True)
-    share = confusion / np.maximum(pixels, 1)
+    share = 100 * confusion / np.maximum(pixels, 1)
     names, count = [item.name for item in classes], len(classes)
     size = min(2.5 + 0.5 * count, 20)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     every = range(0, count, -(-count // 40))  # labels that fit
     axes.set_xticks(every, [names[number] for number in every], rotation=90)
     axes.set_yticks(every, [names[number] for number in every])
-    axes.set(xlabel="predicted", ylabel="true", title="Share of each true class's pixels")
+    axes.set(xlabel="predicted", ylabel="true", title="Percent of each true class's pixels")
     if count <= MAX_NUMBERS:
         for (row, column), value in np.ndenumerate(share):
             if pixels[row]:
-                colour = "white" if value > 0.5 else "black"
-                axes.text(column, row, f"{100 * value:.1f}", ha="center", va="center", color=colour, fontsize=8)
+                colour = "white" if value > 50 else "black"
+                axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=8)
     figure.colorbar(image, shrink=0.8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
