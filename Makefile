@@ -28,8 +28,9 @@ peers: .venv-peers/installed
 demo: $(STAMP)
 	$(BIN)/python scripts/demo.py
 
+# A process per core, each with one thread: threads of several processes on the same cores wait for each other.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py --out $(OUT)
