@@ -81,7 +81,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path, classes: Sequence[Seg
                 np.nan if entry["val_class_iou"][number] is None else entry["val_class_iou"][number]
                 for entry in history
             ]
-            axes.plot(epochs, values, marker="o", markersize=3, label=item.name, color=_colour(item))
+            axes.plot(epochs, values, marker="o", markersize=3, label=_label(item.name), color=_colour(item))
     for axes in (losses, scores, *of_classes):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small" if axes in of_classes else None)
@@ -166,8 +166,7 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
     from matplotlib.figure import Figure
 
     columns = min(columns, len(shown))
-    aspects = [photo.shape[0] / photo.shape[1] for photo, *_ in shown]
-    heights = [width * max(aspects[i : i + columns]) + 0.35 for i in range(0, len(shown), columns)]
+    heights = _row_heights(shown, columns, width)
     figure = Figure(figsize=(width * columns, sum(heights) + 0.4), layout="constrained")
     all_axes = figure.subplots(len(heights), columns, height_ratios=heights, squeeze=False).ravel()
     for axes in all_axes:
@@ -177,8 +176,7 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
         for values, colour, line in ((true, TRUE, 1.4), (predicted, PREDICTED, 0.9)):
             if values.min() < 0.5 <= values.max():
                 axes.contour(values, levels=[0.5], colors=[colour], linewidths=line)
-        # Names of files need not be UTF-8, and their dollar signs begin no formula.
-        axes.set_title(title.encode(errors="replace").decode(), fontsize=max(8, 1.7 * width), parse_math=False)
+        axes.set_title(_label(title), fontsize=max(8, 1.7 * width))
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]
     figure.legend(handles, ["true outline", "predicted outline"], loc="outside lower center", ncols=2, frameon=False)
     with atomic_write(path) as temporary:
@@ -202,11 +200,10 @@ def draw_classes(
     from matplotlib.patches import Patch
 
     columns = min(columns, len(shown))
-    aspects = [photo.shape[0] / photo.shape[1] for photo, *_ in shown]
-    heights = [width * max(aspects[i : i + columns]) + 0.35 for i in range(0, len(shown), columns)]
+    heights = _row_heights(shown, columns, width)
     numbers = sorted(set().union(*(np.unique(mask).tolist() for item in shown for mask in (item.true, item.predicted))))
     handles = [
-        Patch(facecolor=_colour(classes[number]), edgecolor="grey", label=classes[number].name)
+        Patch(facecolor=_colour(classes[number]), edgecolor="grey", label=_label(classes[number].name))
         for number in numbers
         if number < len(classes)
     ]
@@ -220,7 +217,7 @@ def draw_classes(
         true_axes.imshow(tint_classes(item.photo, item.true, classes))
         predicted_axes.imshow(tint_classes(item.photo, item.predicted, classes))
         true_axes.set_title("truth", fontsize=max(8, 1.7 * width))
-        predicted_axes.set_title(item.title, fontsize=max(8, 1.7 * width))
+        predicted_axes.set_title(_label(item.title), fontsize=max(8, 1.7 * width))
     figure.legend(handles=handles, loc="outside lower center", ncols=per_row, frameon=False)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
@@ -258,7 +255,7 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[SegClass], pa
 
     pixels = confusion.sum(1, keepdims=True)
     share = 100 * confusion / np.maximum(pixels, 1)
-    names, count = [item.name for item in classes], len(classes)
+    names, count = [_label(item.name) for item in classes], len(classes)
     size = min(2.5 + 0.5 * count, 20)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
@@ -275,6 +272,17 @@ def draw_confusion(confusion: NDArray[np.int64], classes: Sequence[SegClass], pa
     figure.colorbar(image, shrink=0.8)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=130, format="png")
+
+
+def _row_heights(shown: Sequence[Outlined], columns: int, width: float) -> list[float]:
+    """Inches of each row of photos that are `width` inches wide, with their titles."""
+    aspects = [item.photo.shape[0] / item.photo.shape[1] for item in shown]
+    return [width * max(aspects[i : i + columns]) + 0.35 for i in range(0, len(shown), columns)]
+
+
+def _label(name: str) -> str:
+    """The name of a file or class for matplotlib: it need not be UTF-8, and its dollar signs begin no formula."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def _colour(item: SegClass) -> str:

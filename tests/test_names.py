@@ -38,6 +38,19 @@ def test_a_run_ends_with_its_pictures_and_a_cache(odd):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")
+def test_pictures_of_classes_take_such_names(odd):
+    """Of files and of classes."""
+    classes = {"$x_{$ ground": 0, "車 $": 255}
+    result = fastseg.train(fields(odd, odd, classes=classes))
+    best, out = result.run_dir / "best.pt", odd / "scores"
+    fastseg.evaluate(best, odd / "images", odd / "masks", device="cpu", out=out)
+    fastseg.predict(best, odd / "images", odd / "predicted", device="cpu", overlays=True)
+    pictures = [result.run_dir / "overlay.png", result.run_dir / "curves.png", out / "worst.png", out / "confusion.png"]
+    assert all(path.exists() for path in pictures)
+    assert len(list((odd / "predicted").glob("*_overlay.jpg"))) == len(ODD)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")
 def test_scores_and_submission_name_the_files(odd):
     checkpoint = write_checkpoint(odd / "best.pt")
     out = odd / "scores"

@@ -167,6 +167,7 @@ def _inductor_cache(config: Config, runtime: Runtime) -> Path:
         torch.__version__,
         runtime.description,
         config.network,
+        config.num_outputs,
         config.base_channels,
         *shape,
         config.progressive_resizing > 0,

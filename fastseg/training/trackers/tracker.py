@@ -72,7 +72,7 @@ def check_trackers(config: Config) -> None:
         try:
             importlib.import_module(PACKAGES[name])
         except ImportError:
-            field, off = ("tracker", "empty") if config.tracker == name else ("tensorboard", "false")
+            field, off = ("tracker", '""') if config.tracker == name else ("tensorboard", "false")
             raise ConfigError(
                 f"{field}: the package {name} is not installed. Install fastseg-dali[{name}], or pass {field}={off}."
             ) from None
