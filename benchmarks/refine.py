@@ -26,10 +26,10 @@ from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
 from fastseg.data.host import HostDecoder, decode_file, load_photo
 from fastseg.data.pairs import group_of
 from fastseg.masks.refine import METHODS, guide_size, refine
-from fastseg.masks.upsample import threshold_logits
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.upsample import threshold_logits
 from fastseg.runtime.device import choose_device
 from fastseg.runtime.progress import progress_bar
 

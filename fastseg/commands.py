@@ -47,7 +47,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 EVALUATE_FIELDS = ("device", "precision", "batch_size", "num_workers", "decoder", "bad_samples", "check_data")
-REFINE_HELP = "how to refine masks with the photo (default: auto: crf for two values, none for classes)"
+REFINE_HELP = "how to refine masks with the photo (default: auto: learned if best.pt has a refiner, else crf or none)"
 MAX_NAMED = 3  # images of lowest Dice that `evaluate` prints; its JSON has more
 
 
@@ -63,7 +63,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         choices=("true", "false"),
         help="also score at the photos' own size (default: true)",
     )
-    parser.add_argument("--refine", metavar="auto|none|crf", default="auto", help=REFINE_HELP)
+    parser.add_argument("--refine", metavar="auto|none|crf|learned", default="auto", help=REFINE_HELP)
     add_fields(parser, EVALUATE_FIELDS)
 
 
@@ -82,9 +82,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     print(f"{scores['images']} images: {_means(scores, '')}, at the training size")
     if options.full_size == "true":
-        refine = options.refine if options.refine != "auto" else "none" if "class_iou" in scores else "crf"
         print(
-            f"At the photos' own size (refine {refine}): {_means(scores, 'full_')}; boundary IoU "
+            f"At the photos' own size (refine {scores['refine']}): {_means(scores, 'full_')}; boundary IoU "
             f"{scores['full_boundary_iou']:.4f} (within {scores['boundary_pixels']} pixels of the outline)"
         )
     worst = [f"{name} ({dice:.4f})" for name, dice in scores["worst"].items()]
@@ -118,7 +117,7 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probabilities", action="store_true", help="also write <stem>_probability.png, grey 0..255")
     parser.add_argument("--overlays", action="store_true", help="also write <stem>_overlay.jpg, mask over photo")
     parser.add_argument("--csv", metavar="FILE", default="", help="also write a table of size, foreground and errors")
-    parser.add_argument("--refine", metavar="auto|none|crf", default="auto", help=REFINE_HELP)
+    parser.add_argument("--refine", metavar="auto|none|crf|learned", default="auto", help=REFINE_HELP)
     parser.add_argument(
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )

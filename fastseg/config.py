@@ -95,6 +95,7 @@ class Config(BaseModel):
     compile: Literal["auto", "on", "graphs", "off"] = _field(
         "auto", "on: torch.compile; graphs: CUDA graphs; auto: by the device and the run's length"
     )
+    refiner_steps: int = _field(300, "steps that train the outline refiner, after the network; 0: none", ge=0)
     seed: int = _field(0, "seed of order, augmentation, split and initial weights", ge=0, lt=2**63)
 
     # Augmentation; 0 disables each
@@ -197,6 +198,12 @@ class Config(BaseModel):
                 f"val_mask_dir: must not be empty, because val_img_dir is {self.val_img_dir}. "
                 "Set both, or empty both to hold out val_fraction of the cars."
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tutorial_has_no_refiner(self) -> "Config":
+        if self.recipe == "tutorial" and "refiner_steps" not in self.model_fields_set:
+            self.__dict__["refiner_steps"] = 0
         return self
 
     @model_validator(mode="after")

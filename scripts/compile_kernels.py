@@ -20,7 +20,7 @@ from fastseg.data.labels.encoding import class_encoding
 from fastseg.data.labels.vote import count_bytes, index_colours
 from fastseg.data.resample import MASK_MODES
 from fastseg.masks.refine import mean_field_crf
-from fastseg.masks.upsample import label_logits
+from fastseg.network.outline.upsample import label_logits
 from fastseg.training.step.augment import augment, sample_params
 
 HEIGHT, WIDTH = 32, 48

@@ -27,6 +27,7 @@ TINY = {
     "num_epochs": 1,
     "device": "cpu",
     "precision": "fp32",
+    "refiner_steps": 0,
 }
 
 

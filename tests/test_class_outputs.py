@@ -14,9 +14,9 @@ import fastseg
 from fastseg.classes import SegClass, default_colours
 from fastseg.data.decode import decode_image
 from fastseg.masks.encode import encode_class_overlay, encode_png
-from fastseg.masks.upsample import label_logits, upsample_logits
 from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.upsample import label_logits, upsample_logits
 from fastseg.plots import tint_classes
 from tests.conftest import write_pair
 
@@ -182,7 +182,7 @@ def test_masks_read_back_as_they_were_written():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"refine": "crf"}, "^refine: .*classes.*Use none"),
+        ({"refine": "crf"}, "^refine: .*classes.*Use auto"),
         ({"mask_format": "gif"}, "^mask_format: .*png.*classes"),
         ({"probabilities": True}, r"^probabilities: .*classes.*fastseg\.load"),
     ],

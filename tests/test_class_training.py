@@ -16,10 +16,10 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardInde
 import fastseg
 from fastseg.classes import IGNORED
 from fastseg.data.loader import make_loader
-from fastseg.masks.upsample import upsample_logits
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import boundary_iou
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.device import choose_runtime
 from fastseg.training.recipe import make_class_weights
 from tests.conftest import flags

@@ -16,13 +16,16 @@ import fastseg
 from fastseg.cli import main
 from fastseg.data.host import HostDecoder, load_photo
 from fastseg.errors import ConfigError, DataError, OutputError
-from fastseg.masks.refine import METHODS, guide_size, refine
-from fastseg.masks.upsample import upsample_logits
-from fastseg.network.checkpoint import load_model
+from fastseg.masks.refine import METHODS
+from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpoint
 from fastseg.network.metrics import boundary_iou
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.crf import guide_size, refine_with_crf
+from fastseg.network.outline.refiner import load_refiner
+from fastseg.network.outline.upsample import upsample_logits
 from fastseg.plots import Outlined, draw_worst
 from tests.conftest import write_pair
+from tests.outlines import dense_refinement, random_refiner
 
 SIZES = ((96, 64), (150, 110), (97, 63), (96, 64), (44, 30))  # the last one is smaller than what the network sees
 FULL = ("full_dice", "full_iou", "full_dice_pixels", "full_iou_pixels", "full_boundary_iou")
@@ -44,11 +47,21 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = {"train_img_dir": data / "images", "train_mask_dir": data / "masks"}
     folders |= {"val_img_dir": data / "images", "val_mask_dir": data / "masks"}
     sizes = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 2, "num_epochs": 15}
+    sizes |= {"refiner_steps": 0}
     with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than all the rest
         for name in ("draw_curves", "draw_overlay"):
             patch.setattr(f"fastseg.training.summary.{name}", lambda *arguments: None)
         result = fastseg.train({**folders, **sizes, "device": "cpu", "precision": "fp32", "out_dir": out})
     return result.run_dir / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def refined(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an outline refiner that changes the outline at random."""
+    path = tmp_path_factory.mktemp("refined") / "best.pt"
+    state = load_checkpoint(checkpoint)
+    save_checkpoint(path, {**state, "refiner": random_refiner(1, 2).state_dict()})
+    return path
 
 
 def evaluate(checkpoint: Path, data: Path, **settings: object) -> dict:
@@ -67,17 +80,24 @@ def logits_and_masks(checkpoint: Path, data: Path, method: str) -> list[tuple[to
     found = []
     for i, (images, _, _) in enumerate(HostDecoder(pairs, 32, 48).decode(np.arange(len(pairs))[:, None])):
         mask = read(pairs.mask_path(i), "L") > 0
-        photos = torch.from_numpy(load_photo(pairs.image_path(i), guide_size(32, 48)))[None]
+        size = {"none": (32, 48), "crf": guide_size(32, 48), "learned": (64, 96)}[method]
+        photo = torch.from_numpy(load_photo(pairs.image_path(i), size))
         with torch.no_grad():
-            logits = refine(model(normalise(images)), photos, mask.shape, method)
+            logits = model(normalise(images))
+            if method == "crf":
+                logits = refine_with_crf(logits, photo[None], mask.shape)
+            elif method == "learned":
+                logits = dense_refinement(load_refiner(checkpoint), logits[0], photo, mask.shape)[None]
             found.append((upsample_logits(logits, *mask.shape)[:, 0], mask[None]))
     assert config.mask_resize == "area"
     return found
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_full_size_scores_equal_torchmetrics(method, checkpoint, data):
+def test_full_size_scores_equal_torchmetrics(method, refined, data):
+    checkpoint = refined
     found = evaluate(checkpoint, data, refine=method)
+    assert found["refine"] == method
     dice, iou, band = [], [], []
     pooled = BinaryF1Score(), BinaryJaccardIndex()
     for logits, mask in logits_and_masks(checkpoint, data, method):

@@ -24,9 +24,9 @@ from fastseg.data.decode import decode_image
 from fastseg.data.gif import encode_gif
 from fastseg.data.host import load_photo
 from fastseg.masks.encode import encode_overlay, encode_png
-from fastseg.masks.refine import refine
-from fastseg.masks.upsample import threshold_logits, upsample_logits
 from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
+from fastseg.network.outline.crf import refine_with_crf
+from fastseg.network.outline.upsample import threshold_logits, upsample_logits
 from tests.conftest import write_pair
 
 ROOT = Path(__file__).parents[1]
@@ -173,7 +173,7 @@ def test_refined_masks_are_those_that_evaluate_scores(checkpoint, photos, tmp_pa
         cells, guide, mask = load_photo(photo, (32, 48)), load_photo(photo, (320, 480)), read_mask(path)
         with torch.inference_mode():
             logits = model(torch.from_numpy((cells / 255 - 0.5) / 0.25).float().permute(2, 0, 1)[None])
-            refined = refine(logits, torch.from_numpy(guide)[None], mask.shape, "crf")
+            refined = refine_with_crf(logits, torch.from_numpy(guide)[None], mask.shape)
             full = upsample_logits(refined, *mask.shape)[0, 0].double().numpy()
         assert (mask != (full > 0)).mean() < 2e-4  # the network rounds otherwise in a batch, which refinement enlarges
         with Image.open(str(path).replace("_mask.png", "_probability.png")) as image:

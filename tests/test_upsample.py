@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastseg.data.resample import mask_from_array, sampling_grid
-from fastseg.masks.upsample import upsample_logits
+from fastseg.network.outline.upsample import upsample_logits
 
 
 def test_upsampled_ramp_stands_where_the_grid_says():

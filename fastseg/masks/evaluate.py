@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastseg.config import Config
-from fastseg.data.decode import decode_full_photo
+from fastseg.data.decode import Size, decode_full_photo
 from fastseg.data.host import decode_file
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import find_pairs
 from fastseg.errors import DataError, OutputError
-from fastseg.masks.refine import choose_method
+from fastseg.masks.refine import check_method, choose_method, load_guide, load_refiner_of
 from fastseg.masks.score import Output, Row, Scored, choose_score, mean_of
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, ClassScores, Scores
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.refiner import Refiner, refine_outline
 from fastseg.plots import Outlined, draw_classes, draw_confusion, draw_worst
 from fastseg.quality.headers import check_pairs
 from fastseg.runtime.device import Runtime, choose_runtime, versions
@@ -73,8 +74,7 @@ def evaluate(
         checkpoint: `best.pt` or `last.pt` of a run.
         img_dir, mask_dir: as for `find_pairs`.
         full_size: also score masks at the photo's own size.
-        refine: how the photo refines the logits before they are upsampled: "crf" (a conditional random field), "none",
-            or "auto": crf for masks of two values, none for classes.
+        refine: as for `predict`; about the scores at full size.
         out: folder for `scores.csv` (one line per image), `summary.json`, with `full_size` `worst.png` (the eight
             worst images with both outlines, or with the true and the predicted classes), and with classes
             `confusion.png`.
@@ -98,10 +98,10 @@ def evaluate(
         OutputError: `out` cannot be written; the scores are logged.
         FastsegError: the memory is full, even with one image per forward pass.
     """
-    if refine != "auto":
-        choose_method(refine, Config())  # a wrong name is reported before the checkpoint is read
+    check_method(refine)  # a wrong name is reported before the checkpoint is read
     model, trained = load_model(checkpoint, network)
-    refine = choose_method(refine, trained)
+    refiner = load_refiner_of(checkpoint, refine) if full_size else None
+    refine = choose_method(refine, trained, refiner) if full_size else "none"
     config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
     runtime = choose_runtime(config)
     pairs = find_pairs(img_dir, mask_dir, bad_samples=config.bad_samples)
@@ -115,15 +115,17 @@ def evaluate(
     advice = "Lower batch_size or num_workers"
     with retain_freed_memory(runtime.device), report_out_of_memory(runtime.device, advice):
         score = choose_score(pairs, config, full_size=full_size, refine=refine)
-        totals = _score_pairs(runtime.to_device(model), loader, runtime, config, score, keep_worst=out is not None)
-    scores = _summarise(totals, config, full_size, pairs.image_dir)
+        if refiner:
+            refiner = refiner.to(runtime.device)
+        model = runtime.to_device(model)
+        totals = _score_pairs(model, refiner, loader, runtime, config, score, keep_worst=out is not None)
+    scores = _summarise(totals, config, full_size, pairs.image_dir) | {"refine": refine}
     if out is not None:
         about = {
             "checkpoint": os.fspath(checkpoint),
             "img_dir": os.fspath(img_dir),
             "mask_dir": os.fspath(mask_dir),
             "scored_at": f"{config.image_width}x{config.image_height}" + (" and full size" if full_size else ""),
-            "refine": refine,
             "device": runtime.description,
             "left_out": [*pairs.left_out, *(pairs.images[index] for index in sorted(loader.bad.found))],
             "versions": versions(),
@@ -134,6 +136,7 @@ def evaluate(
 
 def _score_pairs(
     model: nn.Module,
+    refiner: Refiner | None,
     loader: Loader,
     runtime: Runtime,
     config: Config,
@@ -150,7 +153,8 @@ def _score_pairs(
         progress_bar() as bar,
         ThreadPoolExecutor(num_threads, thread_name_prefix="fastseg-score") as pool,
         closing(_network_outputs(model, loader, runtime)) as outputs,
-        closing(map_ahead(pool, partial(_or_error, score), outputs, AHEAD * num_threads)) as futures,
+        closing(_refine_outputs(outputs, refiner, loader, config, pool)) as refined,
+        closing(map_ahead(pool, partial(_or_error, score), refined, AHEAD * num_threads)) as futures,
     ):
         task = bar.add_task("scoring", total=len(pairs))
         for future in futures:
@@ -186,6 +190,33 @@ def _network_outputs(model: nn.Module, loader: Loader, runtime: Runtime) -> Gene
             if index == position:  # otherwise another pair replaces one that is broken
                 yield Output(position, logits[i : i + 1], masks[i : i + 1])
             position += 1
+
+
+def _refine_outputs(
+    outputs: Generator[Output, None, None],
+    refiner: Refiner | None,
+    loader: Loader,
+    config: Config,
+    pool: ThreadPoolExecutor,
+) -> Generator[Output, None, None]:
+    """The network's outputs with their refined logits; pairs whose photo cannot be decoded are reported."""
+    if refiner is None:
+        yield from outputs
+        return
+
+    def read_guide(output: Output) -> tuple[Output, Size, NDArray[np.uint8]] | None:
+        try:
+            return output, *load_guide(loader.pairs.image_path(output.pair), config, refiner)
+        except DataError as error:
+            loader.bad.report(output.pair, error)
+            return None
+
+    with closing(map_ahead(pool, read_guide, outputs, config.batch_size)) as futures:
+        for future in futures:
+            if guided := future.result():
+                output, size, guide = guided
+                refined = refine_outline(refiner, output.logits[0], torch.from_numpy(guide), size)
+                yield output._replace(refined=refined)
 
 
 def _or_error(score: Callable[[Output], Scored], output: Output) -> tuple[int, Scored | DataError]:

@@ -21,8 +21,8 @@ from fastseg.data.resample import mask_from_array
 from fastseg.errors import DataError
 from fastseg.masks.encode import encode_class_overlay, encode_overlay, encode_png
 from fastseg.masks.inputs import MASK, OVERLAY, PROBABILITY, Photo
-from fastseg.masks.refine import guide_size, refine
-from fastseg.masks.upsample import label_logits, threshold_logits, upsample_logits
+from fastseg.network.outline.crf import guide_size, refine_with_crf
+from fastseg.network.outline.upsample import label_logits, threshold_logits, upsample_logits
 from fastseg.runtime.files import MAX_NAME_BYTES, atomic_write
 
 __all__ = ["OutputOptions", "Row", "failed_row", "find_results", "write_results", "write_table"]
@@ -104,7 +104,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptio
 
     Args:
         size: the photo's own, (height, width), as displayed.
-        logits: (1, h, w) or, with classes, (C, h, w) float32, on the CPU.
+        logits: (1, h, w) or, with classes, (C, h, w) float32, on the CPU; of the network's cells or a finer grid.
 
     Raises:
         OutputError: a file cannot be written.
@@ -113,9 +113,9 @@ def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptio
     if any(len(os.fsencode(name)) > MAX_NAME_BYTES for name in names):
         return failed_row(photo, DataError(f"its results have names that are too long (over {MAX_NAME_BYTES} bytes)"))
     try:
-        if options.refine != "none":
+        if options.refine == "crf":  # "learned" has already happened, beside the network
             guide = torch.from_numpy(load_photo(photo.path, guide_size(*options.cells)))
-            logits = refine(logits[None], guide[None], size, options.refine)[0]
+            logits = refine_with_crf(logits[None], guide[None], size)[0]
         mask, probability = _at_full_size(logits, size, options)
         if options.classes:
             files = {MASK["png"]: _encode_classes(mask, options)}

@@ -2,8 +2,8 @@
 
     photo file -> decoded onto the grid -> batch -> network -> logits -> refined by the photo -> threshold -> mask file
 
-Threads decode and write; the network runs in the calling thread between them. Each stage stays a few photos ahead of
-the next one, so that memory does not grow with the number of photos.
+Threads decode and write; the network and the outline refiner run in the calling thread between them. Each stage stays a
+few photos ahead of the next one, so that memory does not grow with the number of photos.
 """
 
 import logging
@@ -29,9 +29,10 @@ from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError, DataError
 from fastseg.masks.inputs import MASK, Photo, find_photos, make_folders
 from fastseg.masks.outputs import OutputOptions, Row, failed_row, find_results, write_results, write_table
-from fastseg.masks.refine import METHODS, choose_method
+from fastseg.masks.refine import METHODS, choose_method, load_guide, load_refiner_of
 from fastseg.network.checkpoint import load_model
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.refiner import Refiner, refine_outline
 from fastseg.runtime.device import Runtime, choose_runtime
 from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
 from fastseg.runtime.memory import retain_freed_memory
@@ -62,7 +63,7 @@ class PredictResult:
     broken: tuple[tuple[str, str], ...]  #: path and reason of each image without a mask, in the order given
     images_per_s: float  #: masks written per second, without start-up
     seconds: float
-    seconds_by_part: dict[str, float]  #: of this rank: start-up, network, waiting for photos, waiting for files
+    seconds_by_part: dict[str, float]  #: of this rank: start-up, network, outline refiner, and waits
     out: str
 
     @property
@@ -83,7 +84,8 @@ class _Decoded:
 
     photo: Photo
     size: Size
-    pixels: NDArray[np.uint8]  # (h, w, 3), on the grid
+    pixels: NDArray[np.uint8]  # (h, w, 3), on the network's grid
+    guide: NDArray[np.uint8] | None  # (H, W, 3), on the outline refiner's grid
 
 
 def predict(
@@ -118,8 +120,8 @@ def predict(
         overlays: also write `<stem>_overlay.jpg`, the photo at most 1280 pixels wide with its mask on it.
         csv: a table to write, one line per image in the order given: image, mask, width, height, share of foreground
             (with classes, `share_<name>` of each), and the error of a broken one.
-        refine: how the photo refines the logits before they are upsampled: "crf" (a conditional random field), "none",
-            or "auto": crf for masks of two values, none for classes.
+        refine: how the photo refines the outline: "learned" (the checkpoint's outline refiner), "crf" (a conditional
+            random field, for masks of two values), "none", or "auto": the first of these that there is.
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
         resume: skip photos whose results all exist.
         network: as for `fastseg.load`.
@@ -146,7 +148,8 @@ def predict(
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
     model, trained = load_model(checkpoint, network)
-    refine = choose_method(refine, trained)
+    refiner = load_refiner_of(checkpoint, refine)
+    refine = choose_method(refine, trained, refiner)
     if trained.classes:
         _refuse_options_of_two_values(mask_format, probabilities)
     device = changes.get("device", "auto")
@@ -165,10 +168,12 @@ def predict(
         clock: Clock = defaultdict(float)
         predict_logits = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
         forward = halve_until_it_fits(predict_logits, runtime.device)
+        if refiner:
+            refiner = refiner.to(runtime.device)
         started = time.perf_counter()
         clock["start-up"] = started - began
         with retain_freed_memory(runtime.device):
-            mine = _predict_photos(photos[rank::world_size], options, config, forward, clock, shown=rank == 0)
+            mine = _predict_photos(photos[rank::world_size], options, config, forward, refiner, clock, shown=rank == 0)
         rows: list[Any] = [None] * len(photos)
         for other, theirs in enumerate(all_gather(mine)):
             rows[other::world_size] = theirs
@@ -202,6 +207,7 @@ def _predict_photos(
     options: OutputOptions,
     config: Config,
     forward: Callable[[Tensor], Tensor],
+    refiner: Refiner | None,
     clock: Clock,
     *,
     shown: bool,
@@ -214,8 +220,9 @@ def _predict_photos(
         with progress_bar(shown=shown) as bar:
             task = bar.add_task("predicting", total=len(photos), note=" ")
             started = logged = time.perf_counter()
-            read = map_ahead(pool, partial(_read, options=options), photos, ahead)
-            outputs = _through_network(_results(read, clock, "waiting for photos"), config.batch_size, forward, clock)
+            read = map_ahead(pool, partial(_read, options=options, config=config, refiner=refiner), photos, ahead)
+            decoded = _results(read, clock, "waiting for photos")
+            outputs = _through_network(decoded, config.batch_size, forward, refiner, clock)
             written = map_ahead(pool, partial(_write, options=options), outputs, ahead)
             for row in _results(written, clock, "waiting for files"):
                 rows.append(row)
@@ -239,15 +246,16 @@ def _results(futures: Iterator[Future[T]], clock: Clock, part: str) -> Iterator[
         yield result
 
 
-def _read(photo: Photo, options: OutputOptions) -> Row | _Decoded:
-    """Decode a photo onto the grid, unless it is broken or its results exist."""
+def _read(photo: Photo, options: OutputOptions, config: Config, refiner: Refiner | None) -> Row | _Decoded:
+    """Decode a photo onto the grids, unless it is broken or its results exist."""
     if photo.error:
         return Row(photo, error=photo.error)
     if options.resume and (row := find_results(photo, options)):
         return row
     pixels = np.empty((*options.cells, 3), np.uint8)
     try:
-        return _Decoded(photo, decode_file(photo.path, decode_image, pixels), pixels)
+        size = decode_file(photo.path, decode_image, pixels)
+        return _Decoded(photo, size, pixels, load_guide(photo.path, config, refiner)[1] if refiner else None)
     except DataError as error:
         return failed_row(photo, error)
 
@@ -256,9 +264,13 @@ def _through_network(
     read: Iterator[Row | _Decoded],
     batch_size: int,
     forward: Callable[[Tensor], Tensor],
+    refiner: Refiner | None,
     clock: Clock,
 ) -> Iterator[Row | tuple[Photo, Size, Tensor]]:
-    """Photos with their logits (1 or C, h, w), and the rows of photos that need none, in order."""
+    """Photos with their logits, and the rows of photos that need none, in order.
+
+    The logits are (1 or C, h, w), or (1 or C, H, W) on the grid of the outline refiner.
+    """
     while batch := list(islice(read, batch_size)):
         decoded = {i: item for i, item in enumerate(batch) if isinstance(item, _Decoded)}
         logits: dict[int, Tensor] = {}
@@ -269,6 +281,12 @@ def _through_network(
             pixels = [decoded[i].pixels if i in decoded else blank for i in range(len(batch))]
             logits = dict(enumerate(forward(torch.from_numpy(np.stack(pixels)))))
             clock["network"] += time.perf_counter() - began
+        if refiner:
+            began = time.perf_counter()
+            for i, photo in decoded.items():
+                assert photo.guide is not None
+                logits[i] = refine_outline(refiner, logits[i], torch.from_numpy(photo.guide), photo.size)
+            clock["outline refiner"] += time.perf_counter() - began
         for i, item in enumerate(batch):
             yield (item.photo, item.size, logits[i]) if isinstance(item, _Decoded) else item
 

@@ -15,12 +15,11 @@ from fastseg.data.host import decode_file, load_photo
 from fastseg.data.labels.decode import decode_full_classes
 from fastseg.data.labels.encoding import ClassEncoding
 from fastseg.data.pairs import Pairs
-from fastseg.masks.refine import guide_size
-from fastseg.masks.refine import refine as refine_logits
-from fastseg.masks.upsample import label_logits, threshold_logits
 from fastseg.network.losses import bce_dice_loss, class_loss
 from fastseg.network.metrics import ClassScores, Scores, boundary_iou, class_boundary_iou
 from fastseg.network.normalise import to_targets
+from fastseg.network.outline.crf import guide_size, refine_with_crf
+from fastseg.network.outline.upsample import label_logits, threshold_logits
 
 __all__ = ["Output", "Row", "Scored", "choose_score", "mean_of"]
 
@@ -48,6 +47,7 @@ class Output(NamedTuple):
     pair: int
     logits: Tensor  # (1, 1, h, w), or (1, C, h, w) with classes
     masks: Tensor  # (1, h, w) uint8
+    refined: Tensor | None = None  # (1 or C, H, W), the logits after the outline refiner
 
 
 class Scored(NamedTuple):
@@ -72,7 +72,7 @@ def choose_score(pairs: Pairs, config: Config, *, full_size: bool, refine: str) 
 @torch.inference_mode()
 def _score(output: Output, *, pairs: Pairs, config: Config, full_size: bool, refine: str) -> Scored:
     """Score one pair of two values."""
-    pair, logits, masks = output
+    pair, logits, masks, refined = output
     small, full, name = Scores(), Scores(), pairs.images[pair]
     dice = small.update(logits[:, 0] > 0, masks >= 128).item()
     loss = bce_dice_loss(logits, to_targets(masks)).item()
@@ -81,10 +81,10 @@ def _score(output: Output, *, pairs: Pairs, config: Config, full_size: bool, ref
         return Scored(row, loss, small.sums, full.sums, None)
     true = decode_file(pairs.mask_path(pair), decode_full_mask)
     height, width = true.shape
-    if refine != "none":
+    if refine == "crf":
         guide = load_photo(pairs.image_path(pair), guide_size(config.image_height, config.image_width))
-        logits = refine_logits(logits, torch.from_numpy(guide)[None], (height, width), refine)
-    predicted = threshold_logits(logits[0, 0].numpy(), height, width)
+        refined = refine_with_crf(logits, torch.from_numpy(guide)[None], (height, width))[0]
+    predicted = threshold_logits((logits[0] if refined is None else refined)[0].numpy(), height, width)
     both = torch.from_numpy(predicted)[None], torch.from_numpy(true)[None]
     dice, band = full.update(*both).item(), boundary_iou(*both).item()
     row = Row(name, row.dice, row.iou, dice, _iou(dice), band)
@@ -94,7 +94,7 @@ def _score(output: Output, *, pairs: Pairs, config: Config, full_size: bool, ref
 @torch.inference_mode()
 def _score_classes(output: Output, *, pairs: Pairs, encoding: ClassEncoding, full_size: bool) -> Scored:
     """Score one pair of classes."""
-    pair, logits, masks = output
+    pair, logits, masks, refined = output
     num_classes = logits.shape[1]
     small, full, name = ClassScores(num_classes), ClassScores(num_classes), pairs.images[pair]
     small.update(logits.argmax(1), masks)
@@ -103,7 +103,7 @@ def _score_classes(output: Output, *, pairs: Pairs, encoding: ClassEncoding, ful
     if not full_size:
         return Scored(row, loss, small.sums, full.sums, None)
     true = decode_file(pairs.mask_path(pair), decode_full_classes, encoding)
-    predicted = label_logits(logits[0].numpy(), *true.shape)
+    predicted = label_logits((logits[0] if refined is None else refined).numpy(), *true.shape)
     both = torch.from_numpy(predicted)[None], torch.from_numpy(true)[None]
     full.update(*both)
     bands = class_boundary_iou(both[0][0], both[1][0], num_classes)

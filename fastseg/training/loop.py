@@ -24,6 +24,7 @@ from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
+from fastseg.training.outline.fit import fit_refiner, needs_refiner
 from fastseg.training.recipe import (
     drop_frozen_gradients,
     learning_rate,
@@ -120,6 +121,12 @@ def train(
         with open_run_dir(run, read), trackers as opened:
             run.seconds["start-up"] = time.perf_counter() - start_time
             _train_epochs(run, opened, after_epoch)
+            if not run.interrupted and needs_refiner(run):
+                with stop_on_signal(partial(setattr, run, "stop_requested", True)):
+                    fit_refiner(run)
+                if run.stop_requested:
+                    run.interrupted = True
+                    log.info("interrupted while the outline refiner was trained; the same command trains it")
             return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
 

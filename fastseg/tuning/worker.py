@@ -49,7 +49,7 @@ def run_trials(study: Study, num_trials: int) -> bool:
 
 def _run_trial(study: Study, trial: Trial) -> str:
     """Train with the values of a trial and store how it ended; returns a message, empty if interrupted."""
-    run = {"out_dir": study.folder / "trials", "name": f"{trial.number:04d}", "load_model": False}
+    run = {"out_dir": study.folder / "trials", "name": f"{trial.number:04d}", "load_model": False, "refiner_steps": 0}
     config = study.config.replace(**trial.params, **run)
     values = ", ".join(f"{field} {short_text(value)}" for field, value in trial.params.items())
     pruned = False

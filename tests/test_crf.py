@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from fastseg.data.resample import mask_from_array, resize_area, sampling_grid
-from fastseg.masks.refine import METHODS, guide_size, mean_field_crf, refine
-from fastseg.masks.upsample import upsample_logits
+from fastseg.network.outline.crf import guide_size, mean_field_crf, refine_with_crf
+from fastseg.network.outline.upsample import upsample_logits
 
 CRF = {
     "radius": 3,
@@ -134,7 +134,7 @@ def coarse_logits(mask: torch.Tensor, height: int, width: int, sharpness: float 
 
 
 def guides(photos: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Photos (B, H, W, 3) as `refine` wants them for a network of height x width cells."""
+    """Photos (B, H, W, 3) as `refine_with_crf` wants them for a network of height x width cells."""
     size = guide_size(height, width)
     grid = sampling_grid(photos.shape[2], photos.shape[1], size[1], size[0])
     return torch.from_numpy(np.stack([resize_area(photo.numpy(), grid, *size) for photo in photos]))
@@ -156,25 +156,24 @@ def test_grid_has_whole_pixels_a_cell(cells, size):
 def test_refined_outline_is_nearer_to_the_photo(size):
     photo, mask = car(*size, centre=0.75)
     logits, (height, width) = coarse_logits(mask, 20, 30), mask.shape[1:]
-    refined = upsample_logits(refine(logits, guides(photo, 20, 30), (height, width), "crf"), height, width)
+    refined = upsample_logits(refine_with_crf(logits, guides(photo, 20, 30), (height, width)), height, width)
     before, after = dice(upsample_logits(logits, height, width)[:, 0] > 0, mask), dice(refined[:, 0] > 0, mask)
     assert 1 - after < 0.5 * (1 - before)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_batch_is_refined_one_by_one(method):
+def test_batch_is_refined_one_by_one():
     photos, masks = zip(*(car(300, 200, centre) for centre in (0.5, 0.75, 1.0)), strict=True)
     logits = torch.cat([coarse_logits(mask, 16, 24) for mask in masks])
-    together = refine(logits, guides(torch.cat(photos), 16, 24), (200, 300), method)
+    together = refine_with_crf(logits, guides(torch.cat(photos), 16, 24), (200, 300))
     for i, photo in enumerate(photos):
-        alone = refine(logits[i : i + 1], guides(photo, 16, 24), (200, 300), method)
+        alone = refine_with_crf(logits[i : i + 1], guides(photo, 16, 24), (200, 300))
         assert torch.allclose(together[i : i + 1], alone, atol=1e-3)
-    assert together.shape[2:] == ((16, 24) if method == "none" else guide_size(16, 24))
+    assert together.shape[2:] == guide_size(16, 24)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (1, 700), (17, 5)])
 def test_photos_of_any_size(height, width):
-    refined = refine(8 * noise(2, 1, 16, 24) - 4, guides(pixels(2, height, width), 16, 24), (height, width), "crf")
+    refined = refine_with_crf(8 * noise(2, 1, 16, 24) - 4, guides(pixels(2, height, width), 16, 24), (height, width))
     assert refined.shape == (2, 1, *guide_size(16, 24))
     assert refined.isfinite().all()
     assert upsample_logits(refined, height, width).shape == (2, 1, height, width)
@@ -183,39 +182,34 @@ def test_photos_of_any_size(height, width):
 def test_half_precision_logits_are_refined_in_float32():
     photo, mask = car(300, 200, 0.75)
     logits, guide = coarse_logits(mask, 16, 24).bfloat16(), guides(photo, 16, 24)
-    refined = refine(logits, guide, (200, 300), "crf")
-    assert torch.equal(refined, refine(logits.float(), guide, (200, 300), "crf"))
+    refined = refine_with_crf(logits, guide, (200, 300))
+    assert torch.equal(refined, refine_with_crf(logits.float(), guide, (200, 300)))
     assert refined.dtype == torch.float32
-    assert refine(logits, guide, (200, 300), "none") is logits
 
 
 def test_inputs_are_left_as_they_were():
     photo, mask = car(120, 80, 0.75)
     logits, guide = coarse_logits(mask, 16, 24), guides(photo, 16, 24)
     before = logits.clone(), guide.clone()
-    for method in METHODS:
-        refine(logits, guide, (80, 120), method)
+    refine_with_crf(logits, guide, (80, 120))
     assert torch.equal(logits, before[0])
     assert torch.equal(guide, before[1])
 
 
 def test_what_cannot_be_refined_is_refused():
     logits, photos = torch.zeros(1, 1, 4, 6), torch.zeros(1, 8, 12, 3, dtype=torch.uint8)
-    with pytest.raises(ValueError, match=r"^method"):
-        refine(logits, photos, (80, 120), "dense")
     for wrong in (photos[0], photos.permute(0, 3, 1, 2), photos.float()):
         with pytest.raises(ValueError, match="logits must be"):
-            refine(logits, wrong, (80, 120), "crf")
+            refine_with_crf(logits, wrong, (80, 120))
     for wrong in (photos[:, :3], photos[:, :, :5], torch.cat([photos, photos])):
         with pytest.raises(ValueError, match="photos must be as many"):
-            refine(logits, wrong, (80, 120), "crf")
+            refine_with_crf(logits, wrong, (80, 120))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", METHODS)
-def test_logits_of_a_gpu_are_refined_as_those_of_the_cpu(method):
+def test_logits_of_a_gpu_are_refined_as_those_of_the_cpu():
     photo, mask = car(958, 640, centre=0.75)
     logits, guide = coarse_logits(mask, 80, 120), guides(photo, 80, 120)
-    there = refine(logits.cuda(), guide.cuda(), (640, 958), method)
+    there = refine_with_crf(logits.cuda(), guide.cuda(), (640, 958))
     assert there.device.type == "cuda"
-    assert torch.equal(there.cpu(), refine(logits, guide, (640, 958), method))
+    assert torch.equal(there.cpu(), refine_with_crf(logits, guide, (640, 958)))

@@ -1,0 +1,1 @@
+"""Training of the outline refiner, after that of the network."""

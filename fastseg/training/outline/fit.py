@@ -1,0 +1,185 @@
+"""The end of a training: fit an outline refiner to the best network, and add it to `best.pt` if it helps."""
+
+import logging
+import math
+import time
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, interpolate
+
+from fastseg.classes import IGNORED
+from fastseg.config import Config
+from fastseg.data.decode import image_size
+from fastseg.data.host import decode_file
+from fastseg.data.pairs import Pairs
+from fastseg.errors import DataError
+from fastseg.network.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from fastseg.network.metrics import ClassScores, Scores
+from fastseg.network.normalise import normalise
+from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, choose_scale, refine_outline
+from fastseg.network.outline.upsample import upsample_logits
+from fastseg.runtime.progress import progress_bar
+from fastseg.training.outline.patches import Patches, cut_patches, read_examples
+from fastseg.training.state import Run
+
+__all__ = ["fit_refiner", "needs_refiner", "train_refiner"]
+
+MAX_TRAIN, MAX_VAL = 256, 32  # photos
+BATCH = 32  # patches per step
+LEARNING_RATE, WARM_UP = 3e-3, 0.2  # peak of AdamW's one cycle, and the share of the steps in which it rises
+MAX_NORM = 1.0  # of the gradients
+UNCERTAIN = 5.0  # |logit|, or the distance of the two largest, below which a point has the full weight in the loss
+CERTAIN_WEIGHT = 0.05  # of the others
+# The network sees the photos of its training better than new ones: smooth noise makes its outlines as bad as those.
+NOISE, NOISE_POINTS = 2.0, 16
+GAIN, OFFSET = 0.2, 0.3  # largest change of a patch's contrast, and of its normalised brightness
+
+log = logging.getLogger(__name__)
+
+
+def needs_refiner(run: Run) -> bool:
+    """Whether the best network is to get an outline refiner, and has neither one nor the note that it does not help."""
+    config = run.config
+    if not config.refiner_steps or not run.history or len(config.classes) > MAX_CLASSES or run.runtime.rank > 0:
+        return False
+    return "refiner" not in load_checkpoint(config.run_dir / "best.pt")
+
+
+def fit_refiner(run: Run) -> None:
+    """Fit a refiner to the network of `best.pt`, and add it there if it improves the validation masks.
+
+    It depends on that network, the data and the seed alone: a run that is killed meanwhile fits it from the beginning.
+    Only rank 0 calls it. `run.model` has the weights of `best.pt` afterwards.
+
+    Raises:
+        OutputError: `best.pt` cannot be written; it is as before.
+    """
+    began, config, path = time.perf_counter(), run.config, run.config.run_dir / "best.pt"
+    state = load_checkpoint(path)
+    load_weights(run.model, state, path, config)
+    run.model.eval()
+    rng = np.random.default_rng((config.seed, 1))
+    train_pairs = _sample(run.train_loader.pairs.without(run.train_loader.bad.found), MAX_TRAIN, rng)
+    val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
+    size = decode_file(train_pairs.image_path(0), image_size)
+    scale = choose_scale((config.image_height, config.image_width), size)
+    refiner = Refiner(config.num_outputs, scale)
+    refiner.reset(torch.Generator().manual_seed(config.seed))
+    patches = cut_patches(
+        read_examples(train_pairs, run.model, scale, config, run.runtime), len(train_pairs), refiner, rng
+    )
+    if patches is not None:
+        train_refiner(refiner, patches, run)
+    if run.stop_requested:
+        return
+    refined = patches is not None and _helps(refiner.eval(), val_pairs, run)
+    weights = {key: value.cpu() for key, value in refiner.state_dict().items()}
+    save_checkpoint(path, {**state, "refiner": weights if refined else None})
+    run.seconds["outline refiner"] += time.perf_counter() - began
+
+
+def _sample(pairs: Pairs, count: int, rng: np.random.Generator) -> Pairs:
+    chosen = rng.permutation(len(pairs))[:count]
+    return pairs.subset(np.sort(chosen).tolist())
+
+
+def train_refiner(refiner: Refiner, patches: Patches, run: Run) -> None:
+    """Train on random patches for `config.refiner_steps`; fewer if a signal interrupts the run."""
+    config, runtime = run.config, run.runtime
+    refiner = runtime.to_device(refiner).train()
+    optimizer = torch.optim.AdamW(refiner.parameters(), lr=LEARNING_RATE, fused=runtime.device.type != "mps")
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
+    generator = torch.Generator().manual_seed(config.seed)
+    with progress_bar() as bar:
+        bar_task = bar.add_task("outline refiner", total=config.refiner_steps, note="")
+        for step in range(config.refiner_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * _cycle(step / config.refiner_steps)
+            chosen = torch.randint(len(patches.photos), (BATCH,), generator=generator)
+            photos, logits, masks = _augment(patches, chosen, config, generator)
+            photos, logits, masks = (values.to(runtime.device) for values in (photos, logits, masks))
+            with runtime.autocast():
+                refined = refiner(photos, logits)
+            inside = slice(refiner.halo, -refiner.halo)
+            loss = refiner_loss(refined, logits[..., inside, inside], masks, config)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(refiner.parameters(), MAX_NORM)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            bar.update(bar_task, advance=1)
+            if run.stop_requested:
+                return
+
+
+def _cycle(progress: float) -> float:
+    return progress / WARM_UP if progress < WARM_UP else (1 - progress) / (1 - WARM_UP)
+
+
+def _augment(
+    patches: Patches, chosen: Tensor, config: Config, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Photos, logits and masks of a step, on the CPU: mirrored, recoloured, and with noise on the logits."""
+    photos, logits, masks = normalise(patches.photos[chosen]), patches.logits[chosen].float(), patches.masks[chosen]
+    count, (height, width) = len(chosen), logits.shape[2:]
+    flip = torch.rand(count, generator=generator) < config.flip
+    for values in (photos, logits, masks):
+        values[flip] = values[flip].flip(-1)
+    gain, offset = (2 * torch.rand(2, count, 1, 1, 1, generator=generator) - 1).unbind()
+    photos = photos * (1 + GAIN * gain) + OFFSET * offset
+    points = (height // NOISE_POINTS + 2, width // NOISE_POINTS + 2)
+    noise = torch.randn(count, logits.shape[1], *points, generator=generator)
+    strength = NOISE * torch.rand(count, 1, 1, 1, generator=generator)
+    return photos, logits + strength * interpolate(noise, (height, width), mode="bicubic"), masks
+
+
+def refiner_loss(refined: Tensor, logits: Tensor, masks: Tensor, config: Config) -> Tensor:
+    """Cross-entropy where the network is uncertain, and a little of it elsewhere.
+
+    Args:
+        refined, logits: (B, C, H, W) after and before the refiner.
+        masks: (B, H, W) uint8: coverage 0..255, or numbers of classes and IGNORED.
+
+    Returns:
+        Scalar float32.
+    """
+    if config.classes:
+        losses = cross_entropy(refined, masks.long(), ignore_index=IGNORED, reduction="none")
+        largest = logits.topk(2, 1).values
+        margin, counted = largest[:, 0] - largest[:, 1], masks != IGNORED
+    else:
+        losses = binary_cross_entropy_with_logits(refined[:, 0], masks.float() / 255, reduction="none")
+        margin, counted = logits[:, 0].abs(), torch.ones_like(masks, dtype=torch.bool)
+    weights = torch.where(margin < UNCERTAIN, 1.0, CERTAIN_WEIGHT) * counted
+    return (losses * weights).sum() / weights.sum().clamp(min=1)
+
+
+@torch.inference_mode()
+def _helps(refiner: Refiner, pairs: Pairs, run: Run) -> bool:
+    """Whether the refiner improves the Dice of validation pairs on its grid; logs both."""
+    config = run.config
+    before, after = (ClassScores(len(config.classes)) if config.classes else Scores() for _ in range(2))
+    try:
+        for example in read_examples(pairs, run.model, int(refiner.scale), config, run.runtime):
+            height, width = example.mask.shape
+            upsampled = upsample_logits(example.logits[None], *example.size, onto=(height, width))[0]
+            refined = refine_outline(refiner, example.logits, example.photo, example.size)
+            for scores, logits in ((before, upsampled), (after, refined)):
+                if config.classes:
+                    scores.update(logits.argmax(0)[None], example.mask[None])
+                else:
+                    scores.update(logits > 0, example.mask[None] >= 128)
+    except DataError as error:
+        log.warning("no outline refiner: %s", error)
+        return False
+    dice, refined_dice = (float(scores.compute()["dice"]) for scores in (before, after))
+    helps = math.isfinite(refined_dice) and refined_dice > dice
+    log.info(
+        "outline refiner: Dice on a grid of %dx%d is %.4f with it, %.4f without; it is %s",
+        *(config.image_width * int(refiner.scale), config.image_height * int(refiner.scale)),
+        *(refined_dice, dice, "in best.pt" if helps else "not used"),
+    )
+    return helps

@@ -1,0 +1,204 @@
+"""The outline refiner: its tiles against the whole photo, its training, and what checkpoints hold of it."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastseg
+from fastseg.data.host import load_photo
+from fastseg.errors import CheckpointError, ConfigError
+from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpoint
+from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, load_refiner, refine_outline
+from fastseg.network.outline.upsample import upsample_logits
+from fastseg.training.outline import fit
+from fastseg.training.outline.fit import refiner_loss
+from tests.conftest import fields, write_checkpoint
+from tests.outlines import dense_refinement, near_outline, random_refiner
+
+
+def blobs(channels: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Smooth logits (C, height, width) of several outlines."""
+    noise = torch.randn(1, channels, 4, 5, generator=torch.Generator().manual_seed(seed))
+    return 8 * torch.nn.functional.interpolate(noise, (height, width), mode="bicubic")[0]
+
+
+def pixels(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 2, 4])
+@pytest.mark.parametrize("cells", [(16, 24), (21, 13), (3, 50)])
+def test_tiles_equal_the_whole_photo(channels, scale, cells):
+    refiner, logits = random_refiner(channels, scale), blobs(channels, *cells)
+    photo = pixels(cells[0] * scale, cells[1] * scale)
+    size = (cells[0] * 8 - 3, cells[1] * 8)
+    found, expected = refine_outline(refiner, logits, photo, size), dense_refinement(refiner, logits, photo, size)
+    assert found.shape == expected.shape == (channels, *photo.shape[:2])
+    assert torch.allclose(found, expected, atol=1e-4)
+    upsampled = upsample_logits(logits[None], *size, onto=(photo.shape[0], photo.shape[1]))[0]
+    assert (found - upsampled).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_outline_is_where_another_label_is_near(channels):
+    logits = blobs(channels, 30, 41)
+    np.testing.assert_array_equal(find_outline(logits[None])[0].numpy(), near_outline(logits))
+
+
+@pytest.mark.parametrize("value", [-3.0, 3.0])
+def test_photos_without_an_outline_keep_their_logits(value):
+    refined = refine_outline(random_refiner(1, 2), torch.full((1, 8, 12), value), pixels(16, 24), (64, 96))
+    assert torch.equal(refined, torch.full((1, 16, 24), value))
+
+
+def test_a_new_refiner_changes_nothing():
+    refiner, logits = Refiner(1, 4), blobs(1, 16, 24)
+    refiner.reset(torch.Generator().manual_seed(0))
+    refined = refine_outline(refiner.eval(), logits, pixels(64, 96), (128, 192))
+    assert torch.equal(refined, upsample_logits(logits[None], 128, 192, onto=(64, 96))[0])
+
+
+@pytest.mark.parametrize(
+    ("cells", "photo", "scale"),
+    [((160, 240), (1280, 1918), 4), ((640, 960), (1280, 1918), 1), ((32, 48), (64, 96), 2), ((16, 16), (4000, 9), 8)],
+)
+def test_scale_has_960_points_or_all_pixels(cells, photo, scale):
+    assert choose_scale(cells, photo) == scale
+
+
+def test_loss_is_cross_entropy_where_the_network_is_uncertain():
+    config = fastseg.Config(classes=["a", "b", "c"])
+    refined, logits = blobs(3, 6, 7, seed=1)[None], blobs(3, 6, 7)[None]
+    masks = torch.randint(0, 3, (1, 6, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    masks[0, :2] = 255
+    shares = torch.from_numpy(np.exp(refined[0].double().numpy()))
+    shares /= shares.sum(0)
+    total = weights = 0.0
+    for y in range(2, 6):
+        for x in range(7):
+            first, second = sorted(logits[0, :, y, x].tolist(), reverse=True)[:2]
+            weight = 1.0 if first - second < 5 else 0.05
+            total -= weight * np.log(shares[int(masks[0, y, x]), y, x].item())
+            weights += weight
+    assert refiner_loss(refined, logits, masks, config).item() == pytest.approx(total / weights, rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def trained(pairs_dir, tmp_path_factory):
+    """A run whose best.pt has a refiner."""
+    out = tmp_path_factory.mktemp("refined")
+    return fastseg.train(fields(pairs_dir, out, num_epochs=8, refiner_steps=60))
+
+
+def test_the_end_of_a_training_adds_a_refiner_to_best(trained, pairs_dir):
+    best = load_checkpoint(trained.run_dir / "best.pt")
+    assert best["scores"]["epoch"] == trained.best_epoch
+    refiner = load_refiner(trained.run_dir / "best.pt")
+    assert refiner is not None
+    assert (int(refiner.scale), refiner.training) == (2, False)
+    assert load_refiner(trained.run_dir / "last.pt") is None
+    scores = {
+        method: fastseg.evaluate(
+            trained.run_dir / "best.pt", pairs_dir / "images", pairs_dir / "masks", device="cpu", refine=method
+        )
+        for method in ("auto", "learned", "none")
+    }
+    assert scores["auto"] == scores["learned"]
+    assert scores["learned"]["full_dice"] > scores["none"]["full_dice"] + 0.002
+
+
+def test_predicted_masks_are_those_of_the_refiner(trained, pairs_dir, tmp_path):
+    best = trained.run_dir / "best.pt"
+    result = fastseg.predict(best, pairs_dir / "images", tmp_path, device="cpu", precision="fp32")
+    assert result.seconds_by_part["outline refiner"] > 0
+    model, refiner = load_model(best)[0], load_refiner(best)
+    for path in (pairs_dir / "images").iterdir():
+        cells = torch.from_numpy(load_photo(str(path), (32, 48)))
+        with torch.inference_mode():
+            logits = model(((cells / 255 - 0.5) / 0.25).permute(2, 0, 1)[None])[0]
+            refined = dense_refinement(refiner, logits, torch.from_numpy(load_photo(str(path), (64, 96))), (64, 96))
+        with Image.open(tmp_path / f"{path.stem}_mask.png") as mask:
+            assert (np.asarray(mask) != (refined[0] > 0).numpy()).mean() < 1e-3
+
+
+def test_an_interrupted_refiner_is_trained_again_to_the_same_weights(trained, pairs_dir, tmp_path, monkeypatch):
+    def interrupt(*arguments):
+        signal.raise_signal(signal.SIGTERM)
+        return augment(*arguments)
+
+    augment, config = fit._augment, fields(pairs_dir, tmp_path, num_epochs=8, refiner_steps=60)
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "_augment", interrupt)
+        result = fastseg.train(config)
+    assert (result.interrupted, len(result.history)) == (True, 8)
+    assert load_refiner(result.run_dir / "best.pt") is None
+    assert not fastseg.train(config).interrupted
+    refiners = [load_checkpoint(run / "best.pt")["refiner"] for run in (result.run_dir, trained.run_dir)]
+    assert refiners[0].keys() == refiners[1].keys()
+    assert all(torch.equal(refiners[0][key], refiners[1][key]) for key in refiners[0])
+
+
+def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):
+    monkeypatch.setattr(fit, "train_refiner", None)
+    again = fastseg.train(json.loads((trained.run_dir / "config.json").read_text()))
+    assert again.best_epoch == trained.best_epoch
+
+
+def test_a_refiner_that_does_not_help_is_left_out(pairs_dir, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(fit, "train_refiner", lambda refiner, *rest: torch.nn.init.constant_(refiner.head.bias, -9))
+    result = fastseg.train(fields(pairs_dir, tmp_path, num_epochs=8, refiner_steps=1))
+    assert load_refiner(result.run_dir / "best.pt") is None
+    assert "not used" in caplog.text
+    monkeypatch.setattr(fit, "train_refiner", None)  # it is not tried again
+    fastseg.train(fields(pairs_dir, tmp_path, num_epochs=8, refiner_steps=1))
+
+
+def test_the_tutorial_recipe_has_no_refiner():
+    assert fastseg.Config(recipe="tutorial").refiner_steps == 0
+    assert fastseg.Config(recipe="tutorial", refiner_steps=5).refiner_steps == 5
+    assert fastseg.Config().refiner_steps > 0
+
+
+def test_learned_needs_a_refiner(pairs_dir, tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "best.pt")
+    for call in (
+        lambda: fastseg.predict(checkpoint, pairs_dir / "images", tmp_path / "out", device="cpu", refine="learned"),
+        lambda: fastseg.evaluate(checkpoint, pairs_dir / "images", pairs_dir / "masks", device="cpu", refine="learned"),
+    ):
+        with pytest.raises(ConfigError, match=r"^refine: learned .*refiner_steps.*Use auto"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights | {"scale": torch.tensor(10**6)},
+        lambda weights: weights | {"scale": torch.tensor(0)},
+        lambda weights: weights | {"head.weight": torch.zeros(2, 16, 1, 1)},
+        lambda weights: {key: value for key, value in weights.items() if key != "head.bias"},
+        lambda weights: weights | {"more": torch.zeros(1)},
+        lambda weights: [1, 2],
+        lambda weights: dict.fromkeys(weights, 1),
+    ],
+)
+def test_refiners_that_do_not_fit_are_refused(change, tmp_path):
+    path = write_checkpoint(tmp_path / "best.pt")
+    save_checkpoint(path, {**load_checkpoint(path), "refiner": change(random_refiner(1, 2).state_dict())})
+    with pytest.raises(CheckpointError, match=r"best\.pt: .*refiner.*another checkpoint"):
+        load_refiner(path)
+
+
+@pytest.mark.gpu
+def test_logits_of_a_gpu_are_refined_as_those_of_the_cpu():
+    refiner, logits, photo = random_refiner(1, 4), blobs(1, 40, 60), pixels(160, 240)
+    here = refine_outline(refiner, logits, photo, (320, 480))
+    there = refine_outline(refiner.cuda(), logits, photo, (320, 480))
+    assert torch.allclose(there, here, atol=1e-2)
