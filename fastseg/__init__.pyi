@@ -16,6 +16,8 @@ from .masks.submission import decode_rle as decode_rle
 from .masks.submission import encode_rle as encode_rle
 from .masks.submission import write_submission as write_submission
 from .network.export import export as export
+from .network.outline.refiner import OutlineRefiner as OutlineRefiner
+from .network.outline.refiner import load_refiner as load_refiner
 from .network.segmenter import Segmenter as Segmenter
 from .network.segmenter import load as load
 from .network.unet import UNet as UNet

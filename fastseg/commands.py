@@ -4,6 +4,7 @@ A command imports torch only when it runs, so that `--help` and wrong flags are 
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -166,11 +167,17 @@ def _export(options: argparse.Namespace) -> int:
     from fastseg.network.export import export
 
     exported = export(options.checkpoint, options.out, options.format)
+    print(_describe_export(options.out, exported))
+    if refiner := exported.get("refiner"):
+        print(_describe_export(os.path.join(os.path.dirname(options.out), refiner["file"]), refiner))
+    return 0
+
+
+def _describe_export(path: str, exported: dict[str, Any]) -> str:
     difference = exported["max_difference"]
     within = f"within {difference:.1e} of the network" if difference else "identical to the network"
     compared = "not compared with the network" if difference is None else within
-    print(f"{options.out}: {exported['format']}, {exported['bytes'] / 1e6:.1f} MB, {compared}")
-    return 0
+    return f"{path}: {exported['format']}, {exported['bytes'] / 1e6:.1f} MB, {compared}"
 
 
 def _add_submission(parser: argparse.ArgumentParser) -> None:

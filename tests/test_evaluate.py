@@ -21,7 +21,7 @@ from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpo
 from fastseg.network.metrics import boundary_iou
 from fastseg.network.normalise import normalise
 from fastseg.network.outline.crf import guide_size, refine_with_crf
-from fastseg.network.outline.refiner import load_refiner
+from fastseg.network.outline.refiner import read_refiner
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.plots import Outlined, draw_worst
 from tests.conftest import write_pair
@@ -87,7 +87,7 @@ def logits_and_masks(checkpoint: Path, data: Path, method: str) -> list[tuple[to
             if method == "crf":
                 logits = refine_with_crf(logits, photo[None], mask.shape)
             elif method == "learned":
-                logits = dense_refinement(load_refiner(checkpoint), logits[0], photo, mask.shape)[None]
+                logits = dense_refinement(read_refiner(checkpoint), logits[0], photo, mask.shape)[None]
             found.append((upsample_logits(logits, *mask.shape)[:, 0], mask[None]))
     assert config.mask_resize == "area"
     return found

@@ -5,10 +5,12 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +19,10 @@ from safetensors import safe_open
 import fastseg
 from fastseg.cli import main
 from fastseg.network import export as exporting
+from fastseg.network.checkpoint import load_checkpoint, save_checkpoint
+from fastseg.network.outline.refiner import read_refiner, refine_outline
 from tests.conftest import write_checkpoint
+from tests.outlines import random_refiner
 
 ROOT = Path(__file__).parents[1]
 SHAPE = (32, 48, 3)
@@ -184,7 +189,7 @@ def test_file_that_differs_is_not_written(folder, tmp_path, monkeypatch):
     out.write_bytes(before)
     other = fastseg.load(write_checkpoint(tmp_path / "other.pt", seed=1))
     to_torch = exporting._to_torch
-    monkeypatch.setattr(exporting, "_to_torch", lambda segmenter: to_torch(other))
+    monkeypatch.setattr(exporting, "_to_torch", lambda part: to_torch(replace(part, module=other)))
     with pytest.raises(fastseg.FastsegError, match=r"net\.pt2: .*differ by .*another format"):
         fastseg.export(folder / "best.pt", out)
     assert out.read_bytes() == before
@@ -233,3 +238,78 @@ def test_without_onnxruntime_the_file_is_checked_but_not_compared(folder, onnx_e
     with pytest.raises(fastseg.FastsegError, match=r"other\.onnx: .*ValidationError.*Update"):
         fastseg.export(folder / "best.pt", tmp_path / "other.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.fixture(scope="module", params=["two values", "classes"])
+def refined(request, tmp_path_factory):
+    """The folder of a checkpoint with an outline refiner."""
+    folder = tmp_path_factory.mktemp("refined")
+    classes = ("a", "b", "c") if request.param == "classes" else ()
+    path = write_checkpoint(folder / "best.pt", classes=classes)
+    save_checkpoint(path, {**load_checkpoint(path), "refiner": random_refiner(len(classes) or 1, 2).state_dict()})
+    return folder
+
+
+def grids(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Photos of the network's size, smooth so that they have few outlines, and the same at twice that size."""
+    rng = np.random.default_rng(batch)
+    blobs = [Image.fromarray(rng.integers(0, 256, (4, 6, 3), dtype=np.uint8)) for _ in range(batch)]
+    return tuple(
+        torch.from_numpy(np.stack([np.asarray(blob.resize((48 * scale, 32 * scale))) for blob in blobs]))
+        for scale in (1, 2)
+    )
+
+
+def test_loaded_refiner_is_that_of_predictions(refined):
+    segmenter, refiner = fastseg.load(refined / "best.pt"), fastseg.load_refiner(refined / "best.pt")
+    small, large = grids(2)
+    probabilities = segmenter(small)
+    found = refiner(large, probabilities)
+    for i, one in enumerate(probabilities):
+        logits = one.log() if one.ndim == 3 else one.logit()[None]
+        expected = refine_outline(read_refiner(refined / "best.pt"), logits, large[i], (256, 384))
+        expected = expected.softmax(0) if one.ndim == 3 else expected[0].sigmoid()
+        assert torch.allclose(found[i], expected, atol=1e-4)
+        upsampled = torch.nn.functional.interpolate(logits[None], scale_factor=2.0, mode="bilinear")[0]
+        assert (found[i] - (upsampled.softmax(0) if one.ndim == 3 else upsampled[0].sigmoid())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["net.onnx", "net.pt2"])
+def test_refiner_is_exported_as_a_second_file(name, refined):
+    exported = fastseg.export(refined / "best.pt", refined / name)
+    path = refined / exported["refiner"]["file"]
+    assert path.name == name.replace("net", "net_refiner")
+    assert exported["refiner"]["bytes"] == path.stat().st_size
+    assert exported["refiner"]["max_difference"] <= 1e-4
+    small, large = grids(3)
+    probabilities = fastseg.load(refined / "best.pt")(small)
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        (found,) = session.run(["refined"], {"images": large.numpy(), "probabilities": probabilities.numpy()})
+    else:
+        found = torch.export.load(path).module()(large, probabilities).numpy()
+    expected = fastseg.load_refiner(refined / "best.pt")(large, probabilities).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
+
+
+def test_safetensors_hold_the_refiner_too(refined):
+    assert "refiner" not in fastseg.export(refined / "best.pt", refined / "net.safetensors")
+    small, large = grids(1)
+    results = []
+    for name in ("best.pt", "net.safetensors"):
+        probabilities = fastseg.load(refined / name)(small)
+        results.append(fastseg.load_refiner(refined / name)(large, probabilities))
+    assert torch.equal(*results)
+
+
+def test_checkpoints_without_a_refiner_have_one_file(folder, torch_export):
+    assert "refiner" not in torch_export
+    assert not (folder / "net_refiner.pt2").exists()
+    assert fastseg.load_refiner(folder / "best.pt") is None
+
+
+def test_refiner_reports_sizes_that_do_not_fit(refined):
+    small, _ = grids(1)
+    probabilities = fastseg.load(refined / "best.pt")(small)
+    with pytest.raises(ValueError, match=r"uint8 \(B, 64, 96, 3\)"):
+        fastseg.load_refiner(refined / "best.pt")(small, probabilities)

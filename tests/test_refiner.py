@@ -12,7 +12,7 @@ import fastseg
 from fastseg.data.host import load_photo
 from fastseg.errors import CheckpointError, ConfigError
 from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpoint
-from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, load_refiner, refine_outline
+from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, read_refiner, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.training.outline import fit
 from fastseg.training.outline.fit import refiner_loss
@@ -89,20 +89,27 @@ def test_loss_is_cross_entropy_where_the_network_is_uncertain():
     assert refiner_loss(refined, logits, masks, config).item() == pytest.approx(total / weights, rel=1e-5)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def small_batches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "BATCH", 8)
+        yield
+
+
 @pytest.fixture(scope="module")
 def trained(pairs_dir, tmp_path_factory):
     """A run whose best.pt has a refiner."""
     out = tmp_path_factory.mktemp("refined")
-    return fastseg.train(fields(pairs_dir, out, num_epochs=8, refiner_steps=60))
+    return fastseg.train(fields(pairs_dir, out, num_epochs=6, refiner_steps=40))
 
 
 def test_the_end_of_a_training_adds_a_refiner_to_best(trained, pairs_dir):
     best = load_checkpoint(trained.run_dir / "best.pt")
     assert best["scores"]["epoch"] == trained.best_epoch
-    refiner = load_refiner(trained.run_dir / "best.pt")
+    refiner = read_refiner(trained.run_dir / "best.pt")
     assert refiner is not None
     assert (int(refiner.scale), refiner.training) == (2, False)
-    assert load_refiner(trained.run_dir / "last.pt") is None
+    assert read_refiner(trained.run_dir / "last.pt") is None
     scores = {
         method: fastseg.evaluate(
             trained.run_dir / "best.pt", pairs_dir / "images", pairs_dir / "masks", device="cpu", refine=method
@@ -117,7 +124,7 @@ def test_predicted_masks_are_those_of_the_refiner(trained, pairs_dir, tmp_path):
     best = trained.run_dir / "best.pt"
     result = fastseg.predict(best, pairs_dir / "images", tmp_path, device="cpu", precision="fp32")
     assert result.seconds_by_part["outline refiner"] > 0
-    model, refiner = load_model(best)[0], load_refiner(best)
+    model, refiner = load_model(best)[0], read_refiner(best)
     for path in (pairs_dir / "images").iterdir():
         cells = torch.from_numpy(load_photo(str(path), (32, 48)))
         with torch.inference_mode():
@@ -132,12 +139,12 @@ def test_an_interrupted_refiner_is_trained_again_to_the_same_weights(trained, pa
         signal.raise_signal(signal.SIGTERM)
         return augment(*arguments)
 
-    augment, config = fit._augment, fields(pairs_dir, tmp_path, num_epochs=8, refiner_steps=60)
+    augment, config = fit._augment, fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=40)
     with monkeypatch.context() as patch:
         patch.setattr(fit, "_augment", interrupt)
         result = fastseg.train(config)
-    assert (result.interrupted, len(result.history)) == (True, 8)
-    assert load_refiner(result.run_dir / "best.pt") is None
+    assert (result.interrupted, len(result.history)) == (True, 6)
+    assert read_refiner(result.run_dir / "best.pt") is None
     assert not fastseg.train(config).interrupted
     refiners = [load_checkpoint(run / "best.pt")["refiner"] for run in (result.run_dir, trained.run_dir)]
     assert refiners[0].keys() == refiners[1].keys()
@@ -153,11 +160,11 @@ def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):
 def test_a_refiner_that_does_not_help_is_left_out(pairs_dir, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(fit, "train_refiner", lambda refiner, *rest: torch.nn.init.constant_(refiner.head.bias, -9))
-    result = fastseg.train(fields(pairs_dir, tmp_path, num_epochs=8, refiner_steps=1))
-    assert load_refiner(result.run_dir / "best.pt") is None
+    result = fastseg.train(fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=1))
+    assert read_refiner(result.run_dir / "best.pt") is None
     assert "not used" in caplog.text
     monkeypatch.setattr(fit, "train_refiner", None)  # it is not tried again
-    fastseg.train(fields(pairs_dir, tmp_path, num_epochs=8, refiner_steps=1))
+    fastseg.train(fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=1))
 
 
 def test_the_tutorial_recipe_has_no_refiner():
@@ -193,7 +200,7 @@ def test_refiners_that_do_not_fit_are_refused(change, tmp_path):
     path = write_checkpoint(tmp_path / "best.pt")
     save_checkpoint(path, {**load_checkpoint(path), "refiner": change(random_refiner(1, 2).state_dict())})
     with pytest.raises(CheckpointError, match=r"best\.pt: .*refiner.*another checkpoint"):
-        load_refiner(path)
+        read_refiner(path)
 
 
 @pytest.mark.gpu

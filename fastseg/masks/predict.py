@@ -29,7 +29,7 @@ from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError, DataError
 from fastseg.masks.inputs import MASK, Photo, find_photos, make_folders
 from fastseg.masks.outputs import OutputOptions, Row, failed_row, find_results, write_results, write_table
-from fastseg.masks.refine import METHODS, choose_method, load_guide, load_refiner_of
+from fastseg.masks.refine import METHODS, choose_method, load_guide, load_refiner
 from fastseg.network.checkpoint import load_model
 from fastseg.network.normalise import normalise
 from fastseg.network.outline.refiner import Refiner, refine_outline
@@ -148,7 +148,7 @@ def predict(
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
     model, trained = load_model(checkpoint, network)
-    refiner = load_refiner_of(checkpoint, refine)
+    refiner = load_refiner(checkpoint, refine)
     refine = choose_method(refine, trained, refiner)
     if trained.classes:
         _refuse_options_of_two_values(mask_format, probabilities)

@@ -9,9 +9,9 @@ from fastseg.config import Config
 from fastseg.data.decode import Size, decode_image
 from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError
-from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, load_refiner
+from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, read_refiner
 
-__all__ = ["METHODS", "check_method", "choose_method", "load_guide", "load_refiner_of"]
+__all__ = ["METHODS", "check_method", "choose_method", "load_guide", "load_refiner"]
 
 METHODS = ("none", "crf", "learned")
 
@@ -49,9 +49,9 @@ def check_method(method: str) -> None:
         raise ConfigError(f"refine: must be one of auto, {', '.join(METHODS)}; got {method!r}. Use auto.")
 
 
-def load_refiner_of(checkpoint: str | os.PathLike[str], method: str) -> Refiner | None:
+def load_refiner(checkpoint: str | os.PathLike[str], method: str) -> Refiner | None:
     """The checkpoint's outline refiner, if the method may need it."""
-    return load_refiner(checkpoint) if method in ("auto", "learned") else None
+    return read_refiner(checkpoint) if method in ("auto", "learned") else None
 
 
 def load_guide(path: str, config: Config, refiner: Refiner) -> tuple[Size, NDArray[np.uint8]]:

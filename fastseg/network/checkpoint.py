@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 FORMAT = 1
+REFINER = "refiner."  # prefix of the outline refiner's weights in a safetensors file
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
@@ -197,7 +198,9 @@ def _read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         config = json.loads((file.metadata() or {}).get("config", "null"))  # files of other programs have none
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (the file itself does not iterate)
-        return {"format": FORMAT, "config": config, "model": weights}
+    refiner = {key.removeprefix(REFINER): value for key, value in weights.items() if key.startswith(REFINER)}
+    model = {key: value for key, value in weights.items() if not key.startswith(REFINER)}
+    return {"format": FORMAT, "config": config, "model": model, "refiner": refiner or None}
 
 
 def _read_zip(path: str | os.PathLike[str]) -> Any:

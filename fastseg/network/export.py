@@ -11,7 +11,9 @@ ONNX Runtime runs the file without fastseg and without torch:
     (probabilities,) = session.run(None, {"images": np.asarray(photo)[None]})
     Image.fromarray(probabilities[0] > 0.5).save("mask.png")
 
-With classes, the probabilities are (B, C, H, W), and `probabilities[0].argmax(0)` is the mask.
+With classes, the probabilities are (B, C, H, W), and `probabilities[0].argmax(0)` is the mask. A checkpoint with an
+outline refiner gives a second file, carvana_refiner.onnx: from the photo on a finer grid and these probabilities to the
+probabilities on that grid.
 """
 
 import importlib
@@ -22,6 +24,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ from torch.nn.functional import interpolate
 
 import fastseg
 from fastseg.errors import CheckpointError, ConfigError, FastsegError
+from fastseg.network.checkpoint import REFINER
+from fastseg.network.outline.refiner import OutlineRefiner, load_refiner
 from fastseg.network.segmenter import Segmenter, load
 from fastseg.runtime.files import atomic_write
 from fastseg.runtime.progress import progress_bar
@@ -46,7 +51,16 @@ MAX_ONNX_BYTES = 2**31 - 2**24  # of weights: a protobuf file is smaller than 2 
 
 log = logging.getLogger(__name__)
 
-Network = Callable[[Tensor], Tensor]  # images to probabilities, like `Segmenter`
+Network = Callable[..., Tensor]  # from images to probabilities, like `Segmenter`; or like `OutlineRefiner`
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A network to export to one file."""
+
+    module: Segmenter | OutlineRefiner
+    make_inputs: Callable[[int], dict[str, Tensor]]  # by name, for a number of images
+    refiner: OutlineRefiner | None = None  # in the same file, which only safetensors can hold
 
 
 def export(
@@ -72,7 +86,8 @@ def export(
 
     Returns:
         `format`, `bytes`, and `max_difference` between the probabilities of the file and of the network on synthetic
-        images; None if ONNX Runtime is not installed.
+        images; None if ONNX Runtime is not installed. If the checkpoint has an outline refiner, `refiner` has `file`,
+        `bytes` and `max_difference` of its own file, `<stem>_refiner` beside `out`; safetensors has both in one.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or too large for the format.
@@ -91,8 +106,19 @@ def export(
             f"{checkpoint}: an ONNX file holds less than 2 GiB of weights; the network has {size / 2**30:.1f} GiB. "
             "Export to .pt2 or .safetensors."
         )
+    refiner = load_refiner(checkpoint)
+    part = _Part(segmenter, partial(_make_images, segmenter, 1), refiner)
+    exported = _export_part(part, out, format, network)
+    if refiner and format != "safetensors":
+        path = out.with_name(f"{out.stem}_refiner{out.suffix}")
+        part = _Part(refiner, partial(_make_refiner_inputs, segmenter, refiner))
+        exported["refiner"] = {"file": path.name, **_export_part(part, path, format, None)}
+    return exported
+
+
+def _export_part(part: _Part, out: Path, format: str, network: nn.Module | None) -> dict[str, Any]:
     with atomic_write(out) as temporary:
-        difference = _write(segmenter, format, temporary, out, network)
+        difference = _write(part, format, temporary, out, network)
         num_bytes = temporary.stat().st_size
     return {"format": format, "bytes": num_bytes, "max_difference": difference}
 
@@ -108,9 +134,9 @@ def _choose_format(out: Path, format: str | None) -> str:
     return format
 
 
-def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path, network: nn.Module | None) -> float | None:
+def _write(part: _Part, format: str, temporary: Path, out: Path, network: nn.Module | None) -> float | None:
     """Write `temporary`, which will become `out`, read it back, and return its largest difference in probability."""
-    formats: dict[str, tuple[Callable[[Segmenter], bytes], Callable[[Path], Network | None]]] = {
+    formats: dict[str, tuple[Callable[[_Part], bytes], Callable[[Path], Network | None]]] = {
         "onnx": (_to_onnx, _read_onnx),
         "torch": (_to_torch, _read_torch),
         "safetensors": (_to_safetensors, partial(load, network=network)),
@@ -119,9 +145,9 @@ def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path, networ
     try:
         with _quiet(), progress_bar() as bar:
             bar.add_task(f"writing {out.name}", total=None, note=format)
-            temporary.write_bytes(to_bytes(segmenter))
+            temporary.write_bytes(to_bytes(part))
             written = read(temporary)
-            difference = None if written is None else _largest_difference(segmenter, written)
+            difference = None if written is None else _largest_difference(part, written)
     except (FastsegError, OSError):
         raise
     except Exception as error:  # torch and the onnx packages raise many kinds if their versions do not match
@@ -140,23 +166,25 @@ def _write(segmenter: Segmenter, format: str, temporary: Path, out: Path, networ
     return difference
 
 
-def _metadata(segmenter: Segmenter) -> dict[str, str]:
+def _metadata(part: _Part) -> dict[str, str]:
     """The metadata of every exported file."""
-    return {"fastseg_version": fastseg.__version__, "config": json.dumps(segmenter.config.model_dump())}
+    return {"fastseg_version": fastseg.__version__, "config": json.dumps(part.module.config.model_dump())}
 
 
-def _to_program(segmenter: Segmenter) -> torch.export.ExportedProgram:
-    config = segmenter.config
-    images = torch.zeros(2, config.image_height, config.image_width, 3, dtype=torch.uint8)
-    program = torch.export.export(segmenter, (images,), dynamic_shapes={"images": {0: torch.export.Dim("batch")}})
+def _to_program(part: _Part) -> torch.export.ExportedProgram:
+    inputs = part.make_inputs(2)
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(
+        part.module, tuple(inputs.values()), dynamic_shapes={name: {0: batch} for name in inputs}
+    )
     for node in program.graph.nodes:  # has paths of this machine
         node.meta.pop("stack_trace", None)
     return program
 
 
-def _to_torch(segmenter: Segmenter) -> bytes:
+def _to_torch(part: _Part) -> bytes:
     file = io.BytesIO()
-    torch.export.save(_to_program(segmenter), file, extra_files=_metadata(segmenter))
+    torch.export.save(_to_program(part), file, extra_files=_metadata(part))
     return file.getvalue()
 
 
@@ -165,19 +193,19 @@ def _read_torch(path: Path) -> Network:
         return torch.export.load(file).module()
 
 
-def _to_onnx(segmenter: Segmenter) -> bytes:
-    onnx = _import_optional("onnx", "onnxscript")
+def _to_onnx(part: _Part) -> bytes:
+    onnx, names = _import_optional("onnx", "onnxscript"), list(part.make_inputs(1))
     program = torch.onnx.export(
-        _to_program(segmenter),
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes={"images": {0: "batch"}},  # only names the size; the program already has it as dynamic
+        _to_program(part),
+        input_names=names,
+        output_names=["refined" if "probabilities" in names else "probabilities"],
+        dynamic_shapes={name: {0: "batch"} for name in names},
         dynamo=True,
         verbose=False,
     )
     assert program is not None
     model = program.model_proto
-    onnx.helper.set_model_props(model, _metadata(segmenter))
+    onnx.helper.set_model_props(model, _metadata(part))
     return model.SerializeToString()
 
 
@@ -191,22 +219,40 @@ def _read_onnx(path: Path) -> Network | None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["probabilities"], {"images": images.numpy()})[0])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs: Tensor) -> Tensor:
+        (found,) = session.run(None, {name: value.numpy() for name, value in zip(names, inputs, strict=True)})
+        return torch.from_numpy(found)
+
+    return run
 
 
-def _to_safetensors(segmenter: Segmenter) -> bytes:
-    return save(segmenter.unet.state_dict(), {"format": "pt", **_metadata(segmenter)})
+def _to_safetensors(part: _Part) -> bytes:
+    assert isinstance(part.module, Segmenter)
+    refiner = part.refiner.refiner.state_dict() if part.refiner else {}
+    weights = part.module.unet.state_dict() | {REFINER + key: value for key, value in refiner.items()}
+    return save(weights, {"format": "pt", **_metadata(part)})
 
 
-def _largest_difference(segmenter: Segmenter, written: Network) -> float:
-    """Compare probabilities on smooth blobs of colour; on noise the network's output hardly varies."""
-    config, generator = segmenter.config, torch.Generator().manual_seed(0)
+def _make_images(segmenter: Segmenter, scale: int, batch_size: int) -> dict[str, Tensor]:
+    """Smooth blobs of colour, `scale` times as large as in training; on noise the network's output hardly varies."""
+    config, generator = segmenter.config, torch.Generator().manual_seed(batch_size)
+    blobs = 255 * torch.rand(batch_size, 3, 4, 6, generator=generator)
+    images = interpolate(blobs, (scale * config.image_height, scale * config.image_width), mode="bicubic").clamp(0, 255)
+    return {"images": images.permute(0, 2, 3, 1).to(torch.uint8).contiguous()}
+
+
+def _make_refiner_inputs(segmenter: Segmenter, refiner: OutlineRefiner, batch_size: int) -> dict[str, Tensor]:
+    (images,) = _make_images(segmenter, 1, batch_size).values()
+    return {**_make_images(segmenter, refiner.scale, batch_size), "probabilities": segmenter(images)}
+
+
+def _largest_difference(part: _Part, written: Network) -> float:
     differences = []
     for batch_size in BATCH_SIZES:
-        blobs = 255 * torch.rand(batch_size, 3, 4, 6, generator=generator)
-        images = interpolate(blobs, (config.image_height, config.image_width), mode="bicubic").clamp(0, 255)
-        images = images.permute(0, 2, 3, 1).to(torch.uint8).contiguous()
-        differences.append((written(images) - segmenter(images)).abs().max())
+        inputs = part.make_inputs(batch_size).values()
+        differences.append((written(*inputs) - part.module(*inputs)).abs().max())
     return torch.stack(differences).max().item()
 
 

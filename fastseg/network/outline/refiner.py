@@ -1,7 +1,8 @@
 """The outline refiner: a small convolutional network that corrects logits along the outline by the photo.
 
-    refiner = load_refiner("runs/carvana/best.pt")  # None if the run has none
-    refined = refine_outline(refiner, logits, photo, size)
+    segmenter, refiner = fastseg.load("best.pt"), fastseg.load_refiner("best.pt")
+    probabilities = segmenter(images)  # uint8 (B, 160, 240, 3) to float32 (B, 160, 240)
+    refined = refiner(photos, probabilities)  # with uint8 (B, 640, 960, 3) to float32 (B, 640, 960)
 
 The network sees 8x8 pixels of a Carvana photo as one cell, and its upsampled logits say roughly where an outline runs.
 The refiner sees the photo on a grid that is finer, 4x4 points per cell, and adds a correction to the upsampled logits.
@@ -19,12 +20,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, max_pool2d, pad
 
+from fastseg.config import Config
 from fastseg.data.decode import Size
 from fastseg.errors import CheckpointError
 from fastseg.network.checkpoint import load_checkpoint
 from fastseg.network.normalise import normalise
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.network.unet import init_weights
+from fastseg.runtime.device import choose_device
 
 __all__ = [
     "MAX_CLASSES",
@@ -32,7 +35,9 @@ __all__ = [
     "Refiner",
     "choose_scale",
     "find_outline",
+    "OutlineRefiner",
     "load_refiner",
+    "read_refiner",
     "refine_outline",
 ]
 
@@ -43,6 +48,7 @@ MAX_SCALE = 8
 MAX_CLASSES = 32  # above it, the logits of a photo on the grid take too much memory
 REACH = 2  # cells: points further from an outline keep their logits
 MAX_LOGIT, LOGIT_GAIN = 10.0, 0.25  # logits are clamped and scaled to the range of the photo's values
+MIN_SHARE = 1e-6  # probabilities are clamped to it
 TILE = 8  # cells on each side of a tile
 
 
@@ -171,7 +177,7 @@ def _tiles(values: Tensor, tile: int, halo: int) -> Tensor:
     return values.unfold(1, size, tile).unfold(2, size, tile).permute(1, 2, 0, 3, 4)
 
 
-def load_refiner(path: str | os.PathLike[str]) -> Refiner | None:
+def read_refiner(path: str | os.PathLike[str]) -> Refiner | None:
     """The outline refiner of a checkpoint, in evaluation mode on the CPU; None if it has none.
 
     Raises:
@@ -190,3 +196,70 @@ def load_refiner(path: str | os.PathLike[str]) -> Refiner | None:
     if not fits:
         raise CheckpointError(f"{path}: the weights of its outline refiner do not fit. Use another checkpoint.")
     return refiner.requires_grad_(False).eval()
+
+
+class OutlineRefiner(nn.Module):
+    """A refiner with its preprocessing: takes decoded photos and the network's probabilities for the whole photo.
+
+    `fastseg.predict` computes the same, but only near outlines.
+
+    Args:
+        refiner: of a checkpoint.
+        config: the configuration of its training.
+
+    Attributes:
+        scale: points of the grid along each side of a cell of the network.
+    """
+
+    def __init__(self, refiner: Refiner, config: Config) -> None:
+        super().__init__()
+        self.refiner = refiner
+        self.config = config
+        self.scale = int(refiner.scale)
+
+    def forward(self, images: Tensor, probabilities: Tensor) -> Tensor:
+        """Refined probabilities on the grid.
+
+        Args:
+            images: (B, H, W, 3) uint8 RGB, the photos by area average; H and W are `scale` times h and w.
+            probabilities: (B, h, w) float32 of `fastseg.load`'s network; with classes (B, C, h, w).
+
+        Returns:
+            (B, H, W) float32 in [0, 1]; with classes (B, C, H, W), which sum to 1 over C.
+
+        Raises:
+            ValueError: the shapes do not fit.
+        """
+        expected = tuple(self.scale * side for side in probabilities.shape[-2:])
+        if images.dtype != torch.uint8 or images.ndim != 4 or tuple(images.shape[1:]) != (*expected, 3):
+            raise ValueError(
+                f"images must be uint8 (B, {expected[0]}, {expected[1]}, 3); got {images.dtype} {tuple(images.shape)}."
+            )
+        classes = bool(self.config.classes)
+        limited = probabilities.clamp(MIN_SHARE, 1 - MIN_SHARE)
+        logits = limited.log() if classes else limited.logit()[:, None]
+        fine = interpolate(logits, scale_factor=float(self.scale), mode="bilinear")
+        border = (self.refiner.halo,) * 4
+        refined = self.refiner(pad(normalise(images), border, "replicate"), pad(fine, border, "replicate"))
+        near = interpolate(find_outline(logits)[:, None].float(), scale_factor=float(self.scale)) > 0
+        result = torch.where(near, refined, fine)
+        return result.softmax(1) if classes else result[:, 0].sigmoid()
+
+
+def load_refiner(checkpoint: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> OutlineRefiner | None:
+    """Load the outline refiner of a checkpoint, in evaluation mode and with frozen weights; None if it has none.
+
+    Args:
+        checkpoint: `best.pt` of a run, or a `.safetensors` file from `fastseg export`.
+        device: as in `Config`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or not a checkpoint of fastseg.
+        ConfigError: this machine lacks the device.
+    """
+    torch_device = choose_device(Config(device=str(device)).device)
+    refiner = read_refiner(checkpoint)
+    if refiner is None:
+        return None
+    config = Config(**load_checkpoint(checkpoint)["config"])
+    return OutlineRefiner(refiner, config).eval().to(torch_device)

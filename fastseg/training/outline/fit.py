@@ -70,7 +70,9 @@ def fit_refiner(run: Run) -> None:
     patches = cut_patches(
         read_examples(train_pairs, run.model, scale, config, run.runtime), len(train_pairs), refiner, rng
     )
-    if patches is not None:
+    if patches is None:
+        log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
+    else:
         train_refiner(refiner, patches, run)
     if run.stop_requested:
         return
