@@ -60,6 +60,7 @@ def train(folder: Path, way: str, options: argparse.Namespace) -> dict[str, Any]
         **folder_fields(folder),
         base_channels=options.channels,
         num_epochs=options.epochs,
+        refiner_steps=0,
         batch_size=options.batch_size,
         num_workers=options.workers,
         device=options.device,

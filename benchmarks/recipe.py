@@ -83,7 +83,12 @@ def run_row(row: str, data: str, channels: int, seed: int) -> dict[str, Any]:
     """Train a row with one seed, and score it at both sizes."""
     with tempfile.TemporaryDirectory() as out:
         config = fastseg.Config(
-            **folder_fields(Path(data)), base_channels=channels, seed=seed, out_dir=out, **FIELDS[row][1]
+            **folder_fields(Path(data)),
+            base_channels=channels,
+            seed=seed,
+            out_dir=out,
+            refiner_steps=0,
+            **FIELDS[row][1],
         )
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))
         steps = steps_for(row)

@@ -25,10 +25,12 @@ import fastseg
 from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
 from fastseg.data.host import HostDecoder, decode_file, load_photo
 from fastseg.data.pairs import group_of
-from fastseg.masks.refine import METHODS, guide_size, refine
+from fastseg.masks.refine import METHODS, load_guide
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.crf import guide_size, refine_with_crf
+from fastseg.network.outline.refiner import Refiner, read_refiner, refine_outline
 from fastseg.network.outline.upsample import threshold_logits
 from fastseg.runtime.device import choose_device
 from fastseg.runtime.progress import progress_bar
@@ -36,7 +38,7 @@ from fastseg.runtime.progress import progress_bar
 PACKAGES = ("kornia", "matplotlib")
 TARGETS = {"area": "soft (area)", "nearest": "hard (nearest)"}
 CROP_HEIGHT, CROP_WIDTH, NUM_CROPS = 160, 240, 3  # pixels of a photo
-COLOURS = {"true": "#00d5ff", "none": "#ffb000", "crf": "#7cff4f"}
+COLOURS = {"true": "#00d5ff", "none": "#ffb000", "crf": "#7cff4f", "learned": "#ff5ad2"}
 
 
 class Crop(NamedTuple):
@@ -51,11 +53,12 @@ class Crop(NamedTuple):
 def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) -> tuple[dict[str, Any], list[Crop]]:
     """Scores and times of every method with one checkpoint, and a crop of each photo."""
     model, config = load_model(path)
-    model = model.to(device)
+    model, refiner = model.to(device), read_refiner(path)
+    methods = METHODS if refiner else METHODS[:-1]
     decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
-    dice: dict[str, list[float]] = {method: [] for method in METHODS}
-    band: dict[str, list[float]] = {method: [] for method in METHODS}
-    seconds: dict[str, list[float]] = {method: [] for method in METHODS}
+    dice: dict[str, list[float]] = {method: [] for method in methods}
+    band: dict[str, list[float]] = {method: [] for method in methods}
+    seconds: dict[str, list[float]] = {method: [] for method in methods}
     crops = []
     with torch.inference_mode(), progress_bar() as bar:
         task = bar.add_task(Path(path).parent.name, total=len(pairs))
@@ -64,11 +67,11 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) ->
             path = pairs.image_path(index)
             true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None]
             size, masks = (true.shape[1], true.shape[2]), {"true": true}
-            for method in METHODS:
+            for method in methods:
                 if index == 0:  # warm-up
-                    cut_mask(logits, path, size, method)
+                    cut_mask(logits, path, size, method, config, refiner)
                 started = time.perf_counter()
-                masks[method] = cut_mask(logits, path, size, method)
+                masks[method] = cut_mask(logits, path, size, method, config, refiner)
                 seconds[method].append(time.perf_counter() - started)
                 dice[method].append(Scores("cpu").update(masks[method], true).item())
                 band[method].append(boundary_iou(masks[method], true).item())
@@ -81,22 +84,27 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) ->
             "ms": 1e3 * median(seconds[method]),
             "spread_ms": 1e3 * spread(seconds[method]),
         }
-        for method in METHODS
+        for method in methods
     }
     return {"mask_resize": config.mask_resize, "seed": config.seed, "methods": methods}, crops
 
 
-def cut_mask(logits: Tensor, path: str, size: Size, method: str) -> Tensor:
+def cut_mask(
+    logits: Tensor, path: str, size: Size, method: str, config: fastseg.Config, refiner: Refiner | None
+) -> Tensor:
     """(1, H, W) bool, the mask of a photo at its own size, as in `fastseg.predict`."""
-    if method != "none":
+    if method == "crf":
         photos = torch.from_numpy(load_photo(path, guide_size(logits.shape[2], logits.shape[3])))[None]
-        logits = refine(logits, photos, size, method)
+        logits = refine_with_crf(logits, photos, size)
+    elif method == "learned":
+        assert refiner is not None
+        logits = refine_outline(refiner, logits[0], torch.from_numpy(load_guide(path, config, refiner)[1]), size)[None]
     return torch.from_numpy(threshold_logits(logits[0, 0].numpy(), *size))[None]
 
 
 def most_differing(name: str, photo: NDArray[np.uint8], masks: dict[str, Tensor]) -> Crop:
     """The crop of a photo with most pixels on which the methods disagree."""
-    predicted = torch.stack([masks[method] for method in METHODS])
+    predicted = torch.stack([mask for kind, mask in masks.items() if kind != "true"])
     differs = (predicted.any(0) & ~predicted.all(0)).float()
     window = (min(CROP_HEIGHT, photo.shape[0]), min(CROP_WIDTH, photo.shape[1]))
     shares = avg_pool2d(differs, window, stride=8)[0]
@@ -111,7 +119,7 @@ def group(measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for kind in TARGETS:
         runs = [run for run in measured if run["mask_resize"] == kind]
-        for method in METHODS if runs else ():
+        for method in runs[0]["methods"] if runs else ():
             row: dict[str, Any] = {"targets": kind, "method": method, "seeds": [run["seed"] for run in runs]}
             for score in ("full_dice", "full_boundary_iou"):
                 values = [run["methods"][method][score] for run in runs]
@@ -127,10 +135,11 @@ def draw(crops: list[Crop], path: Path) -> None:
     crops = sorted(crops, key=lambda crop: -crop.differing)
     chosen = [crop for i, crop in enumerate(crops) if group_of(crop.name) not in {group_of(c.name) for c in crops[:i]}]
     chosen = (chosen if len(chosen) >= NUM_CROPS else crops)[:NUM_CROPS]
-    figure = Figure(figsize=(4.2 * (1 + len(METHODS)), 3.1 * len(chosen) + 0.4), layout="constrained")
-    grid = figure.subplots(len(chosen), 1 + len(METHODS), squeeze=False)
+    kinds = list(chosen[0].masks)
+    figure = Figure(figsize=(4.2 * len(kinds), 3.1 * len(chosen) + 0.4), layout="constrained")
+    grid = figure.subplots(len(chosen), len(kinds), squeeze=False)
     for crop, row in zip(chosen, grid, strict=True):
-        for kind, axes in zip(("true", *METHODS), row, strict=True):
+        for kind, axes in zip(kinds, row, strict=True):
             axes.imshow(crop.photo)
             axes.axis("off")
             for outline, width in (("true", 1.6), (kind, 1.6)):
@@ -139,8 +148,8 @@ def draw(crops: list[Crop], path: Path) -> None:
                     axes.contour(values, levels=[0.5], colors=[COLOURS[outline]], linewidths=width)
             wrong = (crop.masks[kind] != crop.masks["true"]).mean()
             axes.set_title(crop.name if kind == "true" else f"{kind}: {wrong:.1%} of the pixels wrong", fontsize=10)
-    handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in COLOURS.values()]
-    labels = ["true outline", *METHODS]
+    handles = [figure.axes[0].plot([], [], color=COLOURS[kind])[0] for kind in kinds]
+    labels = ["true outline", *kinds[1:]]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.savefig(path, dpi=110)
 

@@ -19,7 +19,7 @@ from PIL import Image
 import fastseg
 from fastseg.config import Config
 
-FIELDS = {"base_channels": 4, "batch_size": 2, "num_epochs": 2, "device": "cpu"}
+FIELDS = {"base_channels": 4, "batch_size": 2, "num_epochs": 2, "refiner_steps": 0, "device": "cpu"}
 
 
 @pytest.fixture(autouse=True)

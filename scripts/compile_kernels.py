@@ -19,7 +19,7 @@ from fastseg.data.host import HostDecoder
 from fastseg.data.labels.encoding import class_encoding
 from fastseg.data.labels.vote import count_bytes, index_colours
 from fastseg.data.resample import MASK_MODES
-from fastseg.masks.refine import mean_field_crf
+from fastseg.network.outline.crf import mean_field_crf
 from fastseg.network.outline.upsample import label_logits
 from fastseg.training.step.augment import augment, sample_params
 

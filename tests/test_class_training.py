@@ -29,7 +29,15 @@ from tests.test_training import same, weights
 
 CLASSES = {"wall": 0, "disc": 7, "box": 3}
 VALUES = list(CLASSES.values())
-SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "num_epochs": 2}
+SMALL = {
+    "image_height": 32,
+    "image_width": 48,
+    "base_channels": 4,
+    "depth": 2,
+    "refiner_steps": 0,
+    "batch_size": 4,
+    "num_epochs": 2,
+}
 SMALL |= {"device": "cpu", "precision": "fp32", "val_img_dir": "", "val_fraction": 0.34, "classes": CLASSES}
 
 

@@ -19,6 +19,7 @@ FIELDS = {
     "image_height": 32,
     "image_width": 48,
     "base_channels": 4,
+    "refiner_steps": 0,
     "depth": 2,
     "batch_size": 4,
     "num_epochs": 2,

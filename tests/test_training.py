@@ -22,7 +22,15 @@ from fastseg.training.loop import train_step
 from fastseg.training.setup import find_splits
 from tests.conftest import write_pair
 
-SMALL = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
+SMALL = {
+    "image_height": 32,
+    "image_width": 48,
+    "base_channels": 4,
+    "depth": 2,
+    "refiner_steps": 0,
+    "batch_size": 4,
+    "device": "cpu",
+}
 DIRS = {"val_img_dir": "", "val_fraction": 0.34}  # of 12 pairs 8 train: an epoch of 2 steps
 
 
