@@ -15,13 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastseg.errors import ConfigError
+from fastseg.errors import ConfigError, FastsegError
 
 __all__ = [
     "all_gather",
     "all_reduce",
     "any_rank",
     "barrier",
+    "fail_together",
     "get_rank",
     "get_world_size",
     "local_batch_size",
@@ -42,6 +43,9 @@ def process_group(device: str = "auto") -> Iterator[None]:
 
     Args:
         device: as in `Config`. Ranks on the CPU communicate over gloo, ranks on GPUs over NCCL.
+
+    Raises:
+        FastsegError: another rank has ended within the block.
     """
     if get_world_size() == 1 or dist.is_initialized():
         yield
@@ -54,6 +58,10 @@ def process_group(device: str = "auto") -> Iterator[None]:
         logging.getLogger("fastseg").setLevel(logging.WARNING)
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise FastsegError("torchrun: another process of this run has ended, so this one ends too.") from None
     finally:
         dist.destroy_process_group()
 
@@ -109,6 +117,22 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if not dist.is_initialized():
         return flag
     return bool(all_reduce(torch.tensor(float(flag), device=device)).item())
+
+
+@contextmanager
+def fail_together(device: torch.device) -> Iterator[None]:
+    """Let a block without communication fail in every rank if it fails in one, so that no rank waits for another.
+
+    Raises:
+        FastsegError: the block has failed in another rank, which raises the error itself.
+    """
+    try:
+        yield
+    except Exception:
+        any_rank(True, device)
+        raise
+    if any_rank(False, device):
+        raise FastsegError("torchrun: another process has met an error, which it reports. Correct its cause.")
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
