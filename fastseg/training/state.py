@@ -206,9 +206,7 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         _load_optimizer(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])
-        sums = state["loss_sum"].reshape(-1)
-        # As many ranks as before continue exactly; another number continues with the same mean.
-        run.loss_sum.copy_(sums[run.runtime.rank] if len(sums) == run.runtime.world_size else sums.mean())
+        run.loss_sum.copy_(_own_loss_sum(state["loss_sum"], run.runtime))
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -220,6 +218,14 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         log.info("%s: all %d epochs are done; raise num_epochs to train longer", path, run.epoch)
     else:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
+
+
+def _own_loss_sum(sums: Tensor, runtime: Runtime) -> Tensor:
+    """This rank's part of the saved sums: its own if there are as many ranks as before, otherwise their mean."""
+    if sums.ndim > 1:
+        raise ValueError(f"its loss has the shape {tuple(sums.shape)}")
+    sums = sums.reshape(-1)
+    return sums[runtime.rank] if len(sums) == runtime.world_size else sums.mean()
 
 
 def _check_progress(state: dict[str, Any], num_batches: int) -> None:
