@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
+import torch.distributed as dist
 
 import fastseg
 from fastseg.network.checkpoint import load_checkpoint
+from fastseg.runtime import distributed
 from fastseg.runtime.signals import stop_on_signal
 from tests.conftest import ROOT, damage, write_pair
 from tests.test_distributed import FIELDS
@@ -21,6 +24,7 @@ from tests.test_training import same, weights
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
+from threading import Thread
 from fastseg.cli import main
 from fastseg.training import loop
 
@@ -153,3 +157,26 @@ def test_a_broken_validation_file_of_any_rank_costs_no_training(many, data, tmp_
     assert "last.pt is saved" in err
     state = load_checkpoint(settings.run_dir / "last.pt")
     assert (state["epoch"], state["step"]) == (0, 15)
+
+
+def test_ranks_do_not_read_what_killed_ranks_have_left_in_the_store(monkeypatch):
+    """torchrun keeps its store; in it one rank reads before the other has written."""
+    store, results = dist.HashStore(), {}
+
+    def join(rank: int) -> None:
+        monkeypatch.setattr(dist, "rendezvous", lambda url: iter([(store, rank, 2)]))
+        results[rank] = distributed._join_store()[0]
+
+    for start in range(3):
+        results.clear()
+        threads = []
+        for rank in (start % 2, 1 - start % 2):
+            threads.append(Thread(target=join, args=[rank]))
+            threads[-1].start()
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join(60)
+        results[0].set("address", str(start))
+        assert results[1].get("address") == str(start).encode()
+        assert not results[0].check([f"address of {start - 1}"])
+        results[1].set(f"address of {start}", "")

@@ -6,6 +6,8 @@ ranks compute the same as one process. Without torchrun, the functions below do 
 
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -53,7 +55,8 @@ def process_group(device: str = "auto") -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    store, rank, world_size = _join_store()
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     if dist.get_rank() > 0:
         logging.getLogger("fastseg").setLevel(logging.WARNING)
     try:
@@ -64,6 +67,23 @@ def process_group(device: str = "auto") -> Iterator[None]:
         raise FastsegError("torchrun: another process of this run has ended, so this one ends too.") from None
     finally:
         dist.destroy_process_group()
+
+
+def _join_store() -> tuple[dist.Store, int, int]:
+    """torchrun's store with keys of this start alone, the rank, and the number of ranks.
+
+    torchrun keeps its store when it restarts ranks. In it they would find the addresses of those that have been killed,
+    and would wait for them. So each rank writes a token and reads those of all, until all have read the same: then
+    each is of this start, and the keys begin with all of them.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store.set(f"fastseg/token/{rank}", uuid.uuid4().hex)
+    while True:
+        tokens = b"".join(store.get(f"fastseg/token/{other}") for other in range(world_size))
+        store.set(f"fastseg/read/{rank}", tokens)
+        if all(store.get(f"fastseg/read/{other}") == tokens for other in range(world_size)):
+            return dist.PrefixStore(tokens.decode(), store), rank, world_size
+        time.sleep(0.01)
 
 
 def get_rank() -> int:
