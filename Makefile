@@ -1,5 +1,6 @@
 # make demo   install, make Carvana-like pairs, train, evaluate, draw: everything from nothing
 # make test   install, run the tests            make lint   ruff, mypy, import-linter
+# make soak SECONDS=600   rounds of kills, full disks and damaged files at random, against undisturbed runs
 # make docs   install, build the pages of docs/ as HTML in build/docs; a warning is an error
 # make gpu-check OUT=DIR   tests and benchmarks that need a GPU, nine minutes, results as JSON in DIR
 # make install   only the virtual environment, with numba's kernels compiled and cached
@@ -8,9 +9,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= gpu-check
+SECONDS ?= 600
 STAMP := .venv/installed
 
-.PHONY: demo test lint docs gpu-check install peers clean
+.PHONY: demo test soak lint docs gpu-check install peers clean
 
 install: $(STAMP)
 peers: .venv-peers/installed
@@ -31,6 +33,9 @@ demo: $(STAMP)
 # A process per core, each with one thread: threads of several processes on the same cores wait for each other.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+
+soak: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --seconds $(SECONDS)
 
 gpu-check: $(STAMP)
 	$(BIN)/python benchmarks/gpu_check.py --out $(OUT)

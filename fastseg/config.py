@@ -90,6 +90,7 @@ class Config(BaseModel):
     min_steps: int = _field(240, "minimum number of steps if num_epochs is not given", ge=0)
     early_stopping: int = _field(0, "stop after this many epochs without a better Dice; 0: never", ge=0)
     time_limit_s: float = _field(0.0, "start no epoch that would end after this many seconds; 0: no limit", ge=0)
+    checkpoint_every_s: float = _field(60.0, "also save last.pt after so many seconds; 0: only after each epoch", ge=0)
     device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps (Apple; never tried)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "dtype of the network's arithmetic")
     compile: Literal["auto", "on", "graphs", "off"] = _field(

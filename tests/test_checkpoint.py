@@ -133,7 +133,7 @@ TAMPERED = {
     "optimizer group": tamper("optimizer", "param_groups", 0, "betas", value="x"),
     "optimizer state": tamper("optimizer", "state", 0, "exp_avg", value=torch.zeros(3)),
     "generator": tamper("generator", value=torch.zeros(3)),
-    "loss": tamper("loss_sum", value=torch.zeros(3)),
+    "loss": tamper("loss_sum", value=torch.zeros(2, 3)),
 }
 
 

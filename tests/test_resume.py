@@ -44,8 +44,8 @@ def save_slowly(state, file):
     file.seek(0)
     save(state, file)
 
-def save_and_wait(writer, states):
-    start_saving(writer, states)
+def save_and_wait(writer, states, **options):
+    start_saving(writer, states, **options)
     writer.wait()
 
 if place == "batch":

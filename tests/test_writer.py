@@ -130,7 +130,7 @@ def test_the_state_is_that_of_the_call(tmp_path, monkeypatch):
 
 def test_a_copy_has_the_same_values_strides_and_sharing():
     weight = torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last).requires_grad_()
-    copied = copy_to_cpu({Path("a"): {"w": weight, "list": [{1: weight, "n": None, "t": (0.9, 0.99)}]}})[Path("a")]
+    copied = copy_to_cpu({Path("a"): {"w": weight, "list": [{1: weight, "n": None, "t": (0.9, 0.99)}]}})[0][Path("a")]
     assert copied["w"] is copied["list"][0][1]
     assert torch.equal(copied["w"], weight)
     assert copied["w"].stride() == weight.stride()

@@ -66,7 +66,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             state = _read_zip(path)
     except Exception:  # torch's reader raises many kinds of error on damaged bytes
         raise CheckpointError(f"{path}: is damaged or not a checkpoint. Use another, or remove it.") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT or not _is_complete(state):
+    if not isinstance(state, dict) or not _is_complete(state):
         raise CheckpointError(
             f"{path}: is not a checkpoint of this version of fastseg (format {FORMAT}). Use one that it wrote."
         )
@@ -241,8 +241,10 @@ def _find_tensors(state: Any) -> list[tuple[Any, Any, Tensor]]:
 
 
 def _is_complete(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint has a configuration and weights."""
-    config, weights = state.get("config"), state.get("model")
+    """Whether a checkpoint has this format, a configuration and weights."""
+    version, config, weights = state.get("format"), state.get("config"), state.get("model")
+    if type(version) is not int or version != FORMAT:  # a tensor has no truth value
+        return False
     if not isinstance(config, dict) or not isinstance(weights, dict):
         return False
     return {"base_channels", "depth"} <= config.keys() and all(isinstance(key, str) for key in weights)

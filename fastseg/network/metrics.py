@@ -13,7 +13,7 @@ from fastseg.errors import DataError
 from fastseg.network.losses import bce_dice_loss, class_loss
 from fastseg.network.normalise import normalise, to_targets
 from fastseg.runtime.device import Runtime
-from fastseg.runtime.distributed import all_reduce
+from fastseg.runtime.distributed import all_reduce, fail_together
 from fastseg.runtime.out_of_memory import halve_until_it_fits
 
 __all__ = [
@@ -189,7 +189,7 @@ def score_batches(
     scores = ClassScores(num_classes, device) if num_classes else Scores(device)
     cells = 1  # of an image
     loss = torch.zeros(2, dtype=torch.float64, device=device)  # sum over images, and their number
-    with torch.inference_mode():
+    with fail_together(runtime.device), torch.inference_mode():
         for images, masks, _ in batches:
             if not len(images):  # this rank's slice of a last batch that is smaller than the number of ranks
                 continue

@@ -6,6 +6,8 @@ ranks compute the same as one process. Without torchrun, the functions below do 
 
 import logging
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -15,13 +17,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastseg.errors import ConfigError
+from fastseg.errors import ConfigError, FastsegError
 
 __all__ = [
     "all_gather",
     "all_reduce",
     "any_rank",
     "barrier",
+    "fail_together",
     "get_rank",
     "get_world_size",
     "local_batch_size",
@@ -42,6 +45,9 @@ def process_group(device: str = "auto") -> Iterator[None]:
 
     Args:
         device: as in `Config`. Ranks on the CPU communicate over gloo, ranks on GPUs over NCCL.
+
+    Raises:
+        FastsegError: another rank has ended within the block.
     """
     if get_world_size() == 1 or dist.is_initialized():
         yield
@@ -49,13 +55,35 @@ def process_group(device: str = "auto") -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    store, rank, world_size = _join_store()
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
     if dist.get_rank() > 0:
         logging.getLogger("fastseg").setLevel(logging.WARNING)
     try:
         yield
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise FastsegError("torchrun: another process of this run has ended, so this one ends too.") from None
     finally:
         dist.destroy_process_group()
+
+
+def _join_store() -> tuple[dist.Store, int, int]:
+    """torchrun's store with keys of this start alone, the rank, and the number of ranks.
+
+    torchrun keeps its store when it restarts ranks. In it they would find the addresses of those that have been killed,
+    and would wait for them. So each rank writes a token and reads those of all, until all have read the same: then
+    each is of this start, and the keys begin with all of them.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store.set(f"fastseg/token/{rank}", uuid.uuid4().hex)
+    while True:
+        tokens = b"".join(store.get(f"fastseg/token/{other}") for other in range(world_size))
+        store.set(f"fastseg/read/{rank}", tokens)
+        if all(store.get(f"fastseg/read/{other}") == tokens for other in range(world_size)):
+            return dist.PrefixStore(tokens.decode(), store), rank, world_size
+        time.sleep(0.01)
 
 
 def get_rank() -> int:
@@ -109,6 +137,22 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     if not dist.is_initialized():
         return flag
     return bool(all_reduce(torch.tensor(float(flag), device=device)).item())
+
+
+@contextmanager
+def fail_together(device: torch.device) -> Iterator[None]:
+    """Let a block without communication fail in every rank if it fails in one, so that no rank waits for another.
+
+    Raises:
+        FastsegError: the block has failed in another rank, which raises the error itself.
+    """
+    try:
+        yield
+    except Exception:
+        any_rank(True, device)
+        raise
+    if any_rank(False, device):
+        raise FastsegError("torchrun: another process has met an error, which it reports. Correct its cause.")
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:

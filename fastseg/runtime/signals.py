@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fastseg.runtime.distributed import get_world_size
+
 __all__ = ["stop_on_signal"]
 
 
@@ -12,12 +14,16 @@ __all__ = ["stop_on_signal"]
 def stop_on_signal(stop: Callable[[], None]) -> Iterator[None]:
     """Within the block call `stop` when Ctrl-C or SIGTERM arrives; a second one has its usual effect.
 
+    Not so under torchrun, which passes on a Ctrl-C that its ranks have received from the terminal already, and kills
+    ranks that do not end within 30 s.
+
     Does nothing in another than the main thread, where the main program handles signals.
     """
 
     def handle(number: int, frame: object) -> None:
         stop()
-        signal.signal(number, previous[number])
+        if get_world_size() == 1:
+            signal.signal(number, previous[number])
 
     previous: dict[int, Any] = {}
     try:

@@ -24,6 +24,7 @@ from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
+from fastseg.training.interval import stop_or_save
 from fastseg.training.outline.fit import fit_refiner, needs_refiner
 from fastseg.training.recipe import (
     drop_frozen_gradients,
@@ -36,7 +37,7 @@ from fastseg.training.recipe import (
     update_ema,
 )
 from fastseg.training.setup import build_run, find_splits, load_or_init_model, resolve_config
-from fastseg.training.state import Run, check_finite, resume, save_last
+from fastseg.training.state import Run, check_finite, resume, save_last_and_wait
 from fastseg.training.step.augment import resize
 from fastseg.training.step.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
 from fastseg.training.step.micro_batch import fit_micro_batch, report_training_out_of_memory
@@ -55,7 +56,6 @@ from fastseg.training.validate import validate, warn_of_black_masks, warn_of_tra
 __all__ = ["train", "train_step"]
 
 LOG_SECONDS = 0.5  # between readings of the loss, each of which waits for the device
-AGREE_STEPS = 20  # between the steps at which several ranks agree whether to stop
 
 log = logging.getLogger(__name__)
 
@@ -132,27 +132,28 @@ def train(
 
 def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
     """Train until the last epoch is done or the run is interrupted, and wait until its checkpoints are on disk."""
-    with run.checkpoints:  # which waits for the last checkpoint at its end
-        with stop_on_signal(partial(setattr, run, "stop_requested", True)), retain_freed_memory(run.runtime.device):
-            while not run.interrupted and not _is_finished(run):
-                _train_epoch(run)
-                if run.interrupted:
-                    break
-                validate(run)
-                warn_of_black_masks(run)
-                is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
-                if run.runtime.rank == 0 and (trackers or is_first):
-                    began = time.perf_counter()
-                    overlay = draw_val_overlay(run, run.eval_model)
-                    trackers.log_epoch(run.history[-1], overlay)
-                    run.seconds["pictures"] += time.perf_counter() - began
-                if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
-                    log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
-                    break
-                compile_if_it_pays(run)
+    stop = partial(setattr, run, "stop_requested", True)
+    # `run.checkpoints` waits for the last checkpoint at its end.
+    with run.checkpoints, stop_on_signal(stop), retain_freed_memory(run.runtime.device):
+        while not run.interrupted and not _is_finished(run):
+            _train_epoch(run)
+            if run.interrupted:
+                break
+            validate(run)
+            warn_of_black_masks(run)
+            is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
+            if run.runtime.rank == 0 and (trackers or is_first):
+                began = time.perf_counter()
+                overlay = draw_val_overlay(run, run.eval_model)
+                trackers.log_epoch(run.history[-1], overlay)
+                run.seconds["pictures"] += time.perf_counter() - began
+            if after_epoch and any_rank(after_epoch(dict(run.history[-1])), run.runtime.device):
+                log.info("stopped after epoch %d: after_epoch returned true", run.epoch)
+                break
+            compile_if_it_pays(run)
         trained = time.perf_counter()
         if run.interrupted:
-            save_last(run)
+            save_last_and_wait(run)
     run.seconds["checkpoints"] += time.perf_counter() - trained
     if run.interrupted:
         log.info("interrupted in epoch %d after step %d; last.pt is saved", run.epoch + 1, run.step)
@@ -210,7 +211,7 @@ def _train_epoch(run: Run) -> None:
     loader, config = run.train_loader, run.config
     run.model.train()
     began, logged, waited, first_step = time.perf_counter(), 0.0, loader.wait_seconds, run.step
-    first_steps, cores = run.seconds[FIRST_STEPS], core_use()
+    apart, cores = run.seconds[FIRST_STEPS] + run.seconds["checkpoints"], core_use()
     with progress_bar() as bar:
         task = bar.add_task(f"epoch {run.epoch + 1}/{config.num_epochs}", total=len(loader), note="")
         for images, masks, _ in loader:
@@ -229,8 +230,7 @@ def _train_epoch(run: Run) -> None:
                     run.contention_checked = warn_about_contention(cores)
                 note = f"loss {loss:.3f}{dice}  {rate:.0f} pairs/s  data wait {wait:.0f} %"
                 bar.update(task, completed=run.step, note=note)
-            if run.runtime.world_size == 1 or run.step % AGREE_STEPS == 0:
-                run.interrupted = any_rank(run.stop_requested, run.runtime.device)
+            stop_or_save(run)
             if run.interrupted:
                 break
     mean_loss = all_reduce(run.loss_sum.clone()).item() / max(run.step * run.runtime.world_size, 1)
@@ -238,7 +238,7 @@ def _train_epoch(run: Run) -> None:
     seconds, waited = time.perf_counter() - began, loader.wait_seconds - waited
     run.trained_pairs += (run.step - first_step) * config.batch_size
     run.seconds["waiting for data"] += waited
-    run.seconds["steps"] += seconds - waited - (run.seconds[FIRST_STEPS] - first_steps)
+    run.seconds["steps"] += seconds - waited - (run.seconds[FIRST_STEPS] + run.seconds["checkpoints"] - apart)
     if not run.interrupted:
         run.history.append(
             {

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from fastseg.data.loader import Loader
 from fastseg.errors import ConfigError, FastsegError
 from fastseg.network.checkpoint import has_finite_weights
 from fastseg.runtime.device import Runtime
+from fastseg.runtime.distributed import all_reduce, barrier
 from fastseg.training.step.pipeline import Augmentation, Loss
 from fastseg.training.writer import CheckpointWriter
 
@@ -24,6 +26,7 @@ __all__ = [
     "resume",
     "save_epoch",
     "save_last",
+    "save_last_and_wait",
 ]
 
 SCORES = ("val_dice", "val_iou", "val_dice_pixels", "val_iou_pixels")
@@ -51,6 +54,7 @@ class Run:
     augmentation: Augmentation | None = None  # a user's own, in place of fastseg's
     loss: Loss | None = None  # likewise
     checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
+    save_time: float = field(default_factory=time.perf_counter)  # of the last save
     epoch: int = 0
     step: int = 0  # within the epoch
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry per epoch, as in metrics.jsonl
@@ -117,9 +121,10 @@ def save_epoch(run: Run) -> None:
     Raises:
         OutputError: the save before this one failed.
     """
+    run.save_time = time.perf_counter()
     if run.runtime.rank > 0:
         return
-    folder, last = run.config.run_dir, _last_state(run)
+    folder, last = run.config.run_dir, _last_state(run, run.loss_sum)
     states = {folder / "last.pt": last}
     if run.best is run.history[-1]:
         # The same tensors as in last.pt, which are copied once.
@@ -129,17 +134,44 @@ def save_epoch(run: Run) -> None:
     run.checkpoints.save(states)
 
 
-def save_last(run: Run) -> None:
-    """Start writing the complete state of the run to `last.pt`; only rank 0 writes.
+def save_last(run: Run, *, if_finite: bool = False) -> None:
+    """Start writing the complete state of the run to `last.pt`; only rank 0 writes. All ranks must call this.
+
+    Args:
+        if_finite: as for `CheckpointWriter.save`.
 
     Raises:
         OutputError: the save before this one failed.
     """
+    run.save_time = time.perf_counter()
+    loss_sums = _gather_loss_sums(run)
     if run.runtime.rank == 0:
-        run.checkpoints.save({run.config.run_dir / "last.pt": _last_state(run)})
+        run.checkpoints.save({run.config.run_dir / "last.pt": _last_state(run, loss_sums)}, if_finite=if_finite)
 
 
-def _last_state(run: Run) -> dict[str, Any]:
+def save_last_and_wait(run: Run) -> None:
+    """Write `last.pt` before any rank continues: torchrun ends all ranks as soon as one has ended.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    try:
+        save_last(run)
+        run.checkpoints.wait()
+    finally:
+        barrier()
+
+
+def _gather_loss_sums(run: Run) -> Tensor:
+    """`loss_sum` of each rank (W,), the only part of the state in which ranks differ; a scalar in a single process."""
+    if run.runtime.world_size == 1:
+        return run.loss_sum
+    sums = run.loss_sum.new_zeros(run.runtime.world_size)
+    sums[run.runtime.rank] = run.loss_sum
+    return all_reduce(sums)
+
+
+def _last_state(run: Run, loss_sums: Tensor) -> dict[str, Any]:
     """The content of `last.pt`. Its tensors are those of the run, not copies."""
     return {
         "config": run.config.model_dump(),
@@ -152,7 +184,7 @@ def _last_state(run: Run) -> dict[str, Any]:
         "loader": {**run.train_loader.state_dict(), "epoch": run.epoch, "step": run.step},
         "epoch": run.epoch,
         "step": run.step,
-        "loss_sum": run.loss_sum,
+        "loss_sum": loss_sums,
         "history": run.history,
     }
 
@@ -174,7 +206,7 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         _load_optimizer(run.optimizer, state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])
-        run.loss_sum.copy_(state["loss_sum"])
+        run.loss_sum.copy_(_own_loss_sum(state["loss_sum"], run.runtime))
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
@@ -186,6 +218,14 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         log.info("%s: all %d epochs are done; raise num_epochs to train longer", path, run.epoch)
     else:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
+
+
+def _own_loss_sum(sums: Tensor, runtime: Runtime) -> Tensor:
+    """This rank's part of the saved sums: its own if there are as many ranks as before, otherwise their mean."""
+    if sums.ndim > 1:
+        raise ValueError(f"its loss has the shape {tuple(sums.shape)}")
+    sums = sums.reshape(-1)
+    return sums[runtime.rank] if len(sums) == runtime.world_size else sums.mean()
 
 
 def _check_progress(state: dict[str, Any], num_batches: int) -> None:

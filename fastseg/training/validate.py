@@ -6,7 +6,7 @@ import time
 from fastseg.errors import FastsegError
 from fastseg.network.metrics import score_batches
 from fastseg.quality.diagnosis import explain_predictions, foreground_shares, warn_of_uniform_masks
-from fastseg.training.state import Run, save_epoch, save_last
+from fastseg.training.state import Run, save_epoch, save_last_and_wait
 from fastseg.training.summary import log_epoch
 
 __all__ = ["validate", "warn_of_black_masks", "warn_of_training_masks"]
@@ -22,7 +22,7 @@ def validate(run: Run) -> None:
         scores = score_batches(model, run.val_loader, run.runtime, len(run.config.classes))
     except FastsegError:  # such as a broken file: the epoch's steps must not be lost
         run.history.pop()
-        save_last(run)
+        save_last_and_wait(run)
         log.info("%s is saved; the same command scores epoch %d again", run.config.run_dir / "last.pt", run.epoch + 1)
         raise
     entry = run.history[-1]

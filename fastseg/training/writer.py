@@ -28,17 +28,24 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._saving: Future[None] | None = None
 
-    def save(self, states: Mapping[Path, dict[str, Any]]) -> None:
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is in progress, for which the next one would wait."""
+        return self._saving is not None and not self._saving.done()
+
+    def save(self, states: Mapping[Path, dict[str, Any]], *, if_finite: bool = False) -> None:
         """Copy the states and start writing them; returns before they are on disk. Waits for the previous save.
 
         Args:
             states: by file, in the order of writing.
+            if_finite: write nothing if a number of the weights or of `loss_sum` is infinite or NaN. The background
+                thread checks it, so that training waits for nothing.
 
         Raises:
             OutputError: the previous save failed; its files are those of the save before it. Nothing is written.
         """
         self.wait()
-        self._saving = self._thread.submit(_write, copy_to_cpu(states))
+        self._saving = self._thread.submit(_write, *copy_to_cpu(states), if_finite)
 
     def wait(self) -> None:
         """Wait until the last save is on disk.
@@ -69,30 +76,43 @@ class CheckpointWriter:
             self._thread.shutdown()
 
 
-def copy_to_cpu(states: Mapping[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+def copy_to_cpu(states: Mapping[Path, dict[str, Any]]) -> tuple[dict[Path, dict[str, Any]], list[torch.cuda.Event]]:
     """Copy nested dictionaries and lists and their tensors. A tensor that occurs twice is copied once.
 
-    From a GPU all tensors are copied to pinned memory, and the host waits once, at the end.
+    Copies from a GPU go to pinned memory, between the step before and the step after; the host does not wait.
+
+    Returns:
+        The copies, and the events after which those from a GPU are complete.
     """
     copies: dict[int, Tensor] = {}
-    copied = _copy(states, copies)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return copied
+    devices: set[torch.device] = set()
+    copied = _copy(states, copies, devices)
+    return copied, [torch.cuda.current_stream(device).record_event() for device in devices]
 
 
-def _copy(value: Any, copies: dict[int, Tensor]) -> Any:
+def _copy(value: Any, copies: dict[int, Tensor], devices: set[torch.device]) -> Any:
     if isinstance(value, Tensor):
         if id(value) not in copies:
-            copies[id(value)] = value.detach().to("cpu", non_blocking=True, copy=True)
+            copies[id(value)] = value.detach().to("cpu", non_blocking=value.is_cuda, copy=True)
+            if value.is_cuda:
+                devices.add(value.device)
         return copies[id(value)]
     if isinstance(value, Mapping):
-        return {key: _copy(item, copies) for key, item in value.items()}
+        return {key: _copy(item, copies, devices) for key, item in value.items()}
     if isinstance(value, list):
-        return [_copy(item, copies) for item in value]
+        return [_copy(item, copies, devices) for item in value]
     return value
 
 
-def _write(states: dict[Path, dict[str, Any]]) -> None:
+def _write(states: dict[Path, dict[str, Any]], ready: list[torch.cuda.Event], if_finite: bool) -> None:
+    for event in ready:
+        event.synchronize()
+    if if_finite and not all(map(_is_finite, states.values())):
+        return
     for path, state in states.items():
         save_checkpoint(path, state)
+
+
+def _is_finite(state: dict[str, Any]) -> bool:
+    tensors = [state["loss_sum"], *state["model"].values(), *(state["ema_model"] or {}).values()]
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
