@@ -31,6 +31,7 @@ from fastseg.data.resample import MASK_MODES
 from fastseg.data.verify import verify_rows
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import Runtime
+from fastseg.runtime.distributed import is_group_of
 
 __all__ = ["Loader", "epoch_order", "make_loader"]
 
@@ -125,7 +126,9 @@ class Loader:
         options: dict[str, Any] = {"mask_resize": mask_resize, "classes": classes, "ignore_value": ignore_value}
         options |= {"num_workers": num_threads, "bad": self.bad}
         self.decoder = self._open_decoder(decoder, height, width, log_level, options)
-        self.cache = open_cache(cache, self.decoder, self.device, cache_dir, log_level=log_level)
+        self.cache = open_cache(
+            cache, self.decoder, self.device, cache_dir, shared=is_group_of(world_size), log_level=log_level
+        )
         if self.cache is not None and self.cache.filled.all():
             self.decoder.release()
 
@@ -199,7 +202,8 @@ class Loader:
             return
         if self.bad.found:
             batches = [np.array([self.bad.replacement(int(i)) for i in indices], np.int64) for indices in batches]
-        # An epoch has each pair once, so the rows that are missing at its beginning are those to decode.
+        # An epoch has each pair once, in one rank, so the rows that are missing at its beginning are those to decode.
+        cache.refresh()
         missing = [~cache.filled[indices] for indices in batches]
         todo = [indices[lack] for indices, lack in zip(batches, missing, strict=True) if lack.any()]
         pin_memory = self._pin_memory and cache.device.type == "cpu"
@@ -223,6 +227,7 @@ class Loader:
             self._decode_rest(cache)
         if todo:
             verify_rows(cache, self.decoder)
+        cache.refresh()
         cache.publish(list(self.bad.found))
         if cache.is_complete(list(self.bad.found)):
             self.decoder.release()
