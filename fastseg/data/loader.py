@@ -64,6 +64,7 @@ class Loader:
         rank, world_size: this process and the number of processes that share the epoch. Each process takes its slice
             of every batch, so that all make the same number of steps. If the last batch has fewer pairs than there are
             processes, some slices are empty.
+        whole_batches: each process takes whole batches in turn instead of slices, and may make another number of steps.
         device: where batches arrive.
         decoder: "host", "dali", or "auto".
         num_workers: decoding threads; 0: one per core, at most 8 beside a GPU.
@@ -97,6 +98,7 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        whole_batches: bool = False,
         device: torch.device | str = "cpu",
         decoder: str = "auto",
         num_workers: int = 0,
@@ -112,7 +114,7 @@ class Loader:
         self.pairs = pairs
         self.batch_size = batch_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.whole_batches = rank, world_size, whole_batches
         self.device = torch.device(device)
         self.bad = BadSamples(pairs, bad_samples)
         self.wait_seconds = 0.0
@@ -141,7 +143,8 @@ class Loader:
                 from fastseg.data.dali.decoder import DaliDecoder  # imports DALI, so only if it is used
 
                 decoder = DaliDecoder(self.pairs, height, width, device=self.device, **options)
-                decoder.build(-(-self.batch_size // self.world_size))  # now, because the cache depends on the decoder
+                local = self.batch_size if self.whole_batches else -(-self.batch_size // self.world_size)
+                decoder.build(local)  # now, because the cache depends on the decoder
                 log.log(log_level, "decoder: dali (%s)", reason)
                 return decoder
             except ConfigError as error:
@@ -183,17 +186,20 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; the next iteration begins the next epoch."""
-        for batch in self._on_device(self._decode_or_gather(self._batches(self._epoch)[self._step :])):
+        for batch in self._on_device(self._decode_or_gather(self.batches(self._epoch)[self._step :])):
             self._step += 1
             yield batch
         self._epoch, self._step = self._epoch + 1, 0
 
-    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """This process's slice of every batch of an epoch."""
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The pairs of this process in an epoch: its slice of every batch, or its whole batches."""
         count = len(self.pairs)
         order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
         starts = range(0, len(self) * self.batch_size, self.batch_size)
-        return [order[start : start + self.batch_size][self.rank :: self.world_size] for start in starts]
+        whole = [order[start : start + self.batch_size] for start in starts]
+        if self.whole_batches:
+            return whole[self.rank :: self.world_size]
+        return [indices[self.rank :: self.world_size] for indices in whole]
 
     def _decode_or_gather(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         cache = self.cache
@@ -276,7 +282,9 @@ class Loader:
             yield wait_on_current_stream(*ahead.popleft())
 
 
-def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: bool) -> Loader:
+def make_loader(
+    pairs: Pairs, config: Config, runtime: Runtime, *, training: bool, whole_batches: bool = False
+) -> Loader:
     """A loader as configured: shuffled full batches for training; otherwise every pair, in order."""
     same_name = ("batch_size", "seed", "decoder", "num_workers", "cache", "cache_dir", "bad_samples")
     masks = ("mask_resize", "classes", "ignore_value")
@@ -288,6 +296,7 @@ def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: boo
         drop_last=training,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        whole_batches=whole_batches,
         device=runtime.device,
         pin_memory=config.pin_memory,
         **{name: getattr(config, name) for name in (*same_name, *masks)},

@@ -22,6 +22,7 @@ __all__ = [
     "all_reduce",
     "any_rank",
     "barrier",
+    "count_on_store",
     "from_local_leader",
     "get_local_rank",
     "get_rank",
@@ -120,6 +121,11 @@ def from_local_leader(value: T) -> T:
     machine = os.environ.get("GROUP_RANK", "0")
     leaders = {node: given for node, local, given in all_gather((machine, get_local_rank(), value)) if local == 0}
     return leaders[machine]
+
+
+def count_on_store(key: str) -> int:
+    """How often this has been called before with that key, in any rank. No rank waits for another."""
+    return int(dist.distributed_c10d._get_default_store().add(key, 1)) - 1
 
 
 def barrier() -> None:
