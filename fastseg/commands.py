@@ -70,6 +70,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def _evaluate(options: argparse.Namespace) -> int:
     from fastseg.masks.evaluate import evaluate
+    from fastseg.runtime.distributed import get_rank
     from fastseg.runtime.files import json_text
 
     scores = evaluate(
@@ -81,6 +82,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         out=options.out,
         **read_fields(options),
     )
+    if get_rank() > 0:
+        return 0
     print(f"{scores['images']} images: {_means(scores, '')}, at the training size")
     if options.full_size == "true":
         print(

@@ -3,7 +3,10 @@
 import csv
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -234,6 +237,55 @@ def test_full_disk_leaves_the_old_results_and_logs_the_scores(checkpoint, data, 
         evaluate(checkpoint, data, out=tmp_path, refine="none")
     assert '"full_dice": 0.' in caplog.text
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import fastseg
+import fastseg.masks.evaluate
+from fastseg.runtime.distributed import get_rank
+
+drawn = []
+fastseg.masks.evaluate.draw_worst = lambda outlined, path: drawn.extend(outlined)
+checkpoint, data, out, batch_size = sys.argv[1:]
+scores = fastseg.evaluate(
+    checkpoint, f"{data}/images", f"{data}/masks", out=out, bad_samples="skip", check_data=False, refine="none",
+    device="cpu", precision="fp32", batch_size=int(batch_size), num_workers=1,
+)
+shown = [(one.title, int(one.true.sum()), int(one.predicted.sum()), one.photo.shape) for one in drawn]
+Path(f"{out}.{get_rank()}.json").write_text(json.dumps([scores, shown]))
+"""
+
+
+@pytest.mark.parametrize("batch_size", [2, 16], ids=["both take some", "the second takes none"])
+def test_two_processes_score_what_one_does(checkpoint, tmp_path, batch_size):
+    for i in range(13):
+        write_pair(tmp_path, f"car{i:02d}_01", 48 + i, 32, seed=i)
+    (tmp_path / "images/car12_01.jpg").write_bytes(b"broken")  # a batch, and a process's share, of its own
+    (tmp_path / "program.py").write_text(PROGRAM)
+    found = []
+    for processes in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        out = tmp_path / f"out{processes}"
+        command += [tmp_path / "program.py", checkpoint, tmp_path, out, str(batch_size)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        assert finished.returncode == 0, finished.stderr
+        ranks = [json.loads((tmp_path / f"out{processes}.{rank}.json").read_text()) for rank in range(processes)]
+        summary = json.loads((out / "summary.json").read_text())
+        assert summary["left_out"] == ["car12_01.jpg"]
+        found.append((ranks[0], (out / "scores.csv").read_text()))
+        assert all(scores == ranks[0][0] for scores, _ in ranks)
+        assert not any(shown for _, shown in ranks[1:])
+    ((one, drawn), rows), ((two, also_drawn), other_rows) = found
+    assert two.pop("worst") == pytest.approx(one.pop("worst"), abs=1e-9)
+    assert two == pytest.approx(one, abs=1e-9)
+    assert one["images"] == 12
+    assert other_rows == rows
+    assert len(rows.splitlines()) == 13
+    assert also_drawn == drawn
+    assert len(drawn) == 8
 
 
 def test_command_speaks_of_both_sizes(checkpoint, data, tmp_path, capsys):

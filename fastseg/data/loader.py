@@ -31,6 +31,7 @@ from fastseg.data.resample import MASK_MODES
 from fastseg.data.verify import verify_rows
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import Runtime
+from fastseg.runtime.distributed import is_group_of
 
 __all__ = ["Loader", "epoch_order", "make_loader"]
 
@@ -63,6 +64,7 @@ class Loader:
         rank, world_size: this process and the number of processes that share the epoch. Each process takes its slice
             of every batch, so that all make the same number of steps. If the last batch has fewer pairs than there are
             processes, some slices are empty.
+        whole_batches: each process takes whole batches in turn instead of slices, and may make another number of steps.
         device: where batches arrive.
         decoder: "host", "dali", or "auto".
         num_workers: decoding threads; 0: one per core, at most 8 beside a GPU.
@@ -96,6 +98,7 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        whole_batches: bool = False,
         device: torch.device | str = "cpu",
         decoder: str = "auto",
         num_workers: int = 0,
@@ -111,7 +114,7 @@ class Loader:
         self.pairs = pairs
         self.batch_size = batch_size
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.whole_batches = rank, world_size, whole_batches
         self.device = torch.device(device)
         self.bad = BadSamples(pairs, bad_samples)
         self.wait_seconds = 0.0
@@ -125,7 +128,9 @@ class Loader:
         options: dict[str, Any] = {"mask_resize": mask_resize, "classes": classes, "ignore_value": ignore_value}
         options |= {"num_workers": num_threads, "bad": self.bad}
         self.decoder = self._open_decoder(decoder, height, width, log_level, options)
-        self.cache = open_cache(cache, self.decoder, self.device, cache_dir, log_level=log_level)
+        self.cache = open_cache(
+            cache, self.decoder, self.device, cache_dir, shared=is_group_of(world_size), log_level=log_level
+        )
         if self.cache is not None and self.cache.filled.all():
             self.decoder.release()
 
@@ -138,7 +143,8 @@ class Loader:
                 from fastseg.data.dali.decoder import DaliDecoder  # imports DALI, so only if it is used
 
                 decoder = DaliDecoder(self.pairs, height, width, device=self.device, **options)
-                decoder.build(-(-self.batch_size // self.world_size))  # now, because the cache depends on the decoder
+                local = self.batch_size if self.whole_batches else -(-self.batch_size // self.world_size)
+                decoder.build(local)  # now, because the cache depends on the decoder
                 log.log(log_level, "decoder: dali (%s)", reason)
                 return decoder
             except ConfigError as error:
@@ -180,17 +186,20 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The rest of the current epoch; the next iteration begins the next epoch."""
-        for batch in self._on_device(self._decode_or_gather(self._batches(self._epoch)[self._step :])):
+        for batch in self._on_device(self._decode_or_gather(self.batches(self._epoch)[self._step :])):
             self._step += 1
             yield batch
         self._epoch, self._step = self._epoch + 1, 0
 
-    def _batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """This process's slice of every batch of an epoch."""
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The pairs of this process in an epoch: its slice of every batch, or its whole batches."""
         count = len(self.pairs)
         order = epoch_order(count, self.seed, epoch) if self.shuffle else np.arange(count)
         starts = range(0, len(self) * self.batch_size, self.batch_size)
-        return [order[start : start + self.batch_size][self.rank :: self.world_size] for start in starts]
+        whole = [order[start : start + self.batch_size] for start in starts]
+        if self.whole_batches:
+            return whole[self.rank :: self.world_size]
+        return [indices[self.rank :: self.world_size] for indices in whole]
 
     def _decode_or_gather(self, batches: list[NDArray[np.int64]]) -> Generator[Batch, None, None]:
         cache = self.cache
@@ -199,7 +208,8 @@ class Loader:
             return
         if self.bad.found:
             batches = [np.array([self.bad.replacement(int(i)) for i in indices], np.int64) for indices in batches]
-        # An epoch has each pair once, so the rows that are missing at its beginning are those to decode.
+        # An epoch has each pair once, in one rank, so the rows that are missing at its beginning are those to decode.
+        cache.refresh()
         missing = [~cache.filled[indices] for indices in batches]
         todo = [indices[lack] for indices, lack in zip(batches, missing, strict=True) if lack.any()]
         pin_memory = self._pin_memory and cache.device.type == "cpu"
@@ -223,6 +233,7 @@ class Loader:
             self._decode_rest(cache)
         if todo:
             verify_rows(cache, self.decoder)
+        cache.refresh()
         cache.publish(list(self.bad.found))
         if cache.is_complete(list(self.bad.found)):
             self.decoder.release()
@@ -271,7 +282,9 @@ class Loader:
             yield wait_on_current_stream(*ahead.popleft())
 
 
-def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: bool) -> Loader:
+def make_loader(
+    pairs: Pairs, config: Config, runtime: Runtime, *, training: bool, whole_batches: bool = False
+) -> Loader:
     """A loader as configured: shuffled full batches for training; otherwise every pair, in order."""
     same_name = ("batch_size", "seed", "decoder", "num_workers", "cache", "cache_dir", "bad_samples")
     masks = ("mask_resize", "classes", "ignore_value")
@@ -283,6 +296,7 @@ def make_loader(pairs: Pairs, config: Config, runtime: Runtime, *, training: boo
         drop_last=training,
         rank=runtime.rank,
         world_size=runtime.world_size,
+        whole_batches=whole_batches,
         device=runtime.device,
         pin_memory=config.pin_memory,
         **{name: getattr(config, name) for name in (*same_name, *masks)},

@@ -48,7 +48,7 @@ def verify_rows(cache: Cache, decoder: HostDecoder) -> None:
         found = pool.map(partial(_difference, decoder), rows, images.cpu().numpy(), masks.cpu().numpy())
         for row, (image, mask) in zip(rows, found, strict=True):
             if image > TOLERANCES[decoder.name] or mask > 0:
-                cache.filled[:] = False
+                cache.clear()
                 raise FastsegError(
                     f"{decoder.pairs.image_path(row)}: its cached pixels or mask differ from the host decoder's by "
                     f"{max(image, mask):.0f} of 255. {REMEDIES[decoder.name]}."

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import find_pairs
 from fastseg.errors import DataError, OutputError
 from fastseg.masks.refine import check_method, choose_method, load_guide, load_refiner
-from fastseg.masks.score import Output, Row, Scored, choose_score, mean_of
+from fastseg.masks.score import NUM_WORST, Output, Row, Scored, Totals, choose_score, mean_of
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, ClassScores, Scores
 from fastseg.network.normalise import normalise
@@ -31,6 +31,7 @@ from fastseg.network.outline.refiner import Refiner, refine_outline
 from fastseg.plots import Outlined, draw_classes, draw_confusion, draw_worst
 from fastseg.quality.headers import check_pairs
 from fastseg.runtime.device import Runtime, choose_runtime, versions
+from fastseg.runtime.distributed import barrier, get_world_size, process_group
 from fastseg.runtime.files import atomic_write, json_text, make_folder
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
@@ -39,22 +40,9 @@ from fastseg.runtime.threads import count_threads, map_ahead
 
 __all__ = ["evaluate"]
 
-NUM_WORST = 8  # images in worst.png
 AHEAD = 2  # images per thread that are scored ahead of the progress bar
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class _Totals:
-    """The scores of all images so far."""
-
-    small: Scores | ClassScores
-    full: Scores | ClassScores
-    losses: list[float] = field(default_factory=list)
-    rows: list[Row] = field(default_factory=list)
-    bands: list[list[float | None]] = field(default_factory=list)  # boundary IoU of each class in each image
-    worst: list[tuple[float, Outlined]] = field(default_factory=list)  # with their Dice, the lowest first
 
 
 def evaluate(
@@ -69,6 +57,8 @@ def evaluate(
     **changes: Any,
 ) -> dict[str, Any]:
     """Score a checkpoint on a folder of pairs, at the training size and at the photos' own size.
+
+    Under torchrun each rank scores its share of the batches; every rank returns the scores of all images.
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run.
@@ -103,34 +93,37 @@ def evaluate(
     refiner = load_refiner(checkpoint, refine) if full_size else None
     refine = choose_method(refine, trained, refiner) if full_size else "none"
     config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
-    runtime = choose_runtime(config)
-    pairs = find_pairs(img_dir, mask_dir, bad_samples=config.bad_samples)
-    if out is not None:
-        make_folder(out)
-    if config.check_data:
-        names = ("bad_samples", "num_workers", "classes", "ignore_value")
-        pairs = check_pairs(pairs, **{name: getattr(config, name) for name in names})
-    alone = replace(runtime, rank=0, world_size=1)
-    loader = make_loader(pairs, config.replace(cache="off"), alone, training=False)
-    advice = "Lower batch_size or num_workers"
-    with retain_freed_memory(runtime.device), report_out_of_memory(runtime.device, advice):
-        score = choose_score(pairs, config, full_size=full_size, refine=refine)
-        if refiner:
-            refiner = refiner.to(runtime.device)
-        model = runtime.to_device(model)
-        totals = _score_pairs(model, refiner, loader, runtime, config, score, keep_worst=out is not None)
-    scores = _summarise(totals, config, full_size, pairs.image_dir) | {"refine": refine}
-    if out is not None:
-        about = {
-            "checkpoint": os.fspath(checkpoint),
-            "img_dir": os.fspath(img_dir),
-            "mask_dir": os.fspath(mask_dir),
-            "scored_at": f"{config.image_width}x{config.image_height}" + (" and full size" if full_size else ""),
-            "device": runtime.description,
-            "left_out": [*pairs.left_out, *(pairs.images[index] for index in sorted(loader.bad.found))],
-            "versions": versions(),
-        }
-        _write_results(Path(out), totals, {**scores, **about}, config)
+    with process_group(config.device):
+        runtime = choose_runtime(config.replace(batch_size=config.batch_size * get_world_size()))
+        pairs = find_pairs(img_dir, mask_dir, bad_samples=config.bad_samples)
+        if out is not None:
+            make_folder(out)
+        if config.check_data:
+            names = ("bad_samples", "num_workers", "classes", "ignore_value")
+            pairs = check_pairs(pairs, **{name: getattr(config, name) for name in names})
+        # Whole batches, because the logits of an image depend in their last bits on the size of its batch.
+        loader = make_loader(pairs, config.replace(cache="off"), runtime, training=False, whole_batches=True)
+        advice = "Lower batch_size or num_workers"
+        with retain_freed_memory(runtime.device), report_out_of_memory(runtime.device, advice):
+            score = choose_score(pairs, config, full_size=full_size, refine=refine)
+            if refiner:
+                refiner = refiner.to(runtime.device)
+            model = runtime.to_device(model)
+            totals = _score_pairs(model, refiner, loader, runtime, config, score, keep_worst=out is not None)
+        totals.gather()
+        scores = _summarise(totals, config, full_size, pairs.image_dir) | {"refine": refine}
+        if out is not None and runtime.rank == 0:
+            about = {
+                "checkpoint": os.fspath(checkpoint),
+                "img_dir": os.fspath(img_dir),
+                "mask_dir": os.fspath(mask_dir),
+                "scored_at": f"{config.image_width}x{config.image_height}" + (" and full size" if full_size else ""),
+                "device": runtime.description,
+                "left_out": [*pairs.left_out, *(pairs.images[index] for index in totals.left_out)],
+                "versions": versions(),
+            }
+            _write_results(Path(out), totals, {**scores, **about}, config)
+        barrier()  # no rank returns before the files exist
     return scores
 
 
@@ -143,53 +136,46 @@ def _score_pairs(
     score: Callable[[Output], Scored],
     *,
     keep_worst: bool,
-) -> _Totals:
+) -> Totals:
     """Run the network over all pairs, in order, and score each image in a thread: photos may differ in size."""
     pairs, num_classes = loader.pairs, len(config.classes)
     small, full = (ClassScores(num_classes) if num_classes else Scores() for _ in range(2))
-    totals = _Totals(small, full)
+    totals = Totals(small, full)
     num_threads = count_threads(config.num_workers)
     with (
-        progress_bar() as bar,
+        progress_bar(shown=runtime.rank == 0) as bar,
         ThreadPoolExecutor(num_threads, thread_name_prefix="fastseg-score") as pool,
         closing(_network_outputs(model, loader, runtime)) as outputs,
         closing(_refine_outputs(outputs, refiner, loader, config, pool)) as refined,
         closing(map_ahead(pool, partial(_or_error, score), refined, AHEAD * num_threads)) as futures,
     ):
-        task = bar.add_task("scoring", total=len(pairs))
+        task = bar.add_task("scoring", total=sum(map(len, loader.batches(0))))
         for future in futures:
             bar.advance(task)
             index, scored = future.result()
             if isinstance(scored, DataError):
                 loader.bad.report(index, scored)
                 continue
-            totals.small.sums += scored.small
-            totals.full.sums += scored.full
-            totals.losses.append(scored.loss)
-            totals.rows.append(scored.row)
-            if scored.bands is not None:
-                totals.bands.append(scored.bands)
+            totals.add(index, scored)
             if keep_worst and scored.masks is not None:
-                _keep_if_worst(totals.worst, scored.row, pairs.image_path(index), *scored.masks)
+                _keep_if_worst(totals.worst, scored.row, index, pairs.image_path(index), *scored.masks)
+    totals.left_out = list(loader.bad.found)
     return totals
 
 
 def _network_outputs(model: nn.Module, loader: Loader, runtime: Runtime) -> Generator[Output, None, None]:
     """The network's output for every pair that can be decoded, in order."""
-    position = 0
 
     def predict_logits(images: Tensor) -> Tensor:
         with torch.inference_mode(), runtime.autocast():
             return model(normalise(images)).float().cpu()
 
     forward = halve_until_it_fits(predict_logits, runtime.device)
-    for images, masks, indices in loader:
+    for (images, masks, indices), wanted in zip(loader, loader.batches(0), strict=True):
         logits = forward(images)
         masks = masks.cpu()
-        for i, index in enumerate(indices):
-            if index == position:  # otherwise another pair replaces one that is broken
-                yield Output(position, logits[i : i + 1], masks[i : i + 1])
-            position += 1
+        for i in np.flatnonzero(indices == wanted):  # at the others, a pair replaces one that is broken
+            yield Output(int(wanted[i]), logits[i : i + 1], masks[i : i + 1])
 
 
 def _refine_outputs(
@@ -227,17 +213,22 @@ def _or_error(score: Callable[[Output], Scored], output: Output) -> tuple[int, S
 
 
 def _keep_if_worst(
-    worst: list[tuple[float, Outlined]], row: Row, path: str, true: NDArray[Any], predicted: NDArray[Any]
+    worst: list[tuple[float, int, Outlined]],
+    row: Row,
+    pair: int,
+    path: str,
+    true: NDArray[Any],
+    predicted: NDArray[Any],
 ) -> None:
     """Add an image to the worst so far, for the picture, if it is one of them."""
     if len(worst) < NUM_WORST or row.rank < worst[-1][0]:
         photo = decode_file(path, decode_full_photo)
-        worst.append((row.rank, Outlined(photo, true, predicted, f"{row.image}   Dice {row.rank:.4f}")))
-        worst.sort(key=lambda kept: kept[0])
+        worst.append((row.rank, pair, Outlined(photo, true, predicted, f"{row.image}   Dice {row.rank:.4f}")))
+        worst.sort(key=lambda kept: kept[:2])
         del worst[NUM_WORST:]
 
 
-def _summarise(totals: _Totals, config: Config, full_size: bool, folder: str) -> dict[str, Any]:
+def _summarise(totals: Totals, config: Config, full_size: bool, folder: str) -> dict[str, Any]:
     """What `evaluate` returns."""
     rows = totals.rows
     if not rows:
@@ -264,7 +255,7 @@ def _by_name(scores: Mapping[str, Any], config: Config) -> dict[str, Any]:
     }
 
 
-def _write_results(folder: Path, totals: _Totals, summary: dict[str, Any], config: Config) -> None:
+def _write_results(folder: Path, totals: Totals, summary: dict[str, Any], config: Config) -> None:
     try:
         with (
             atomic_write(folder / "scores.csv") as temporary,
@@ -284,8 +275,8 @@ def _write_results(folder: Path, totals: _Totals, summary: dict[str, Any], confi
         log.warning("%s", error)
 
 
-def _draw_pictures(folder: Path, totals: _Totals, config: Config) -> None:
-    worst = [outlined for _, outlined in totals.worst]
+def _draw_pictures(folder: Path, totals: Totals, config: Config) -> None:
+    worst = [outlined for *_, outlined in totals.worst]
     if config.classes:
         confusion = (totals.full if worst else totals.small).sums.numpy()
         draw_confusion(confusion, config.classes, folder / "confusion.png")

@@ -7,31 +7,81 @@ two photos with one name, or results that would replace an input.
 """
 
 import os
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from fastseg.data.pairs import IMAGE_EXTENSIONS, list_files
 from fastseg.errors import ConfigError, DataError
-from fastseg.runtime.distributed import barrier, get_rank
 from fastseg.runtime.files import make_folder, target_of_temporary
 
-__all__ = ["MASK", "OVERLAY", "PROBABILITY", "Photo", "find_photos", "make_folders"]
+__all__ = ["MASK", "OVERLAY", "PROBABILITY", "Photo", "Photos", "find_photos", "find_temporaries", "make_folders"]
 
 MASK = {"png": "_mask.png", "gif": "_mask.gif"}  # by format
 PROBABILITY, OVERLAY = "_probability.png", "_overlay.jpg"
 SUFFIXES = (*MASK.values(), PROBABILITY, OVERLAY)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Photo:
     """A file to predict."""
 
     path: str
     stem: str  # of its results: a path below the output folder, such as sub/a
     error: str = ""  # why it cannot be predicted, where its name already tells
+    index: int = 0  # in the order given
 
 
-def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool = False) -> list[Photo]:
+class Photos:
+    """The photos of a prediction. There may be millions, so that only their names are held.
+
+    Args:
+        names: paths below their folder.
+        folders: of each name; empty for a file that was given by itself.
+    """
+
+    def __init__(self, names: list[str], folders: list[str]) -> None:
+        self._names, self._folders = names, folders
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Photo:
+        folder, name = self._folders[index], self._names[index]
+        if not folder:
+            return Photo(name, _stem(folder, name), index=index)
+        extensions = ", ".join(IMAGE_EXTENSIONS)
+        error = "" if _is_image(name) else f"does not have the name of an image ({extensions})"
+        return Photo(os.path.join(folder, name), _stem(folder, name), error, index)
+
+    def stems(self) -> Iterator[tuple[int, str]]:
+        """The index and the stem of each photo, but for files whose name is not that of an image."""
+        for index, (folder, name) in enumerate(zip(self._folders, self._names, strict=True)):
+            if not folder or _is_image(name):
+                yield index, _stem(folder, name)
+
+    def real_paths(self) -> Iterator[str]:
+        """The path of each photo without links to its folder, to recognise a file."""
+        real = {folder: os.path.realpath(folder) for folder in set(self._folders)}
+        for folder, name in zip(self._folders, self._names, strict=True):
+            yield os.path.join(real[folder], name) if folder else os.path.realpath(name)
+
+    def without(self, dropped: set[int]) -> "Photos":
+        kept = [index for index in range(len(self)) if index not in dropped] if dropped else range(len(self))
+        return Photos([self._names[i] for i in kept], [self._folders[i] for i in kept]) if dropped else self
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def _stem(folder: str, name: str) -> str:
+    return os.path.splitext(name if folder else os.path.basename(name))[0]
+
+
+def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool = False) -> Photos:
     """Find the photos below folders, and take files given one by one; in the order given, sorted within a folder.
 
     Args:
@@ -45,30 +95,21 @@ def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool 
         DataError: a path does not exist or cannot be read, there is no image, two photos would get the same files, or
             a result would replace an input.
     """
-    photos: list[Photo] = []
-    real_paths: list[str] = []  # without links, to recognise a file
+    names: list[str] = []
+    folders: list[str] = []
     for given in images:
         if os.path.isdir(given):
-            names = list_files(given, "images")
-            photos += [_photo_in(given, name) for name in names]
-            real_paths += [os.path.join(os.path.realpath(given), name) for name in names]
+            names += list_files(given, "images")
+            folders += [given] * (len(names) - len(folders))
         elif os.path.isfile(given):
-            photos.append(Photo(given, os.path.splitext(os.path.basename(given))[0]))
-            real_paths.append(os.path.realpath(given))
+            names.append(given)
+            folders.append("")
         else:
             raise DataError(f"{given}: no such file or folder of images. Give one that exists.")
 
-    photos = _without_results(photos, real_paths, out, csv, resume)
-    owners: dict[str, Photo] = {}
-    for photo in photos:
-        owner = photo if photo.error else owners.setdefault(photo.stem, photo)
-        if owner is not photo:
-            raise DataError(
-                f"{owner.path} and {photo.path} would both be written to {os.path.join(out, photo.stem)}_mask.*. "
-                "Rename one of them, or predict them into two folders."
-            )
-    if not owners:
-        found = f"only other files, such as {photos[0].path}" if photos else "nothing"
+    photos = _without_results(Photos(names, folders), out, csv, resume)
+    if not _check_stems(photos, out):
+        found = f"only other files, such as {photos[0].path}" if len(photos) else "nothing"
         raise DataError(
             f"{', '.join(images) or 'images'}: must hold images ({', '.join(IMAGE_EXTENSIONS)}); found {found}. "
             "Give the folder that holds them."
@@ -76,48 +117,75 @@ def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool 
     return photos
 
 
-def _without_results(photos: list[Photo], real_paths: list[str], out: str, csv: str, resume: bool) -> list[Photo]:
-    """Leave out the results of an earlier run; refuse files that this run would overwrite."""
-    folder, table = os.path.realpath(out), os.path.realpath(csv) if csv else ""
-    results = {os.path.join(folder, photo.stem + suffix): photo for photo in photos for suffix in SUFFIXES}
-    kept = []
-    for photo, path in zip(photos, real_paths, strict=True):
-        if path in results and not resume:
+def _check_stems(photos: Photos, out: str) -> bool:
+    """Whether there is an image. A DataError if two have one stem."""
+    # A set of a million names takes 150 MB, their hashes 8.
+    values, counts = np.unique(np.fromiter((hash(stem) for _, stem in photos.stems()), np.int64), return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    owners: dict[str, int] = {}
+    for index, stem in photos.stems() if suspects else ():
+        owner = owners.setdefault(stem, index) if hash(stem) in suspects else index
+        if owner != index:
             raise DataError(
-                f"{photo.path}: is one of the images, and has the name of a result of {results[path].path}. "
+                f"{photos[owner].path} and {photos[index].path} would both be written to "
+                f"{os.path.join(out, stem)}_mask.*. Rename one of them, or predict them into two folders."
+            )
+    return len(values) > 0
+
+
+def _without_results(photos: Photos, out: str, csv: str, resume: bool) -> Photos:
+    """Leave out the results of an earlier run; refuse files that this run would overwrite."""
+    folder, table = os.path.join(os.path.realpath(out), ""), os.path.realpath(csv) if csv else ""
+    stems: dict[int, str] = {}  # of the photo whose result a file may be
+    tables = []
+    for index, path in enumerate(photos.real_paths()):
+        if path.startswith(folder) and (suffix := next(filter(path.endswith, SUFFIXES), "")):
+            stems[index] = path[len(folder) : -len(suffix)]
+        if path == table:
+            tables.append(index)
+    wanted = set(stems.values())
+    owners = {
+        photo.stem: photo
+        for photo in map(photos.__getitem__, range(len(photos) if wanted else 0))
+        if photo.stem in wanted
+    }
+    results = {index for index, stem in stems.items() if stem in owners}
+    for index in sorted(results.union(tables)):
+        path = photos[index].path
+        if index in results and not resume:
+            raise DataError(
+                f"{path}: is one of the images, and has the name of a result of {owners[stems[index]].path}. "
                 "Give another --out, or --resume to leave such files alone."
             )
-        if path == table and not photo.error:
-            raise DataError(f"{photo.path}: is one of the images, and cannot be the table too. Give another --csv.")
-        if path not in results and path != table:
-            kept.append(photo)
-    return kept
+        if index in tables and not photos[index].error:
+            raise DataError(f"{path}: is one of the images, and cannot be the table too. Give another --csv.")
+    return photos.without(results.union(tables))
 
 
-def make_folders(photos: Sequence[Photo], out: str, csv: str = "") -> None:
-    """Make the folders of all results, and remove the temporary files of these photos that a killed run left there.
+def make_folders(photos: Photos, out: str, csv: str = "") -> None:
+    """Make the folders of all results.
 
     Raises:
         ConfigError: `csv` is a folder.
         OutputError: a folder cannot be written.
     """
-    stems = {os.path.join(out, photo.stem) for photo in photos if not photo.error}
-    folders = {os.path.dirname(stem) for stem in stems}
     if csv and os.path.isdir(csv):
         raise ConfigError(f"csv: must be a file; {csv} is a folder. Give a name in it.")
-    for folder in (out, *sorted(folders), *([os.path.dirname(csv) or "."] if csv else [])):
+    for folder in (out, *sorted(_result_folders(photos, out)), *([os.path.dirname(csv) or "."] if csv else [])):
         make_folder(folder)
-    if get_rank() == 0:
-        for folder in folders:
-            for name in os.listdir(folder):
-                target = os.path.join(folder, target_of_temporary(name) or "")
-                if any(target.endswith(suffix) and target.removesuffix(suffix) in stems for suffix in SUFFIXES):
-                    os.unlink(os.path.join(folder, name))
-    barrier()  # before any rank writes a temporary file
 
 
-def _photo_in(folder: str, name: str) -> Photo:
-    stem, extension = os.path.splitext(name)
-    is_image = extension.lower() in IMAGE_EXTENSIONS
-    error = "" if is_image else f"does not have the name of an image ({', '.join(IMAGE_EXTENSIONS)})"
-    return Photo(os.path.join(folder, name), stem, error)
+def _result_folders(photos: Photos, out: str) -> set[str]:
+    return {os.path.join(out, folder) for folder in {os.path.dirname(stem) for _, stem in photos.stems()}}
+
+
+def find_temporaries(photos: Photos, out: str) -> dict[int, list[str]]:
+    """The temporary files of results, such as a killed run has left, by the index of their photo."""
+    found: dict[str, list[str]] = defaultdict(list)  # by stem
+    for folder in _result_folders(photos, out):
+        with os.scandir(folder) as entries:  # no list: there may be millions of masks
+            for entry in entries:
+                target = os.path.relpath(os.path.join(folder, target_of_temporary(entry.name) or "."), out)
+                if suffix := next(filter(target.endswith, SUFFIXES), ""):
+                    found[target.removesuffix(suffix)].append(entry.path)
+    return {index: found[stem] for index, stem in photos.stems() if stem in found} if found else {}

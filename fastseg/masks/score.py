@@ -1,10 +1,12 @@
 """The scores of one pair, at the training size and at the photo's own: of two values, or of classes."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,8 +22,12 @@ from fastseg.network.metrics import ClassScores, Scores, boundary_iou, class_bou
 from fastseg.network.normalise import to_targets
 from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.upsample import label_logits, threshold_logits
+from fastseg.plots import Outlined
+from fastseg.runtime.distributed import all_gather
 
-__all__ = ["Output", "Row", "Scored", "choose_score", "mean_of"]
+__all__ = ["NUM_WORST", "Output", "Row", "Scored", "Totals", "choose_score", "mean_of"]
+
+NUM_WORST = 8  # images in worst.png
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,49 @@ class Scored(NamedTuple):
     full: Tensor  # likewise at full size
     masks: tuple[NDArray[Any], NDArray[Any]] | None  # true and predicted at full size: bool, or uint8 classes
     bands: list[float | None] | None = None  # boundary IoU of each class at full size
+
+
+@dataclass
+class Totals:
+    """The scores of all images so far."""
+
+    small: Scores | ClassScores
+    full: Scores | ClassScores
+    pairs: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    bands: list[list[float | None]] = field(default_factory=list)  # boundary IoU of each class in each image
+    worst: list[tuple[float, int, Outlined]] = field(default_factory=list)  # Dice, pair; the lowest first
+    left_out: list[int] = field(default_factory=list)  # pairs that cannot be decoded
+
+    def add(self, pair: int, scored: Scored) -> None:
+        self.small.sums += scored.small
+        self.full.sums += scored.full
+        self.pairs.append(pair)
+        self.losses.append(scored.loss)
+        self.rows.append(scored.row)
+        if scored.bands is not None:
+            self.bands.append(scored.bands)
+
+    def gather(self) -> None:
+        """Add the scores of all ranks, in the order of the pairs. All ranks must call this."""
+        theirs = all_gather(
+            (self.pairs, self.losses, self.rows, self.bands, self.small.sums, self.full.sums, self.left_out)
+        )
+        pairs, losses, rows, bands, small, full, left_out = zip(*theirs, strict=True)
+        order = np.argsort(np.concatenate(pairs), kind="stable")
+
+        def in_order(parts: Iterable[list[Any]]) -> list[Any]:
+            joined = list(chain.from_iterable(parts))
+            return [joined[place] for place in order] if joined else []
+
+        self.pairs, self.losses, self.rows, self.bands = map(in_order, (pairs, losses, rows, bands))
+        self.small.sums, self.full.sums = (torch.stack(sums).sum(0) for sums in (small, full))
+        self.left_out = sorted(chain.from_iterable(left_out))
+        # Only the photos that will be drawn travel between the ranks.
+        chosen = sorted(chain.from_iterable(all_gather([kept[:2] for kept in self.worst])))[:NUM_WORST]
+        drawn = all_gather([kept for kept in self.worst if kept[:2] in chosen])
+        self.worst = sorted(chain.from_iterable(drawn), key=lambda kept: kept[:2])
 
 
 def choose_score(pairs: Pairs, config: Config, *, full_size: bool, refine: str) -> Callable[[Output], Scored]:

@@ -25,8 +25,12 @@ __all__ = [
     "any_rank",
     "barrier",
     "fail_together",
+    "count_on_store",
+    "from_local_leader",
+    "get_local_rank",
     "get_rank",
     "get_world_size",
+    "is_group_of",
     "local_batch_size",
     "process_group",
     "wrap_ddp",
@@ -96,6 +100,16 @@ def get_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def get_local_rank() -> int:
+    """Rank of this process among those of its machine as torchrun sets it; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_group_of(world_size: int) -> bool:
+    """Whether this process has joined a group of that size, of more than one process."""
+    return world_size > 1 and dist.is_initialized() and dist.get_world_size() == world_size
+
+
 def local_batch_size(batch_size: int, world_size: int) -> int:
     """Pairs of a batch that each rank takes.
 
@@ -125,6 +139,21 @@ def all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def from_local_leader(value: T) -> T:
+    """The value of the first process of this machine, or without torchrun this process's own. All ranks call this."""
+    if "LOCAL_RANK" not in os.environ:
+        all_gather(None)
+        return value
+    machine = os.environ.get("GROUP_RANK", "0")
+    leaders = {node: given for node, local, given in all_gather((machine, get_local_rank(), value)) if local == 0}
+    return leaders[machine]
+
+
+def count_on_store(key: str) -> int:
+    """How often this has been called before with that key, in any rank. No rank waits for another."""
+    return int(dist.distributed_c10d._get_default_store().add(key, 1)) - 1
 
 
 def barrier() -> None:

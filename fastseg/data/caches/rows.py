@@ -1,8 +1,9 @@
-"""The file of a disk cache: decoded pairs as rows, mapped into memory."""
+"""Decoded pairs as rows of a file that is mapped into memory: a disk cache, or memory that processes share."""
 
 import json
 import os
 import uuid
+import weakref
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -12,15 +13,19 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-__all__ = ["FORMAT", "STAMP_BYTES", "Rows", "TemporaryRows", "remove_orphans"]
+__all__ = ["FORMAT", "STAMP_BYTES", "TEMPORARY_SUFFIX", "Rows", "TemporaryRows", "remove_orphans"]
 
 FORMAT = 2  # version of the file; raise it when the layout or the decoded pixels change
 HEADER_BYTES = 4096
 STAMP_BYTES, CHECKSUM_BYTES = 16, 4
+TEMPORARY_SUFFIX = ".part"
 
 
 class Rows:
-    """A cache file mapped into memory: a JSON header, then stamps, checksums (CRC-32), images and masks."""
+    """A cache file mapped into memory: a JSON header, then stamps, checksums (CRC-32), images and masks.
+
+    A row has a stamp of zeros until it is filled.
+    """
 
     def __init__(self, file: IO[bytes], shape: tuple[int, int, int], mode: Any) -> None:
         count, height, width = shape
@@ -39,18 +44,40 @@ class Rows:
         return np.array_equal(self.checksums[row], self.checksum(row))
 
     @classmethod
-    def open(cls, path: Path, shape: tuple[int | None, int, int]) -> "Rows | None":
-        """The rows of a complete file of this shape (None: any number of rows); None if there is no such file."""
+    def open(cls, path: str | Path, shape: tuple[int | None, int, int], *, shared: bool = False) -> "Rows | None":
+        """The rows of a file of this shape (None: any number of rows); None if there is no such file.
+
+        Args:
+            shared: rows written here reach the file, and the other processes that map it.
+        """
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb+" if shared else "rb") as file:
                 header = json.loads(file.read(HEADER_BYTES))
                 found = tuple(header["shape"])
                 fits = header["format"] == FORMAT and found[1:] == shape[1:] and shape[0] in (None, found[0])
                 if not fits or os.fstat(file.fileno()).st_size != _file_bytes(found):
                     return None
-                return cls(file, found, "c")  # copy on write: torch requires writable memory, but nothing writes
+                # "c" is copy on write: torch requires writable memory, but nothing writes.
+                return cls(file, found, "r+" if shared else "c")
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
+
+    @classmethod
+    def in_memory(cls, shape: tuple[int, int, int]) -> tuple["Rows", str]:
+        """Rows that other processes of the machine can map, and the path for `open` while the rows exist.
+
+        Nothing is left of them when the processes end. They are a memfd, because containers limit /dev/shm to 64 MiB.
+
+        Raises:
+            OSError, AttributeError: the system has no such files.
+        """
+        descriptor = os.memfd_create("fastseg-cache")
+        with open(descriptor, "r+b", closefd=False) as file:
+            _write_header(file, shape)
+            os.truncate(descriptor, _file_bytes(shape))  # a page is allocated when it is written
+            rows = cls(file, shape, "r+")
+        weakref.finalize(rows, os.close, descriptor)
+        return rows, f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 class TemporaryRows:
@@ -59,26 +86,23 @@ class TemporaryRows:
     Args:
         path: of the cache file.
         shape: rows, height and width.
-        stamps: (N, STAMP_BYTES).
 
     Raises:
         OSError: it cannot be written, or the disk is full.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], stamps: NDArray[np.uint8]) -> None:
-        self.target, self.path = path, Path(f"{path}.{uuid.uuid4().hex}.part")
+    def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
+        self.target, self.path = path, Path(f"{path}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
         self._lock = _lock(self.path)
         self._lock.acquire(timeout=0)
         try:
             with open(self.path, "x+b") as file:
-                file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
-                file.flush()
+                _write_header(file, shape)
                 _allocate(file.fileno(), _file_bytes(shape))
                 self.rows = Rows(file, shape, "r+")
         except OSError:
             self.close()
             raise
-        self.rows.stamps[:] = stamps
 
     def publish(self) -> None:
         """Write everything to the disk and take the final name.
@@ -118,6 +142,11 @@ def _remove(path: Path, lock: FileLock) -> None:
         with suppress(OSError):
             name.unlink()
     lock.release()
+
+
+def _write_header(file: IO[bytes], shape: tuple[int, int, int]) -> None:
+    file.write(json.dumps({"format": FORMAT, "shape": shape}).encode().ljust(HEADER_BYTES))
+    file.flush()
 
 
 def _allocate(file: int, size: int) -> None:
