@@ -159,7 +159,7 @@ def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):
 
 def test_a_refiner_that_does_not_help_is_left_out(pairs_dir, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(fit, "train_refiner", lambda refiner, *rest: torch.nn.init.constant_(refiner.head.bias, -9))
+    monkeypatch.setattr(fit, "train_refiner", lambda refiner, *rest: torch.nn.init.constant_(refiner.head.bias, 30))
     result = fastseg.train(fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=1))
     assert read_refiner(result.run_dir / "best.pt") is None
     assert "not used" in caplog.text
