@@ -109,6 +109,9 @@ def test_the_end_of_a_training_adds_a_refiner_to_best(trained, pairs_dir):
     refiner = read_refiner(trained.run_dir / "best.pt")
     assert refiner is not None
     assert (int(refiner.scale), refiner.training) == (2, False)
+    scores = json.loads((trained.run_dir / "summary.json").read_text())["outline_refiner"]
+    assert (scores["used"], scores["images"]) == (True, 12)
+    assert scores["dice"] > scores["dice_without"]
     assert read_refiner(trained.run_dir / "last.pt") is None
     scores = {
         method: fastseg.evaluate(

@@ -151,8 +151,11 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     for loader in (run.train_loader, run.val_loader):
         left_out += [loader.pairs.images[index] for index in loader.bad.found]
     began = time.perf_counter()
+    refiner_scores = None
     if run.history and run.runtime.rank == 0:
-        load_weights(run.model, load_checkpoint(folder / "best.pt"), folder / "best.pt", run.config)
+        state = load_checkpoint(folder / "best.pt")
+        load_weights(run.model, state, folder / "best.pt", run.config)
+        refiner_scores = state.get("refiner_scores")
         _draw(draw_curves, run.history, folder / "curves.png", run.config.classes)
         draw_val_overlay(run, run.model)
     run.seconds["pictures"] += time.perf_counter() - began
@@ -170,6 +173,7 @@ def summarise(run: Run, left_out: list[str]) -> TrainResult:
     summary = {
         **{name: value for name, value in asdict(result).items() if name not in ("history", "run_dir")},
         **_other_scores(run.config, best),
+        "outline_refiner": refiner_scores,
         "epochs": run.epoch,
         "seconds_by_part": {part: round(seconds, 3) for part, seconds in run.seconds.items()},
         "device": run.runtime.description,

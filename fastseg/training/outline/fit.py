@@ -3,6 +3,7 @@
 import logging
 import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,9 +77,10 @@ def fit_refiner(run: Run) -> None:
         train_refiner(refiner, patches, run)
     if run.stop_requested:
         return
-    refined = patches is not None and _helps(refiner.eval(), val_pairs, run)
+    scores = _score_refiner(refiner.eval(), val_pairs, run) if patches is not None else None
     weights = {key: value.cpu() for key, value in refiner.state_dict().items()}
-    save_checkpoint(path, {**state, "refiner": weights if refined else None})
+    added = {"refiner": weights if scores and scores["used"] else None, "refiner_scores": scores}
+    save_checkpoint(path, {**state, **added})
     run.seconds["outline refiner"] += time.perf_counter() - began
 
 
@@ -160,8 +162,8 @@ def refiner_loss(refined: Tensor, logits: Tensor, masks: Tensor, config: Config)
 
 
 @torch.inference_mode()
-def _helps(refiner: Refiner, pairs: Pairs, run: Run) -> bool:
-    """Whether the refiner improves the Dice of validation pairs on its grid; logs both."""
+def _score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any] | None:
+    """Dice of validation pairs on the refiner's grid, with it and without; None if a pair cannot be decoded."""
     config = run.config
     before, after = (ClassScores(len(config.classes)) if config.classes else Scores() for _ in range(2))
     try:
@@ -176,7 +178,7 @@ def _helps(refiner: Refiner, pairs: Pairs, run: Run) -> bool:
                     scores.update(logits > 0, example.mask[None] >= 128)
     except DataError as error:
         log.warning("no outline refiner: %s", error)
-        return False
+        return None
     dice, refined_dice = (float(scores.compute()["dice"]) for scores in (before, after))
     helps = math.isfinite(refined_dice) and refined_dice > dice
     log.info(
@@ -184,4 +186,4 @@ def _helps(refiner: Refiner, pairs: Pairs, run: Run) -> bool:
         *(config.image_width * int(refiner.scale), config.image_height * int(refiner.scale)),
         *(refined_dice, dice, "in best.pt" if helps else "not used"),
     )
-    return helps
+    return {"dice": refined_dice, "dice_without": dice, "images": len(pairs), "used": helps}
