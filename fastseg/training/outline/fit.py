@@ -64,20 +64,18 @@ def fit_refiner(run: Run) -> None:
     rng = np.random.default_rng((config.seed, 1))
     train_pairs = _sample(run.train_loader.pairs.without(run.train_loader.bad.found), MAX_TRAIN, rng)
     val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
-    size = decode_file(train_pairs.image_path(0), image_size)
-    scale = choose_scale((config.image_height, config.image_width), size)
-    refiner = Refiner(config.num_outputs, scale)
-    refiner.reset(torch.Generator().manual_seed(config.seed))
-    patches = cut_patches(
-        read_examples(train_pairs, run.model, scale, config, run.runtime), len(train_pairs), refiner, rng
-    )
-    if patches is None:
-        log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
-    else:
-        train_refiner(refiner, patches, run)
-    if run.stop_requested:
-        return
-    scores = _score_refiner(refiner.eval(), val_pairs, run) if patches is not None else None
+    refiner, scores = _new_refiner(train_pairs, config), None
+    try:
+        patches = _cut_patches(refiner, train_pairs, run, rng)
+        if patches is None:
+            log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
+        else:
+            train_refiner(refiner, patches, run, config.refiner_steps)
+            if run.stop_requested:
+                return
+            scores = _score_refiner(refiner.eval(), val_pairs, run)
+    except DataError as error:  # the network is trained, which is worth more than its refiner
+        log.warning("no outline refiner: %s", error)
     weights = {key: value.cpu() for key, value in refiner.state_dict().items()}
     added = {"refiner": weights if scores and scores["used"] else None, "refiner_scores": scores}
     save_checkpoint(path, {**state, **added})
@@ -89,18 +87,30 @@ def _sample(pairs: Pairs, count: int, rng: np.random.Generator) -> Pairs:
     return pairs.subset(np.sort(chosen).tolist())
 
 
-def train_refiner(refiner: Refiner, patches: Patches, run: Run) -> None:
-    """Train on random patches for `config.refiner_steps`; fewer if a signal interrupts the run."""
+def _new_refiner(pairs: Pairs, config: Config) -> Refiner:
+    size = decode_file(pairs.image_path(0), image_size)
+    refiner = Refiner(config.num_outputs, choose_scale((config.image_height, config.image_width), size))
+    refiner.reset(torch.Generator().manual_seed(config.seed))
+    return refiner
+
+
+def _cut_patches(refiner: Refiner, pairs: Pairs, run: Run, rng: np.random.Generator) -> Patches | None:
+    examples = read_examples(pairs, run.model, int(refiner.scale), run.config, run.runtime)
+    return cut_patches(examples, len(pairs), refiner, rng)
+
+
+def train_refiner(refiner: Refiner, patches: Patches, run: Run, steps: int) -> None:
+    """Train on random patches; for fewer steps if a signal interrupts the run."""
     config, runtime = run.config, run.runtime
     refiner = runtime.to_device(refiner).train()
     optimizer = torch.optim.AdamW(refiner.parameters(), lr=LEARNING_RATE, fused=runtime.device.type != "mps")
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     generator = torch.Generator().manual_seed(config.seed)
     with progress_bar() as bar:
-        bar_task = bar.add_task("outline refiner", total=config.refiner_steps, note="")
-        for step in range(config.refiner_steps):
+        bar_task = bar.add_task("outline refiner", total=steps, note="")
+        for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * _cycle(step / config.refiner_steps)
+                group["lr"] = LEARNING_RATE * _cycle(step / steps)
             chosen = torch.randint(len(patches.photos), (BATCH,), generator=generator)
             photos, logits, masks = _augment(patches, chosen, config, generator)
             photos, logits, masks = (values.to(runtime.device) for values in (photos, logits, masks))
@@ -162,23 +172,19 @@ def refiner_loss(refined: Tensor, logits: Tensor, masks: Tensor, config: Config)
 
 
 @torch.inference_mode()
-def _score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any] | None:
-    """Dice of validation pairs on the refiner's grid, with it and without; None if a pair cannot be decoded."""
+def _score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any]:
+    """Dice of validation pairs on the refiner's grid, with it and without."""
     config = run.config
     before, after = (ClassScores(len(config.classes)) if config.classes else Scores() for _ in range(2))
-    try:
-        for example in read_examples(pairs, run.model, int(refiner.scale), config, run.runtime):
-            height, width = example.mask.shape
-            upsampled = upsample_logits(example.logits[None], *example.size, onto=(height, width))[0]
-            refined = refine_outline(refiner, example.logits, example.photo, example.size)
-            for scores, logits in ((before, upsampled), (after, refined)):
-                if config.classes:
-                    scores.update(logits.argmax(0)[None], example.mask[None])
-                else:
-                    scores.update(logits > 0, example.mask[None] >= 128)
-    except DataError as error:
-        log.warning("no outline refiner: %s", error)
-        return None
+    for example in read_examples(pairs, run.model, int(refiner.scale), config, run.runtime):
+        height, width = example.mask.shape
+        upsampled = upsample_logits(example.logits[None], *example.size, onto=(height, width))[0]
+        refined = refine_outline(refiner, example.logits, example.photo, example.size)
+        for scores, logits in ((before, upsampled), (after, refined)):
+            if config.classes:
+                scores.update(logits.argmax(0)[None], example.mask[None])
+            else:
+                scores.update(logits > 0, example.mask[None] >= 128)
     dice, refined_dice = (float(scores.compute()["dice"]) for scores in (before, after))
     helps = math.isfinite(refined_dice) and refined_dice > dice
     log.info(
