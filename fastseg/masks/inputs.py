@@ -144,8 +144,11 @@ def _without_results(photos: Photos, out: str, csv: str, resume: bool) -> Photos
         if path == table:
             tables.append(index)
     wanted = set(stems.values())
-    owners = {photo.stem: photo for photo in map(photos.__getitem__, range(len(photos) if wanted else 0))
-              if photo.stem in wanted}
+    owners = {
+        photo.stem: photo
+        for photo in map(photos.__getitem__, range(len(photos) if wanted else 0))
+        if photo.stem in wanted
+    }
     results = {index for index, stem in stems.items() if stem in owners}
     for index in sorted(results.union(tables)):
         path = photos[index].path
@@ -182,7 +185,8 @@ def find_temporaries(photos: Photos, out: str) -> dict[int, list[str]]:
     for folder in _result_folders(photos, out):
         with os.scandir(folder) as entries:  # no list: there may be millions of masks
             for entry in entries:
-                target = os.path.relpath(os.path.join(folder, target_of_temporary(entry.name) or "."), out)
+                name = target_of_temporary(entry.name)
+                target = os.path.relpath(os.path.join(folder, name), out) if name else ""
                 if suffix := next(filter(target.endswith, SUFFIXES), ""):
                     found[target.removesuffix(suffix)].append(entry.path)
     return {index: found[stem] for index, stem in photos.stems() if stem in found} if found else {}

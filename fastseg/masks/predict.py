@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -27,9 +28,11 @@ from fastseg.config import Config
 from fastseg.data.decode import Size, decode_image
 from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError, DataError
-from fastseg.masks.inputs import MASK, Photo, find_photos, make_folders
-from fastseg.masks.outputs import OutputOptions, Row, failed_row, find_results, write_results, write_table
+from fastseg.masks.inputs import MASK, Photo, find_photos, find_temporaries, make_folders
+from fastseg.masks.outputs import OutputOptions, Row, Tally, failed_row, find_results, write_results, write_table
 from fastseg.masks.refine import METHODS, choose_method
+from fastseg.masks.sharing.batches import Batches
+from fastseg.masks.sharing.claims import choose_claims
 from fastseg.network.checkpoint import load_model
 from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime, choose_runtime
@@ -104,8 +107,8 @@ def predict(
     """Write the mask of each photo, at its own size and as it is displayed.
 
     The mask of `sub/a.jpg` is `out/sub/a_mask.png`. Every file is complete or absent. Photos that cannot be read
-    do not stop the others: they are in the result's `broken`, and in the CSV with their reason. Under torchrun each
-    rank takes its share of the photos.
+    do not stop the others: they are in the result's `broken`, and in the CSV with their reason. The ranks of torchrun,
+    and processes that `resume` into one folder at the same time, share the photos.
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run.
@@ -121,7 +124,8 @@ def predict(
         refine: how the photo refines the logits before they are upsampled: "crf" (a conditional random field), "none",
             or "auto": crf for masks of two values, none for classes.
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
-        resume: skip photos whose results all exist.
+        resume: skip photos whose results all exist, and leave to other processes that `resume` into `out` what they
+            are working on. When this returns, all results exist.
         network: as for `fastseg.load`.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
             batch and rank) and `num_workers` (threads; 0, the default: one per core).
@@ -161,29 +165,29 @@ def predict(
             out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells, config.classes
         )
         make_folders(photos, out, csv)
+        temporaries = find_temporaries(photos, out)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
         predict_logits = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
         forward = halve_until_it_fits(predict_logits, runtime.device)
+        barrier()  # before any rank writes a temporary file; and all begin to take batches at the same time
         started = time.perf_counter()
         clock["start-up"] = started - began
-        with retain_freed_memory(runtime.device):
-            mine = _predict_photos(photos[rank::world_size], options, config, forward, clock, shown=rank == 0)
-        rows: list[Any] = [None] * len(photos)
-        for other, theirs in enumerate(all_gather(mine)):
-            rows[other::world_size] = theirs
+        claims = choose_claims(-(-len(photos) // config.batch_size), out, resume=resume)
+        with retain_freed_memory(runtime.device), closing(claims):
+            batches = Batches(photos, config.batch_size, claims, temporaries)
+            mine = _predict_photos(batches, options, config, forward, clock)
+        tally = Tally.merge(all_gather(mine))
         running = time.perf_counter() - started
         if csv and rank == 0:
-            write_table(csv, rows, options)
+            write_table(csv, tally, options)
         barrier()  # no rank returns before the table exists
-    broken = tuple((row.photo.path, row.error) for row in rows if row.error)
-    skipped = sum(row.skipped for row in rows)
-    masks = len(rows) - len(broken) - skipped
+    broken = tuple((path, reason) for _, path, reason in tally.broken)
     if rank == 0:
         for path, reason in broken:
             log.warning("no mask: %s: %s", path, reason)
-    seconds = time.perf_counter() - began
-    return PredictResult(len(rows), masks, skipped, broken, masks / running, seconds, dict(clock), out)
+    seconds, rate = time.perf_counter() - began, tally.masks / running
+    return PredictResult(len(photos), tally.masks, tally.skipped, broken, rate, seconds, dict(clock), out)
 
 
 def _refuse_options_of_two_values(mask_format: str, probabilities: bool) -> None:
@@ -198,36 +202,49 @@ def _refuse_options_of_two_values(mask_format: str, probabilities: bool) -> None
 
 
 def _predict_photos(
-    photos: list[Photo],
+    batches: Batches,
     options: OutputOptions,
     config: Config,
     forward: Callable[[Tensor], Tensor],
     clock: Clock,
-    *,
-    shown: bool,
-) -> list[Row]:
-    """One row per photo, in their order."""
-    rows: list[Row] = []
+) -> Tally:
+    """What became of the photos of this process."""
+    tally = Tally()
     ahead = BATCHES_AHEAD * config.batch_size
     pool = ThreadPoolExecutor(count_threads(config.num_workers), thread_name_prefix="fastseg-predict")
+    total = -(-len(batches.photos) // get_world_size())  # about, for a rank
     try:
-        with progress_bar(shown=shown) as bar:
-            task = bar.add_task("predicting", total=len(photos), note=" ")
+        with progress_bar(shown=get_rank() == 0) as bar:
+            task = bar.add_task("predicting", total=total, note=" ")
             started = logged = time.perf_counter()
-            read = map_ahead(pool, partial(_read, options=options), photos, ahead)
-            outputs = _through_network(_results(read, clock, "waiting for photos"), config.batch_size, forward, clock)
-            written = map_ahead(pool, partial(_write, options=options), outputs, ahead)
-            for row in _results(written, clock, "waiting for files"):
-                rows.append(row)
+            for count, row in enumerate(_rows(batches, options, pool, ahead, forward, clock), start=1):
+                tally.add(row, options)
+                batches.finish(row.photo)
                 now = time.perf_counter()
-                rate = len(rows) / (now - started)
+                rate = count / (now - started)
                 bar.update(task, advance=1, note=f"{rate:.3g} images/s")
                 if bar.disable and now - logged > LOG_EVERY_S:
-                    log.info("%d of %d images, %.3g images/s", len(rows), len(photos), rate)
+                    log.info("%d of %d images, %.3g images/s", count, total, rate)
                     logged = now
     finally:  # after an error or Ctrl-C, drop what is queued and wait for what runs
         pool.shutdown(wait=True, cancel_futures=True)
-    return rows
+    return tally
+
+
+def _rows(
+    batches: Batches,
+    options: OutputOptions,
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    forward: Callable[[Tensor], Tensor],
+    clock: Clock,
+) -> Iterator[Row]:
+    """The rows of this process's photos, in the order of their batches."""
+    for photos in batches.rounds():
+        read = map_ahead(pool, partial(_read, options=options), photos, ahead)
+        outputs = _through_network(_results(read, clock, "waiting for photos"), batches.size, forward, clock)
+        written = map_ahead(pool, partial(_write, options=options), outputs, ahead)
+        yield from _results(written, clock, "waiting for files")
 
 
 def _results(futures: Iterator[Future[T]], clock: Clock, part: str) -> Iterator[T]:
