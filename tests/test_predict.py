@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -494,3 +496,103 @@ def test_two_processes_do_what_one_does(checkpoint, photos, tmp_path):
         assert (read_mask(path) != read_mask(other)).mean() < 1e-3  # of other batches
     one, two = (read_table(tmp_path / f"{name}.csv") for name in ("one", "two"))
     assert [(row["image"], row["error"]) for row in one] == [(row["image"], row["error"]) for row in two]
+
+
+HANGS_AT_THE_6TH_FILE = """
+import itertools, os, signal, sys
+replace, calls = os.replace, itertools.count(1)
+def replace_or_hang(*names):
+    if next(calls) == 6:
+        signal.pause()
+    replace(*names)
+os.replace = replace_or_hang
+from fastseg.cli import main
+main(sys.argv[1:])
+"""
+
+
+def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+    """Wait while the processes run; if it takes too long, end them."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+            for process in processes:
+                process.kill()
+            pytest.fail(str([process.communicate() for process in processes]))
+        time.sleep(0.1)
+
+
+def test_another_process_does_the_work_of_a_killed_one(checkpoint, tmp_path):
+    """Two processes without torchrun resume into one folder. One is killed in the middle of a batch."""
+    for index in range(30):
+        write_pair(tmp_path, f"car_{index:02d}", 96 + index, 64, seed=index)
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    common = ["predict", "--checkpoint", checkpoint, "--images", tmp_path / "images", *flags(CPU), "--batch-size", 1]
+    assert status_of(*common, "--out", whole) == 0
+    common += ["--out", out, "--resume", "--num-workers", 1]
+
+    def count() -> int:
+        return len(list(out.glob("*_mask.png")))
+
+    first = start("-c", HANGS_AT_THE_6TH_FILE, *common)
+    wait_for(lambda: count() == 5, first)
+    second = start("-m", "fastseg", *common, "--csv", tmp_path / "table.csv")
+    wait_for(lambda: count() >= 22, first, second)  # the first one decodes a few photos ahead
+    time.sleep(2)
+    assert second.poll() is None  # it waits for the photos of the first one
+    assert count() < 30
+    assert any(path.name.endswith(".tmp") for path in out.iterdir())
+    first.kill()
+    printed, err = second.communicate(timeout=300)
+    first.communicate()
+    assert second.returncode == 0, err
+    assert re.search(r"^25 masks in .*, 5 existed", printed)
+    assert len(digests(out)) == 30  # no temporary file, no lock
+    assert digests(out) == digests(whole)
+    assert len(read_table(tmp_path / "table.csv")) == 30
+
+
+def test_processes_that_resume_into_one_folder_share_the_photos(checkpoint, tmp_path):
+    for index in range(48):
+        write_pair(tmp_path, f"car_{index:02d}", 96 + index, 64, seed=index)
+    (tmp_path / "images/car_07.jpg").write_bytes(b"broken")
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    common = ["predict", "--checkpoint", checkpoint, "--images", tmp_path / "images", *flags(CPU), "--batch-size", 2]
+    assert status_of(*common, "--out", whole) == 1
+    processes = [start("-m", "fastseg", *common, "--out", out, "--resume") for _ in range(2)]
+    ended = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1]  # both name the broken photo
+    written = [int(re.search(r"^(\d+) masks in", printed)[1]) for printed, _ in ended]
+    assert sum(written) == 47
+    assert digests(out) == digests(whole)
+
+
+SECOND_RANK_IS_KILLED = """
+import itertools, os, signal, sys
+replace, calls = os.replace, itertools.count(1)
+def replace_or_die(*names):
+    if next(calls) == 5 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*names)
+os.replace = replace_or_die
+from fastseg.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_resume_completes_what_torchrun_stopped_at_a_kill(checkpoint, tmp_path):
+    for index in range(40):
+        write_pair(tmp_path, f"car_{index:02d}", 96 + index, 64, seed=index)
+    out, whole, program = tmp_path / "out", tmp_path / "whole", tmp_path / "program.py"
+    program.write_text(SECOND_RANK_IS_KILLED)
+    common = ["predict", "--checkpoint", checkpoint, "--images", tmp_path / "images", *flags(CPU), "--batch-size", 1]
+    assert status_of(*common, "--out", whole) == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    process = start(*torchrun, program, *common, "--out", out)
+    process.communicate(timeout=300)
+    assert process.returncode != 0
+    existed = len(list(out.glob("*_mask.png")))
+    assert 4 <= existed < 40
+    result = fastseg.predict(checkpoint, tmp_path / "images", out, resume=True, batch_size=1, **CPU)
+    assert (result.masks, result.skipped) == (40 - existed, existed)
+    assert digests(out) == digests(whole)

@@ -10,6 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -50,17 +51,24 @@ class Photos:
 
     def __getitem__(self, index: int) -> Photo:
         folder, name = self._folders[index], self._names[index]
+        stem, extension = os.path.splitext(name if folder else os.path.basename(name))
         if not folder:
-            return Photo(name, _stem(folder, name), index=index)
-        extensions = ", ".join(IMAGE_EXTENSIONS)
-        error = "" if _is_image(name) else f"does not have the name of an image ({extensions})"
-        return Photo(os.path.join(folder, name), _stem(folder, name), error, index)
+            return Photo(name, stem, index=index)
+        is_image = extension.lower() in IMAGE_EXTENSIONS
+        error = "" if is_image else f"does not have the name of an image ({', '.join(IMAGE_EXTENSIONS)})"
+        return Photo(os.path.join(folder, name), stem, error, index)
 
     def stems(self) -> Iterator[tuple[int, str]]:
         """The index and the stem of each photo, but for files whose name is not that of an image."""
         for index, (folder, name) in enumerate(zip(self._folders, self._names, strict=True)):
-            if not folder or _is_image(name):
-                yield index, _stem(folder, name)
+            stem, extension = os.path.splitext(name if folder else os.path.basename(name))
+            if not folder or extension.lower() in IMAGE_EXTENSIONS:
+                yield index, stem
+
+    @cached_property
+    def result_folders(self) -> set[str]:
+        """Below the output folder."""
+        return {os.path.dirname(stem) for _, stem in self.stems()}
 
     def real_paths(self) -> Iterator[str]:
         """The path of each photo without links to its folder, to recognise a file."""
@@ -71,14 +79,6 @@ class Photos:
     def without(self, dropped: set[int]) -> "Photos":
         kept = [index for index in range(len(self)) if index not in dropped] if dropped else range(len(self))
         return Photos([self._names[i] for i in kept], [self._folders[i] for i in kept]) if dropped else self
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
-
-
-def _stem(folder: str, name: str) -> str:
-    return os.path.splitext(name if folder else os.path.basename(name))[0]
 
 
 def find_photos(images: Sequence[str], out: str, *, csv: str = "", resume: bool = False) -> Photos:
@@ -171,21 +171,19 @@ def make_folders(photos: Photos, out: str, csv: str = "") -> None:
     """
     if csv and os.path.isdir(csv):
         raise ConfigError(f"csv: must be a file; {csv} is a folder. Give a name in it.")
-    for folder in (out, *sorted(_result_folders(photos, out)), *([os.path.dirname(csv) or "."] if csv else [])):
+    results = sorted(os.path.join(out, folder) for folder in photos.result_folders)
+    for folder in (out, *results, *([os.path.dirname(csv) or "."] if csv else [])):
         make_folder(folder)
-
-
-def _result_folders(photos: Photos, out: str) -> set[str]:
-    return {os.path.join(out, folder) for folder in {os.path.dirname(stem) for _, stem in photos.stems()}}
 
 
 def find_temporaries(photos: Photos, out: str) -> dict[int, list[str]]:
     """The temporary files of results, such as a killed run has left, by the index of their photo."""
     found: dict[str, list[str]] = defaultdict(list)  # by stem
-    for folder in _result_folders(photos, out):
+    for folder in (os.path.join(out, folder) for folder in photos.result_folders):
         with os.scandir(folder) as entries:  # no list: there may be millions of masks
             for entry in entries:
-                target = os.path.relpath(os.path.join(folder, target_of_temporary(entry.name) or "."), out)
+                name = target_of_temporary(entry.name)
+                target = os.path.relpath(os.path.join(folder, name), out) if name else ""
                 if suffix := next(filter(target.endswith, SUFFIXES), ""):
                     found[target.removesuffix(suffix)].append(entry.path)
     return {index: found[stem] for index, stem in photos.stems() if stem in found} if found else {}

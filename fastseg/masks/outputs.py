@@ -1,9 +1,10 @@
 """The files of a photo: mask, probability and overlay at its own size, and its row in the table."""
 
 import csv
+import io
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.upsample import label_logits, threshold_logits, upsample_logits
 from fastseg.runtime.files import MAX_NAME_BYTES, atomic_write
 
-__all__ = ["OutputOptions", "Row", "failed_row", "find_results", "write_results", "write_table"]
+__all__ = ["OutputOptions", "Row", "Tally", "failed_row", "find_results", "write_results", "write_table"]
 
 ENCODE_MASK: dict[str, Callable[[Any], bytes]] = {"png": encode_png, "gif": encode_gif}
 MAX_OVERLAY_WIDTH = 1280  # pixels
@@ -165,7 +166,50 @@ def _overlay(photo: Photo, mask: NDArray[Any], options: OutputOptions) -> bytes:
     return encode_overlay(shown, mask_from_array(mask, shown_height, shown_width))
 
 
-def write_table(path: str, rows: list[Row], options: OutputOptions) -> None:
+@dataclass
+class Tally:
+    """What became of photos. Nothing is kept of a photo with a mask but its line of the table, if there is one."""
+
+    masks: int = 0
+    skipped: int = 0
+    broken: list[tuple[int, str, str]] = field(default_factory=list)  # index, path, reason
+    lines: list[tuple[int, str]] = field(default_factory=list)  # of the table: index, line
+
+    def add(self, row: Row, options: OutputOptions) -> None:
+        if row.error:
+            self.broken.append((row.photo.index, row.photo.path, row.error))
+        elif row.skipped:
+            self.skipped += 1
+        else:
+            self.masks += 1
+        if options.table:
+            self.lines.append((row.photo.index, _table_line(row, options)))
+
+    @classmethod
+    def merge(cls, parts: list["Tally"]) -> "Tally":
+        """All photos, in the order given."""
+        broken = sorted(item for part in parts for item in part.broken)
+        lines = sorted(item for part in parts for item in part.lines)
+        return cls(sum(part.masks for part in parts), sum(part.skipped for part in parts), broken, lines)
+
+
+def _table_line(row: Row, options: OutputOptions) -> str:
+    height, width = row.size
+    mask = [] if row.error else [options.paths(row.photo)[0], width, height, *map("{:.6f}".format, row.shares)]
+    return _csv_line([row.photo.path, *(mask or [""] * (3 + len(_share_names(options)))), row.error])
+
+
+def _csv_line(cells: list[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _share_names(options: OutputOptions) -> list[str]:
+    return [f"share_{item.name}" for item in options.classes] or ["foreground"]
+
+
+def write_table(path: str, tally: Tally, options: OutputOptions) -> None:
     """Write the CSV: one line per photo, with the reason where there is no mask.
 
     Raises:
@@ -176,10 +220,5 @@ def write_table(path: str, rows: list[Row], options: OutputOptions) -> None:
         # Names of files need not be UTF-8.
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        writer = csv.writer(file, lineterminator="\n")
-        shares = [f"share_{item.name}" for item in options.classes] or ["foreground"]
-        writer.writerow(["image", "mask", "width", "height", *shares, "error"])
-        for row in rows:
-            height, width = row.size
-            mask = [] if row.error else [options.paths(row.photo)[0], width, height, *map("{:.6f}".format, row.shares)]
-            writer.writerow([row.photo.path, *(mask or [""] * (3 + len(shares))), row.error])
+        file.write(_csv_line(["image", "mask", "width", "height", *_share_names(options), "error"]))
+        file.writelines(line for _, line in tally.lines)

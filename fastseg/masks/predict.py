@@ -10,45 +10,38 @@ import logging
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from fastseg.config import Config
-from fastseg.data.decode import Size, decode_image
-from fastseg.data.host import decode_file
-from fastseg.errors import ConfigError, DataError
-from fastseg.masks.inputs import MASK, Photo, find_photos, make_folders
-from fastseg.masks.outputs import OutputOptions, Row, failed_row, find_results, write_results, write_table
-from fastseg.masks.refine import METHODS, choose_method, load_guide, load_refiner
+from fastseg.errors import ConfigError
+from fastseg.masks.inputs import MASK, find_photos, find_temporaries, make_folders
+from fastseg.masks.outputs import OutputOptions, Tally, write_table
+from fastseg.masks.refine import METHODS, choose_method, load_refiner
+from fastseg.masks.sharing.batches import Batches
+from fastseg.masks.sharing.claims import choose_claims
+from fastseg.masks.stages import Clock, Stages, predict_logits
 from fastseg.network.checkpoint import load_model
-from fastseg.network.normalise import normalise
-from fastseg.network.outline.refiner import Refiner, refine_outline
-from fastseg.runtime.device import Runtime, choose_runtime
+from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
 from fastseg.runtime.progress import progress_bar
-from fastseg.runtime.threads import count_threads, map_ahead
+from fastseg.runtime.threads import count_threads
 
 __all__ = ["PredictResult", "predict"]
 
 TTA = ("none", "flip")
 CHANGES = ("device", "precision", "batch_size", "num_workers")  # fields of Config that a prediction uses
-BATCHES_AHEAD = 2  # of photos decoded ahead of the network, and of logits ahead of their files
 LOG_EVERY_S = 30.0  # without a progress bar
-
-T = TypeVar("T")
-Clock = defaultdict[str, float]  # seconds by part of the work
 
 log = logging.getLogger(__name__)
 
@@ -78,16 +71,6 @@ class PredictResult:
         )
 
 
-@dataclass(frozen=True)
-class _Decoded:
-    """A photo before the network."""
-
-    photo: Photo
-    size: Size
-    pixels: NDArray[np.uint8]  # (h, w, 3), on the network's grid
-    guide: NDArray[np.uint8] | None  # (H, W, 3), on the outline refiner's grid
-
-
 def predict(
     checkpoint: str | os.PathLike[str],
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -106,8 +89,8 @@ def predict(
     """Write the mask of each photo, at its own size and as it is displayed.
 
     The mask of `sub/a.jpg` is `out/sub/a_mask.png`. Every file is complete or absent. Photos that cannot be read
-    do not stop the others: they are in the result's `broken`, and in the CSV with their reason. Under torchrun each
-    rank takes its share of the photos.
+    do not stop the others: they are in the result's `broken`, and in the CSV with their reason. The ranks of torchrun,
+    and processes that `resume` into one folder at the same time, share the photos.
 
     Args:
         checkpoint: `best.pt` or `last.pt` of a run.
@@ -123,7 +106,8 @@ def predict(
         refine: how the photo refines the outline: "learned" (the checkpoint's outline refiner), "crf" (a conditional
             random field, for masks of two values), "none", or "auto": the first of these that there is.
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
-        resume: skip photos whose results all exist.
+        resume: skip photos whose results all exist, and leave to other processes that `resume` into `out` what they
+            are working on. When this returns, all results exist.
         network: as for `fastseg.load`.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
             batch and rank) and `num_workers` (threads; 0, the default: one per core).
@@ -164,31 +148,32 @@ def predict(
             out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells, config.classes
         )
         make_folders(photos, out, csv)
+        temporaries = find_temporaries(photos, out)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
-        predict_logits = partial(_predict_logits, runtime.to_device(model), runtime, tta == "flip")
-        forward = halve_until_it_fits(predict_logits, runtime.device)
-        if refiner:
-            refiner = refiner.to(runtime.device)
+        forward = halve_until_it_fits(
+            partial(predict_logits, runtime.to_device(model), runtime, tta == "flip"), runtime.device
+        )
+        refiner = refiner.to(runtime.device) if refiner else None
+        barrier()  # before any rank writes a temporary file; and all begin to take batches at the same time
         started = time.perf_counter()
         clock["start-up"] = started - began
-        with retain_freed_memory(runtime.device):
-            mine = _predict_photos(photos[rank::world_size], options, config, forward, refiner, clock, shown=rank == 0)
-        rows: list[Any] = [None] * len(photos)
-        for other, theirs in enumerate(all_gather(mine)):
-            rows[other::world_size] = theirs
+        claims = choose_claims(-(-len(photos) // config.batch_size), out, resume=resume)
+        with retain_freed_memory(runtime.device), closing(claims):
+            batches = Batches(photos, config.batch_size, claims, temporaries)
+            stages = Stages(options, config, forward, refiner, clock)
+            mine = _predict_photos(batches, stages)
+        tally = Tally.merge(all_gather(mine))
         running = time.perf_counter() - started
         if csv and rank == 0:
-            write_table(csv, rows, options)
+            write_table(csv, tally, options)
         barrier()  # no rank returns before the table exists
-    broken = tuple((row.photo.path, row.error) for row in rows if row.error)
-    skipped = sum(row.skipped for row in rows)
-    masks = len(rows) - len(broken) - skipped
+    broken = tuple((path, reason) for _, path, reason in tally.broken)
     if rank == 0:
         for path, reason in broken:
             log.warning("no mask: %s: %s", path, reason)
-    seconds = time.perf_counter() - began
-    return PredictResult(len(rows), masks, skipped, broken, masks / running, seconds, dict(clock), out)
+    seconds, rate = time.perf_counter() - began, tally.masks / running
+    return PredictResult(len(photos), tally.masks, tally.skipped, broken, rate, seconds, dict(clock), out)
 
 
 def _refuse_options_of_two_values(mask_format: str, probabilities: bool) -> None:
@@ -202,104 +187,26 @@ def _refuse_options_of_two_values(mask_format: str, probabilities: bool) -> None
         )
 
 
-def _predict_photos(
-    photos: list[Photo],
-    options: OutputOptions,
-    config: Config,
-    forward: Callable[[Tensor], Tensor],
-    refiner: Refiner | None,
-    clock: Clock,
-    *,
-    shown: bool,
-) -> list[Row]:
-    """One row per photo, in their order."""
-    rows: list[Row] = []
-    ahead = BATCHES_AHEAD * config.batch_size
-    pool = ThreadPoolExecutor(count_threads(config.num_workers), thread_name_prefix="fastseg-predict")
+def _predict_photos(batches: Batches, stages: Stages) -> Tally:
+    """What became of the photos of this process."""
+    tally = Tally()
+    num_threads = count_threads(stages.config.num_workers)
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="fastseg-predict")
+    total = -(-len(batches.photos) // get_world_size())  # about, for a rank
     try:
-        with progress_bar(shown=shown) as bar:
-            task = bar.add_task("predicting", total=len(photos), note=" ")
+        with progress_bar(shown=get_rank() == 0) as bar:
+            task = bar.add_task("predicting", total=total, note=" ")
             started = logged = time.perf_counter()
-            read = map_ahead(pool, partial(_read, options=options, config=config, refiner=refiner), photos, ahead)
-            decoded = _results(read, clock, "waiting for photos")
-            outputs = _through_network(decoded, config.batch_size, forward, refiner, clock)
-            written = map_ahead(pool, partial(_write, options=options), outputs, ahead)
-            for row in _results(written, clock, "waiting for files"):
-                rows.append(row)
+            rows = chain.from_iterable(stages.run(photos, pool) for photos in batches.rounds())
+            for count, row in enumerate(rows, start=1):
+                tally.add(row, stages.options)
+                batches.finish(row.photo)
                 now = time.perf_counter()
-                rate = len(rows) / (now - started)
+                rate = count / (now - started)
                 bar.update(task, advance=1, note=f"{rate:.3g} images/s")
                 if bar.disable and now - logged > LOG_EVERY_S:
-                    log.info("%d of %d images, %.3g images/s", len(rows), len(photos), rate)
+                    log.info("%d of %d images, %.3g images/s", count, total, rate)
                     logged = now
     finally:  # after an error or Ctrl-C, drop what is queued and wait for what runs
         pool.shutdown(wait=True, cancel_futures=True)
-    return rows
-
-
-def _results(futures: Iterator[Future[T]], clock: Clock, part: str) -> Iterator[T]:
-    """The results of futures; the time spent waiting for them is added to `part`."""
-    for future in futures:
-        began = time.perf_counter()
-        result = future.result()
-        clock[part] += time.perf_counter() - began
-        yield result
-
-
-def _read(photo: Photo, options: OutputOptions, config: Config, refiner: Refiner | None) -> Row | _Decoded:
-    """Decode a photo onto the grids, unless it is broken or its results exist."""
-    if photo.error:
-        return Row(photo, error=photo.error)
-    if options.resume and (row := find_results(photo, options)):
-        return row
-    pixels = np.empty((*options.cells, 3), np.uint8)
-    try:
-        size = decode_file(photo.path, decode_image, pixels)
-        return _Decoded(photo, size, pixels, load_guide(photo.path, config, refiner)[1] if refiner else None)
-    except DataError as error:
-        return failed_row(photo, error)
-
-
-def _through_network(
-    read: Iterator[Row | _Decoded],
-    batch_size: int,
-    forward: Callable[[Tensor], Tensor],
-    refiner: Refiner | None,
-    clock: Clock,
-) -> Iterator[Row | tuple[Photo, Size, Tensor]]:
-    """Photos with their logits, and the rows of photos that need none, in order.
-
-    The logits are (1 or C, h, w), or (1 or C, H, W) on the grid of the outline refiner.
-    """
-    while batch := list(islice(read, batch_size)):
-        decoded = {i: item for i, item in enumerate(batch) if isinstance(item, _Decoded)}
-        logits: dict[int, Tensor] = {}
-        if decoded:
-            began = time.perf_counter()
-            # A photo keeps its place in the batch, whatever the others are: a resumed run sums in the same order.
-            blank = np.zeros_like(next(iter(decoded.values())).pixels)
-            pixels = [decoded[i].pixels if i in decoded else blank for i in range(len(batch))]
-            logits = dict(enumerate(forward(torch.from_numpy(np.stack(pixels)))))
-            clock["network"] += time.perf_counter() - began
-        if refiner:
-            began = time.perf_counter()
-            for i, photo in decoded.items():
-                assert photo.guide is not None
-                logits[i] = refine_outline(refiner, logits[i], torch.from_numpy(photo.guide), photo.size)
-            clock["outline refiner"] += time.perf_counter() - began
-        for i, item in enumerate(batch):
-            yield (item.photo, item.size, logits[i]) if isinstance(item, _Decoded) else item
-
-
-def _predict_logits(model: nn.Module, runtime: Runtime, flip: bool, pixels: Tensor) -> Tensor:
-    """(B, 1 or C, h, w) float32 on the CPU, where threads turn them into masks."""
-    with torch.inference_mode(), runtime.autocast():
-        inputs = normalise(pixels.to(runtime.device))
-        logits = model(inputs).float()
-        if flip:
-            logits = (logits + model(inputs.flip(3)).float().flip(3)) / 2
-    return logits.cpu()
-
-
-def _write(item: Row | tuple[Photo, Size, Tensor], options: OutputOptions) -> Row:
-    return item if isinstance(item, Row) else write_results(*item, options)
+    return tally

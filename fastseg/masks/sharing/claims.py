@@ -104,9 +104,10 @@ class _FileClaims(Claims):
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, batch)
 
     def close(self) -> None:
-        os.close(self._file)
         with contextlib.suppress(OSError):
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the whole file: fails while anybody has a batch
             os.unlink(self._path)
+        os.close(self._file)
 
 
 def choose_claims(num_batches: int, out: str, *, resume: bool) -> Claims:
