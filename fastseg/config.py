@@ -8,6 +8,7 @@ The command line has a flag for each field below; a field's description is its h
 """
 
 import json
+import logging
 import math
 import os
 import re
@@ -18,6 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fastseg.classes import SegClass, find_ignored, read_class_weights, read_classes
+from fastseg.durations import Seconds
 from fastseg.errors import ConfigError
 from fastseg.messages import closest_match, format_value, shorten, size_message, unique_keys, validation_message
 
@@ -25,8 +27,10 @@ __all__ = ["Config", "as_config", "closest_match", "format_value"]
 
 DEFAULT_VAL_DIRS = ("./data/val_images/", "./data/val_masks/")
 
-REMOVED = ("elastic", "blur")  # fields of older checkpoints and config.json files; ignored if 0
+REMOVED = ("elastic", "blur", "time_limit_s")  # in older config.json files and checkpoints; ignored if 0
 MAX_NAME_BYTES = 255  # of a folder on common file systems
+
+log = logging.getLogger(__name__)
 
 
 def _field(default: Any, description: str, **rules: Any) -> Any:
@@ -86,10 +90,10 @@ class Config(BaseModel):
     progressive_resizing: float = _field(0.7, "fraction of steps, the first, on images of half the size", ge=0, le=1)
     batch_size: int = _field(16, "pairs per step, over all processes", ge=1)
     micro_batch: int = _field(0, "pairs per forward pass and process; 0: halve the batch until it fits", ge=0)
+    time_budget: Seconds = _field(0.0, "train for so long: 600 (seconds), 90s, 10m, 1h; 0: for num_epochs", ge=0)
     num_epochs: int = _field(3, "passes over the training pairs; by default more if min_steps needs them", ge=1)
     min_steps: int = _field(240, "minimum number of steps if num_epochs is not given", ge=0)
     early_stopping: int = _field(0, "stop after this many epochs without a better Dice; 0: never", ge=0)
-    time_limit_s: float = _field(0.0, "start no epoch that would end after this many seconds; 0: no limit", ge=0)
     checkpoint_every_s: float = _field(60.0, "also save last.pt after so many seconds; 0: only after each epoch", ge=0)
     device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps (Apple; never tried)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "dtype of the network's arithmetic")
@@ -304,7 +308,9 @@ def _known_fields(fields: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     known: dict[str, Any] = {}
     for key, value in fields:
         name = key.lower()
-        if name in REMOVED and not value:
+        if name in REMOVED and (not value or name == "time_limit_s"):
+            if value:
+                log.warning("time_limit_s: %s has no effect, because the field is removed. Use time_budget.", value)
             continue
         if name not in Config.model_fields:
             raise ConfigError(f"{key}: unknown field. Did you mean {closest_match(name, Config.model_fields)}?")

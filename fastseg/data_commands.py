@@ -43,13 +43,15 @@ def add_synth(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--views", metavar="N", type=int, default=16, help="views of each car (default: 16)")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same bytes (default: 0)")
     parser.add_argument("--parts", action="store_true", help="masks of six classes, and their classes.json")
+    parser.add_argument("--hard", action="store_true", help="dark cars on dark floors, reflections, shadows, clutter")
 
 
 def run_synth(options: argparse.Namespace) -> int:
     """Write the pairs and print their number."""
     from fastseg.synthetic.generate import generate
 
-    counts = generate(options.out, cars=options.cars, views=options.views, seed=options.seed, parts=options.parts)
+    names = ("cars", "views", "seed", "parts", "hard")
+    counts = generate(options.out, **{name: getattr(options, name) for name in names})
     print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
     return 0
 

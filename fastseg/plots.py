@@ -18,7 +18,7 @@ from fastseg.data.batch import BadSamples
 from fastseg.data.gif import Bytes
 from fastseg.data.host import HostDecoder
 from fastseg.data.pairs import Pairs
-from fastseg.network.metrics import ClassScores, Scores
+from fastseg.network.metrics import ClassScores, Scores, best_epoch
 from fastseg.network.normalise import normalise
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.files import atomic_write
@@ -63,7 +63,7 @@ def draw_curves(history: list[dict[str, Any]], path: Path, classes: Sequence[Seg
     from matplotlib.figure import Figure
 
     epochs = [entry["epoch"] for entry in history]
-    best = max(history, key=lambda entry: entry["val_dice"])
+    best = best_epoch(history)
     figure = Figure(figsize=(15 if classes else 10, 4), layout="constrained")
     losses, scores, *of_classes = figure.subplots(1, 3 if classes else 2)
     for name, label in (("train_loss", "training"), ("val_loss", "validation")):

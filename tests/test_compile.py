@@ -11,7 +11,9 @@ import torch
 
 import fastseg
 from fastseg.runtime.device import Runtime, choose_runtime
+from fastseg.training.budget import Budget, Decision
 from fastseg.training.recipe import training_size
+from fastseg.training.state import Run
 from fastseg.training.step import compile
 from fastseg.training.step.compile import (
     capture_graphs,
@@ -47,9 +49,17 @@ def test_compile_auto_captures_graphs_where_it_can(device, world_size, micro_bat
     assert choose_compile(settings.replace(compile="on"), runtime) == ("on", "as asked")
 
 
-def make_run(steps_s, *, num_epochs=10, **changes):
+class PartOfRun(SimpleNamespace):
+    """Some attributes of a run, and the methods that need no others."""
+
+    budget = None
+    epoch = 0
+    position_at, size_of, last_size, is_finished = Run.position_at, Run.size_of, Run.last_size, Run.is_finished
+
+
+def make_run(steps_s, *, num_epochs=10, time_budget=0, **changes):
     """A run on a GPU after the first of `num_epochs` epochs of 100 steps, which took `steps_s` seconds."""
-    return SimpleNamespace(
+    return PartOfRun(
         config=fastseg.Config(num_epochs=num_epochs, progressive_resizing=0.5, **changes),
         runtime=Runtime(torch.device("cuda"), torch.float32),
         total_steps=100 * num_epochs,
@@ -58,6 +68,7 @@ def make_run(steps_s, *, num_epochs=10, **changes):
         seconds={"steps": steps_s},
         compiled="graphs",
         start_time=time.perf_counter(),
+        budget=Budget(time_budget, decisions=[Decision(100, 0.1, 900, 1000)]) if time_budget else None,
     )
 
 
@@ -77,7 +88,7 @@ def test_the_time_of_steps_follows_their_pixels(start, stop):
         (4.5, True, {}, True),
         (30, False, {}, True),
         (30, False, {"compile": "graphs"}, False),
-        (30, False, {"time_limit_s": 60}, False),
+        (30, False, {"time_budget": 60}, False),
     ],
 )
 def test_a_run_compiles_after_an_epoch_if_that_saves_time(steps_s, cached, changes, compiles, tmp_path, monkeypatch):
@@ -99,7 +110,7 @@ def test_graphs_that_do_not_fit_in_memory(monkeypatch, choice, compiled):
 
     monkeypatch.setattr(compile, "capture_graphs", capture)
     monkeypatch.setattr(compile, "choose_compile", lambda config, runtime: ("graphs", "for the test"))
-    run = SimpleNamespace(
+    run = PartOfRun(
         config=fastseg.Config(compile=choice), steps_done=0, total_steps=4, model=None, runtime=None, compiled="off"
     )
     with nullcontext() if compiled else pytest.raises(torch.OutOfMemoryError):

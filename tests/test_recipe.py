@@ -87,12 +87,12 @@ def test_the_optimizer_equals_torch(recipe):
     assert str(ours.state_dict()) == str(theirs.state_dict())
 
 
-@pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 9), (0.0, 3)])
+@pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 17), (0.0, 3)])
 def test_patience_begins_when_training_sees_the_full_size(
     pairs_dir, tmp_path, monkeypatch, progressive_resizing, epochs
 ):
-    """With falling scores: two epochs after the seven with small images, or two after the first."""
-    falling = iter(np.linspace(0.9, 0.1, 10).tolist())
+    """With falling scores: two epochs after the first score at full size, the fifteenth, or two after the first."""
+    falling = iter(np.linspace(0.9, 0.1, 20).tolist())
 
     def score(*_):
         dice = next(falling)
@@ -101,7 +101,7 @@ def test_patience_begins_when_training_sees_the_full_size(
         }
 
     monkeypatch.setattr("fastseg.training.validate.score_batches", score)
-    changes = {"num_epochs": 10, "early_stopping": 2, "progressive_resizing": progressive_resizing}
+    changes = {"num_epochs": 20, "early_stopping": 2, "progressive_resizing": progressive_resizing}
     result = fastseg.train(config(pairs_dir, tmp_path, **changes))
     assert len(result.history) == epochs
 

@@ -1,6 +1,7 @@
 """IoU, Dice and boundary IoU of two values and of classes, summed on the device."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "BOUNDARY_PIXELS",
     "ClassScores",
     "Scores",
+    "best_epoch",
     "boundary_band",
     "boundary_iou",
     "class_boundary_iou",
@@ -156,6 +158,11 @@ def _overlaps(confusion: Tensor) -> tuple[Tensor, Tensor]:
 def _mean_of_present(scores: Tensor) -> Tensor:
     """The mean over the last dimension without NaN; 1 if there is nothing else."""
     return scores.nanmean(-1).nan_to_num(1.0)
+
+
+def best_epoch(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The entry of metrics.jsonl with the highest Dice among those that were scored on the largest images."""
+    return max(history, key=lambda entry: (entry.get("val_size", math.inf), entry["val_dice"]))
 
 
 def score_batches(

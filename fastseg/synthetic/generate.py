@@ -5,6 +5,7 @@ names and views are Carvana's, and no threshold separates the car. Scores on the
 
     fastseg synth --out data --cars 6 --views 16 --seed 0
     fastseg synth --out data --parts                         masks of six classes, and data/classes.json
+    fastseg synth --out data --hard                          dark cars on dark floors, reflections, shadows, clutter
 """
 
 import math
@@ -26,6 +27,7 @@ from fastseg.runtime.files import atomic_write, make_folder, target_of_temporary
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads
 from fastseg.synthetic.car import PAINTS, STYLES, make_car
+from fastseg.synthetic.hard import dim_studio, hard_paints, render_hard_pair
 from fastseg.synthetic.studio import PARTS, make_studio, render_pair
 
 __all__ = ["encode_image", "generate"]
@@ -73,6 +75,7 @@ def generate(
     width: int = 1918,
     height: int = 1280,
     parts: bool = False,
+    hard: bool = False,
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -87,7 +90,9 @@ def generate(
         height: pixels, at least 32.
         parts: masks are palette PNGs of the classes in out/classes.json: ground, wall, body, windows, wheels, lights.
             The images are the same.
-        workers: threads, about 250 MB each; None for one per core.
+        hard: dark cars on dark floors, reflections and shadows, and bags, cones, tripods and people before and behind
+            the car. They are background; masks stay exact.
+        workers: threads, about 250 MB each, 500 MB with `hard`; None for one per core.
         progress: show a progress bar if standard error is a terminal.
 
     Returns:
@@ -115,7 +120,8 @@ def generate(
     stems = [rng.bytes(6).hex() for _ in range(cars)]
     rounds = range(math.ceil(cars / len(STYLES)))  # each style and paint occurs once before any repeats
     styles = [str(style) for _ in rounds for style in rng.permutation(list(STYLES))]
-    paints = [str(paint) for _ in rounds for paint in rng.permutation(list(PAINTS))]
+    choices = hard_paints() if hard else list(PAINTS)
+    paints = [str(paint) for _ in rounds for paint in rng.permutation(choices)]
     num_train = cars - max(1, math.floor(cars / 4 + 0.5))
 
     mask_suffix, encode_mask = (
@@ -139,13 +145,15 @@ def generate(
         car_rng = np.random.default_rng((seed, i))
         car = make_car(car_rng, styles[i], paints[i])
         studio = make_studio(car_rng, car, width, height)
+        if hard:
+            studio = dim_studio(car_rng, studio, car)
         split = "train" if i < num_train else "val"
         for view in view_range:
             if stop.is_set():
                 return
             view_rng = np.random.default_rng((seed, i, view))
             turn = math.pi + 2 * math.pi * (view - 1) / views + view_rng.uniform(-0.03, 0.03)
-            image, mask = render_pair(car, studio, turn, view_rng, parts)
+            image, mask = (render_hard_pair if hard else render_pair)(car, studio, turn, view_rng, parts)
             stem = f"{stems[i]}_{view:02d}"
             # The mask first, so that an interrupted run leaves no image without a mask.
             with atomic_write(folders[f"{split}_masks"] / f"{stem}{mask_suffix}", sync=False) as temporary:

@@ -97,10 +97,26 @@ def environment_light(x: ndarray, y: ndarray, z: ndarray) -> ndarray:
     return np.where(z > 0, room + 1.5 * smoothstep(0.15, 0.25, z) * boxes, 0.16 + 0.12 * smoothstep(-0.25, 0, z))
 
 
-def shade_vertices(car: Car, turn: float) -> ndarray:
-    """(V, 3) float32 colours of the vertices as the camera sees them; 0 for those that face away."""
+def project(car: Car, studio: Studio, turn: float) -> ndarray:
+    """(V, 3) float32 of the vertices: x and y on the picture, pixels from its corner, and 1 / depth, 1 / metres."""
+    height, width = studio.light.shape
+    x, y, z = car.points
+    ahead, rise = math.cos(turn) * x - math.sin(turn) * y + DISTANCE, z - EYE_HEIGHT
+    inverse_depth = 1 / (ahead * math.cos(PITCH) - rise * math.sin(PITCH))
+    across = 0.5 * width - studio.focal * (math.sin(turn) * x + math.cos(turn) * y) * inverse_depth
+    down = 0.5 * height - studio.focal * (ahead * math.sin(PITCH) + rise * math.cos(PITCH)) * inverse_depth
+    return np.stack([across, down, inverse_depth], 1)
+
+
+def shade_vertices(car: Car, turn: float, *, below: bool = False) -> ndarray:
+    """(V, 3) float32 colours of the vertices as the camera sees them; 0 for those that face away.
+
+    Args:
+        below: as the camera's mirror image under the floor sees them.
+    """
     cos, sin = math.cos(turn), math.sin(turn)
-    x, y, z = (eye - axis for eye, axis in zip((-DISTANCE * cos, DISTANCE * sin, EYE_HEIGHT), car.points, strict=True))
+    eye_height = -EYE_HEIGHT if below else EYE_HEIGHT
+    x, y, z = (eye - axis for eye, axis in zip((-DISTANCE * cos, DISTANCE * sin, eye_height), car.points, strict=True))
     facing = (x * car.normals[0] + y * car.normals[1] + z * car.normals[2]) / np.sqrt(x * x + y * y + z * z)
     seen = np.flatnonzero(facing > -0.2)  # a visible quad may have a vertex that faces away
     x, y, z, facing = x[seen], y[seen], z[seen], np.maximum(facing[seen], 0)
@@ -220,11 +236,7 @@ def render_pair(
     height, width = studio.light.shape
     picture = np.repeat(studio.light[..., None], 3, axis=2)
     picture.reshape(-1, 3)[studio.floor] *= cast_shadow(car, studio, turn)
-    x, y, z = car.points
-    ahead, rise = math.cos(turn) * x - math.sin(turn) * y + DISTANCE, z - EYE_HEIGHT
-    inverse_depth = 1 / (ahead * math.cos(PITCH) - rise * math.sin(PITCH))
-    across = 0.5 * width - studio.focal * (math.sin(turn) * x + math.cos(turn) * y) * inverse_depth
-    down = 0.5 * height - studio.focal * (ahead * math.sin(PITCH) + rise * math.cos(PITCH)) * inverse_depth
+    across, down, inverse_depth = project(car, studio, turn).T
     left, top = max(0, int(across.min()) - 1), max(0, int(down.min()) - 1)
     right, bottom = min(width, int(across.max()) + 2), min(height, int(down.max()) + 2)
     shape = 2 * (bottom - top) + 1, 2 * (right - left) + 1

@@ -24,16 +24,15 @@ from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
+from fastseg.training.budget import plan_steps
 from fastseg.training.interval import stop_or_save
 from fastseg.training.outline.fit import fit_refiner, needs_refiner
 from fastseg.training.recipe import (
     drop_frozen_gradients,
     learning_rate,
     make_class_weights,
-    num_small_steps,
     set_learning_rate,
     training_loss,
-    training_size,
     update_ema,
 )
 from fastseg.training.setup import build_run, find_splits, load_or_init_model, resolve_config
@@ -116,7 +115,7 @@ def train(
         compile_model(run)
         run.class_weights = make_class_weights(config, run.train_loader, runtime)
         warn_of_training_masks(run)
-        active = runtime.rank == 0 and run.first_step < run.total_steps
+        active = runtime.rank == 0 and not run.is_finished
         trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
         with open_run_dir(run, read), trackers as opened:
             run.seconds["start-up"] = time.perf_counter() - start_time
@@ -141,7 +140,7 @@ def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[
                 break
             validate(run)
             warn_of_black_masks(run)
-            is_first = run.epoch == 1 < run.config.num_epochs  # shows at once whether masks and photos match
+            is_first = run.epoch == 1 and not run.is_finished  # shows at once whether masks and photos match
             if run.runtime.rank == 0 and (trackers or is_first):
                 began = time.perf_counter()
                 overlay = draw_val_overlay(run, run.eval_model)
@@ -166,8 +165,8 @@ def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
         images: (B, H, W, 3) uint8 on the run's device, this rank's slice of the batch.
         masks: (B, H, W) uint8, coverage 0..255, or the numbers of classes.
     """
-    config, step, total = run.config, run.steps_done, run.total_steps
-    set_learning_rate(run.optimizer, learning_rate(config, step, total))
+    config, step = run.config, run.steps_done
+    set_learning_rate(run.optimizer, learning_rate(config, *run.position_at(step)))
     augmented = augment_batch(run.augmentation, images, masks, config, run.runtime, run.generator, step)
     loss = fit_micro_batch(run, partial(_accumulate_gradients, run, augmented, len(images)), len(images))
     drop_frozen_gradients(config, run.model, step)
@@ -189,7 +188,7 @@ def _accumulate_gradients(
         augmented: the inputs and targets of a slice of the batch.
         micro_batch: pairs per forward pass.
     """
-    size = training_size(run.config, run.steps_done, run.total_steps)
+    size = run.size_of(run.steps_done)
     losses = []
     with network_rng(run.config, run.runtime, run.steps_done):
         for start in range(0, num_pairs, micro_batch):
@@ -213,8 +212,11 @@ def _train_epoch(run: Run) -> None:
     began, logged, waited, first_step = time.perf_counter(), 0.0, loader.wait_seconds, run.step
     apart, cores = run.seconds[FIRST_STEPS] + run.seconds["checkpoints"], core_use()
     with progress_bar() as bar:
-        task = bar.add_task(f"epoch {run.epoch + 1}/{config.num_epochs}", total=len(loader), note="")
+        task = bar.add_task(run.title, total=len(loader), note="")
         for images, masks, _ in loader:
+            plan_steps(run)
+            if run.budget and run.is_finished and run.step:
+                break
             with _time_first_step(run):
                 train_step(run, images, masks)
             now = time.perf_counter()
@@ -231,7 +233,7 @@ def _train_epoch(run: Run) -> None:
                 note = f"loss {loss:.3f}{dice}  {rate:.0f} pairs/s  data wait {wait:.0f} %"
                 bar.update(task, completed=run.step, note=note)
             stop_or_save(run)
-            if run.interrupted:
+            if run.interrupted or (run.budget and run.is_finished):
                 break
     mean_loss = all_reduce(run.loss_sum.clone()).item() / max(run.step * run.runtime.world_size, 1)
     check_finite(run, mean_loss)
@@ -253,28 +255,25 @@ def _train_epoch(run: Run) -> None:
 
 
 def _is_finished(run: Run) -> bool:
-    """Whether the last epoch is done; logs the reason if that is earlier than `num_epochs`."""
+    """Whether the last epoch is done; logs the reason if that is earlier than planned."""
     config = run.config
-    if run.epoch >= config.num_epochs:
+    plan_steps(run)
+    full = not run.history or run.history[-1].get("val_size", config.image_height) == config.image_height
+    if run.is_finished and (full or not run.budget):  # a last step on large images, and the score there
         return True
-    # While steps see small images, the score at full size rises and falls: patience begins after them.
-    small_epochs = math.ceil(num_small_steps(config, run.total_steps) / len(run.train_loader))
+    # Scores on small images are lower: patience begins after them.
+    small_epochs = sum(entry.get("val_size", config.image_height) < config.image_height for entry in run.history)
     since_best = run.epoch - max(run.best["epoch"], small_epochs)
     if config.early_stopping and run.history and since_best >= config.early_stopping:
         log.info("early stopping: %d epochs without a better Dice", since_best)
         return True
-    if config.time_limit_s and run.history:
-        elapsed, epoch = time.perf_counter() - run.start_time, run.history[-1]["epoch_seconds"]
-        if any_rank(elapsed + epoch > config.time_limit_s, run.runtime.device):
-            log.info("time limit: %.0f s elapsed, and an epoch takes %.0f s", elapsed, epoch)
-            return True
     return False
 
 
 @contextmanager
 def _time_first_step(run: Run) -> Iterator[None]:
     """Time the first step at each image size separately: it compiles and chooses kernels."""
-    size = training_size(run.config, run.steps_done, run.total_steps)
+    size = run.size_of(run.steps_done)
     if size in run.warm_sizes:
         yield
         return

@@ -28,8 +28,8 @@ __all__ = [
     "make_class_weights",
     "make_ema_model",
     "make_optimizer",
-    "num_small_steps",
     "set_learning_rate",
+    "small_share",
     "training_loss",
     "training_size",
     "update_ema",
@@ -137,8 +137,10 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) 
     torch._foreach_lerp_(average, weights, max(1 - decay, 1 / (step + 1)))
 
 
-def learning_rate(config: Config, step: int, total_steps: int) -> float:
+def learning_rate(config: Config, step: float, total_steps: float) -> float:
     """Learning rate of a step: constant in the tutorial recipe, otherwise one cycle of two cosine arcs.
+
+    Step and total may be shares of the run, such as 0.5 and 1.
 
     Source: Smith and Topin 2018, Super-Convergence (arXiv:1708.07120).
     """
@@ -167,12 +169,12 @@ def drop_frozen_gradients(config: Config, model: nn.Module, step: int) -> None:
             parameter.grad = None
 
 
-def num_small_steps(config: Config, total_steps: int) -> int:
-    """Number of steps at the beginning of the run that see small images."""
-    return 0 if config.recipe == "tutorial" else math.ceil(config.progressive_resizing * total_steps)
+def small_share(config: Config) -> float:
+    """Share of the steps, the first, that see small images."""
+    return 0.0 if config.recipe == "tutorial" else config.progressive_resizing
 
 
-def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int]:
+def training_size(config: Config, step: float, total_steps: float) -> tuple[int, int]:
     """Height and width of the images that a step sees: about half in the first `progressive_resizing` of the steps.
 
     Such a step costs a quarter, and the shapes it learns hold at full size; the remaining steps learn the outline.
@@ -181,7 +183,7 @@ def training_size(config: Config, step: int, total_steps: int) -> tuple[int, int
     Source: Howard et al. 2018, DAWNBench entry of fast.ai (progressive resizing).
     """
     height, width = config.image_height, config.image_width
-    if step >= num_small_steps(config, total_steps):
+    if step >= small_share(config) * total_steps:
         return height, width
     cell = config.cell
     half = [max(math.ceil(size / (2 * cell)), 2) * cell for size in (height, width)]

@@ -17,6 +17,7 @@ from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import wrap_ddp
 from fastseg.runtime.files import check_writable
+from fastseg.training.budget import open_budget
 from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.state import Run
 
@@ -73,7 +74,7 @@ def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Confi
         batch_size = num_pairs // world_size * world_size
         log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
         config = config.replace(batch_size=batch_size)
-    if "num_epochs" not in config.model_fields_set:
+    if "num_epochs" not in config.model_fields_set and not config.time_budget:
         epochs = max(config.num_epochs, math.ceil(config.min_steps / (num_pairs // config.batch_size)))
         if epochs > config.num_epochs:
             log.info("num_epochs: raised to %d, for at least %d steps (min_steps)", epochs, config.min_steps)
@@ -127,4 +128,5 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         train_loader=make_loader(train_pairs, config, runtime, training=True),
         val_loader=make_loader(val_pairs, config, runtime, training=False),
         loss_sum=torch.zeros((), device=runtime.device),
+        budget=open_budget(config),
     )

@@ -15,8 +15,11 @@ from fastseg.config import Config
 from fastseg.data.loader import Loader
 from fastseg.errors import ConfigError, FastsegError
 from fastseg.network.checkpoint import has_finite_weights
+from fastseg.network.metrics import best_epoch
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce, barrier
+from fastseg.training.budget import Budget, restore_budget, used_seconds
+from fastseg.training.recipe import training_size
 from fastseg.training.step.pipeline import Augmentation, Loss
 from fastseg.training.writer import CheckpointWriter
 
@@ -53,6 +56,7 @@ class Run:
     class_weights: Tensor | None = None  # (C,) on the device, in the loss
     augmentation: Augmentation | None = None  # a user's own, in place of fastseg's
     loss: Loss | None = None  # likewise
+    budget: Budget | None = None  # with config.time_budget
     checkpoints: CheckpointWriter = field(default_factory=CheckpointWriter)
     save_time: float = field(default_factory=time.perf_counter)  # of the last save
     epoch: int = 0
@@ -73,13 +77,39 @@ class Run:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """Steps of the whole run, if it has no time budget."""
         return self.config.num_epochs * len(self.train_loader)
 
     @property
     def steps_done(self) -> int:
         """Steps since the beginning of the run."""
         return self.epoch * len(self.train_loader) + self.step
+
+    def position_at(self, step: int) -> tuple[float, float]:
+        """A step's place in the run, and the run's length: in steps, or with a time budget in shares of the run."""
+        return (step, self.total_steps) if self.budget is None else (self.budget.position_at(step), 1.0)
+
+    def size_of(self, step: int) -> tuple[int, int]:
+        """Height and width of the images of a step."""
+        return training_size(self.config, *self.position_at(step))
+
+    @property
+    def last_size(self) -> tuple[int, int]:
+        """Height and width of the images of the last step."""
+        return training_size(self.config, 1.0, 1.0) if self.budget else self.size_of(self.total_steps - 1)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done."""
+        if self.budget is None:
+            return self.epoch >= self.config.num_epochs
+        return self.budget.position_at(self.steps_done) >= 1
+
+    @property
+    def title(self) -> str:
+        """The current epoch, for people."""
+        share = "" if self.budget is None else f" ({100 * self.budget.position_at(self.steps_done):.0f} %)"
+        return f"epoch {self.epoch + 1}{share}" if self.budget else f"epoch {self.epoch + 1}/{self.config.num_epochs}"
 
     @property
     def eval_model(self) -> nn.Module:
@@ -88,8 +118,8 @@ class Run:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The entry of the epoch with the highest Dice; epoch 0 before the first validation."""
-        return max(self.history, key=lambda entry: entry["val_dice"], default=NO_SCORES)
+        """The entry of `best_epoch`; epoch 0 before the first validation."""
+        return best_epoch(self.history) if self.history else NO_SCORES
 
 
 def check_finite(run: Run, loss: float = 0.0) -> None:
@@ -186,6 +216,7 @@ def _last_state(run: Run, loss_sums: Tensor) -> dict[str, Any]:
         "step": run.step,
         "loss_sum": loss_sums,
         "history": run.history,
+        "budget": run.budget.state_dict(used_seconds(run)) if run.budget else None,
     }
 
 
@@ -208,14 +239,17 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         run.generator.set_state(state["generator"])
         run.loss_sum.copy_(_own_loss_sum(state["loss_sum"], run.runtime))
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
+        if run.budget:
+            restore_budget(run.budget, state.get("budget"))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path}: does not fit this configuration ({error}). Choose another name, or pass load_model=false."
         ) from None
-    if run.epoch >= run.config.num_epochs:
-        log.info("%s: all %d epochs are done; raise num_epochs to train longer", path, run.epoch)
+    if run.is_finished:
+        field = "time_budget" if run.budget else "num_epochs"
+        log.info("%s: all %d epochs are done; raise %s to train longer", path, run.epoch, field)
     else:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
 

@@ -51,7 +51,7 @@ def trial_rows(study: Study) -> list[dict[str, Any]]:
             {
                 "trial": trial.number,
                 "state": "tried again" if trial.number in requeued else STATES[trial.state.name],
-                "val_dice": max(dice, default=None),
+                "val_dice": trial.values[0] if trial.state.name == "COMPLETE" else max(dice, default=None),
                 **{name: attrs.get(name) for name in ("val_iou", "best_epoch")},
                 "epochs": len(dice),
                 "seconds": round(attrs["seconds"], 1) if "seconds" in attrs else None,

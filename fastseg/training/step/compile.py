@@ -9,8 +9,8 @@ import gc
 import hashlib
 import json
 import logging
+import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,8 @@ from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import any_rank
 from fastseg.runtime.files import user_cache
 from fastseg.runtime.out_of_memory import is_out_of_memory, release_memory
-from fastseg.training.recipe import num_small_steps, training_size
+from fastseg.training.budget import used_seconds
+from fastseg.training.recipe import small_share, training_size
 from fastseg.training.state import Run
 
 __all__ = [
@@ -85,14 +86,14 @@ def choose_compile(config: Config, runtime: Runtime) -> tuple[str, str]:
 
 def compile_model(run: Run) -> None:
     """Let the network of a run that is about to start run as `config.compile` says; logs the reason."""
-    if run.steps_done >= run.total_steps:
+    if run.is_finished:
         return
     choice, reason = choose_compile(run.config, run.runtime)
     log.info("compile: %s (%s)", choice, reason)
     if choice == "on":
         _compile(run)
     elif choice == "graphs":
-        sizes = [training_size(run.config, step, run.total_steps) for step in (run.steps_done, run.total_steps - 1)]
+        sizes = [run.size_of(run.steps_done), run.last_size]
         shapes = [(run.config.batch_size, 3, *size) for size in dict.fromkeys(sizes)]
         try:
             run.forward = capture_graphs(run.model, run.runtime, shapes)
@@ -110,13 +111,14 @@ def compile_if_it_pays(run: Run) -> None:
 
     The seconds that the run's own steps have taken tell how long the others will take.
     """
-    config, total, done = run.config, run.total_steps, run.steps_done
+    config = run.config
     if config.compile != "auto" or run.compiled == "on" or run.runtime.device.type != "cuda":
         return
-    remaining_s = seconds_of_steps(run, done, total)
-    if config.time_limit_s:
-        remaining_s = min(remaining_s, config.time_limit_s - (time.perf_counter() - run.start_time))
-    sizes = len({training_size(config, step, total) for step in (done, total - 1)})
+    if run.budget:
+        remaining_s = run.budget.seconds - used_seconds(run)
+    else:
+        remaining_s = seconds_of_steps(run, run.steps_done, run.total_steps)
+    sizes = len({run.size_of(run.steps_done), run.last_size})
     cached = any(_inductor_cache(config, run.runtime).glob("fxgraph/*"))
     compile_s = sizes * (COMPILE_WARM_S if cached else COMPILE_COLD_S)
     if any_rank(COMPILED_SAVES * remaining_s > compile_s, run.runtime.device):
@@ -142,7 +144,7 @@ def seconds_of_steps(run: Run, start: int, stop: int) -> float:
         height, width = training_size(run.config, step, run.total_steps)
         return height * width
 
-    num_small = num_small_steps(run.config, run.total_steps)
+    num_small = math.ceil(small_share(run.config) * run.total_steps)
     return run.seconds["steps"] / pixels(run.first_step, run.steps_done) * pixels(start, stop)
 
 
