@@ -154,6 +154,30 @@ def test_an_interrupted_refiner_is_trained_again_to_the_same_weights(trained, pa
     assert all(torch.equal(refiners[0][key], refiners[1][key]) for key in refiners[0])
 
 
+def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, monkeypatch):
+    """An interrupted refiner repeats the steps that were decided, however much time is left."""
+    lengths, stopped = [], []
+
+    def train(refiner, patches, run, steps):
+        lengths.append(steps)
+        if len(lengths) == 3 and not stopped:  # after two that are timed
+            stopped.append(run)
+            run.stop_requested = True
+
+    monkeypatch.setattr(fit, "train_refiner", train)
+    monkeypatch.setattr(fit, "seconds_left", lambda run: 1e9 if not stopped else 2e9)
+    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 8}
+    settings = fields(pairs_dir, tmp_path, refiner_steps=300) | start
+    del settings["num_epochs"]
+    result = fastseg.train(settings)
+    assert result.interrupted
+    plan = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
+    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[2]]
+    assert lengths[2] > 10**5
+    assert not fastseg.train(settings).interrupted
+    assert lengths[3:] == [lengths[2]]
+
+
 def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):
     monkeypatch.setattr(fit, "train_refiner", None)
     again = fastseg.train(json.loads((trained.run_dir / "config.json").read_text()))

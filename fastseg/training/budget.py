@@ -20,12 +20,22 @@ from fastseg.training.recipe import small_share, training_size
 if TYPE_CHECKING:
     from fastseg.training.state import Run
 
-__all__ = ["Budget", "Decision", "open_budget", "plan_steps", "reserve_seconds", "restore_budget", "used_seconds"]
+__all__ = [
+    "Budget",
+    "Decision",
+    "open_budget",
+    "plan_steps",
+    "reserve_seconds",
+    "restore_budget",
+    "seconds_left",
+    "used_seconds",
+]
 
 FIRST_STEPS = 3  # of an image size, after which the next decision knows how long they take
 INTERVAL = 0.01  # of the budget between decisions
 KEPT = 0.9  # weight of older steps' seconds after each decision
 VALIDATION_COST = 0.5  # of a batch, relative to a training step's, until one has been timed
+REFINER_SHARE = 0.2  # of the budget, for the outline refiner
 FIRST_PICTURES_S, PICTURES_S = 2.0, 1.0  # curves and overlay, with and without the import of matplotlib
 
 log = logging.getLogger(__name__)
@@ -98,7 +108,7 @@ def used_seconds(run: "Run") -> float:
 
 
 def reserve_seconds(run: "Run") -> float:
-    """Seconds that the end of the run needs after its last step: validation at full size and the pictures."""
+    """Seconds that the end of the run needs after its last step: validation at full size, outline refiner, pictures."""
     config = run.config
     full, budget = config.image_height * config.image_width, run.budget
     if run.history:
@@ -109,7 +119,13 @@ def reserve_seconds(run: "Run") -> float:
         validation = VALIDATION_COST * budget.step_seconds(full) * len(run.val_loader)
     else:
         validation = 0.0
-    return validation + (PICTURES_S if run.seconds["pictures"] else FIRST_PICTURES_S)
+    refiner = REFINER_SHARE * budget.seconds if budget and config.refiner_steps else 0.0
+    return validation + refiner + (PICTURES_S if run.seconds["pictures"] else FIRST_PICTURES_S)
+
+
+def seconds_left(run: "Run") -> float:
+    """Seconds of the budget that are left before the pictures; inf without a budget."""
+    return run.budget.seconds - used_seconds(run) - PICTURES_S if run.budget else math.inf
 
 
 def plan_steps(run: "Run") -> None:

@@ -22,12 +22,15 @@ from fastseg.network.normalise import normalise
 from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, choose_scale, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.progress import progress_bar
+from fastseg.training.budget import seconds_left
 from fastseg.training.outline.patches import Patches, cut_patches, read_examples
 from fastseg.training.state import Run
 
 __all__ = ["fit_refiner", "needs_refiner", "train_refiner"]
 
 MAX_TRAIN, MAX_VAL = 256, 32  # photos
+TRAIN_SHARE, VAL_SHARE = 0.3, 0.1  # of the time that is left, to prepare and to score them
+TIMED_PHOTOS, TIMED_STEPS = 4, 4
 BATCH = 32  # patches per step
 LEARNING_RATE, WARM_UP = 3e-3, 0.2  # peak of AdamW's one cycle, and the share of the steps in which it rises
 MAX_NORM = 1.0  # of the gradients
@@ -52,7 +55,8 @@ def fit_refiner(run: Run) -> None:
     """Fit a refiner to the network of `best.pt`, and add it there if it improves the validation masks.
 
     It depends on that network, the data and the seed alone: a run that is killed meanwhile fits it from the beginning.
-    Only rank 0 calls it. `run.model` has the weights of `best.pt` afterwards.
+    With a time budget its length follows from the time that is left; it is decided once and stored in `best.pt`. Only
+    rank 0 calls it. `run.model` has the weights of `best.pt` afterwards.
 
     Raises:
         OutputError: `best.pt` cannot be written; it is as before.
@@ -66,11 +70,16 @@ def fit_refiner(run: Run) -> None:
     val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
     refiner, scores = _new_refiner(train_pairs, config), None
     try:
+        num_train, num_val, steps = state.get("refiner_plan") or _plan(run, train_pairs)
+        if run.budget:
+            state["refiner_plan"] = [num_train, num_val, steps]
+            save_checkpoint(path, state)
+        train_pairs, val_pairs = _sample(train_pairs, num_train, rng), _sample(val_pairs, num_val, rng)
         patches = _cut_patches(refiner, train_pairs, run, rng)
         if patches is None:
             log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
         else:
-            train_refiner(refiner, patches, run, config.refiner_steps)
+            train_refiner(refiner, patches, run, steps)
             if run.stop_requested:
                 return
             scores = _score_refiner(refiner.eval(), val_pairs, run)
@@ -80,6 +89,30 @@ def fit_refiner(run: Run) -> None:
     added = {"refiner": weights if scores and scores["used"] else None, "refiner_scores": scores}
     save_checkpoint(path, {**state, **added})
     run.seconds["outline refiner"] += time.perf_counter() - began
+
+
+def _plan(run: Run, pairs: Pairs) -> tuple[int, int, int]:
+    """Number of training photos, of validation photos, and of steps: as configured, or as the time budget permits."""
+    if run.budget is None:
+        return MAX_TRAIN, MAX_VAL, run.config.refiner_steps
+    refiner, rng = _new_refiner(pairs, run.config), np.random.default_rng(0)
+    for number in (1, TIMED_PHOTOS):  # the first are slower
+        began = time.perf_counter()
+        patches = _cut_patches(refiner, pairs.subset(range(min(number, len(pairs)))), run, rng)
+    photo_s = (time.perf_counter() - began) / min(TIMED_PHOTOS, len(pairs))
+    step_s = 0.0
+    if patches is not None:
+        for number in (1, TIMED_STEPS):
+            began = time.perf_counter()
+            train_refiner(refiner, patches, run, number)
+        step_s = (time.perf_counter() - began) / TIMED_STEPS
+    left = max(seconds_left(run), 0.0)
+    num_train, num_val = (
+        min(max(int(share * left / photo_s), 1), most)
+        for share, most in ((TRAIN_SHARE, MAX_TRAIN), (VAL_SHARE, MAX_VAL))
+    )
+    left -= (min(num_train, len(pairs)) + min(num_val, len(run.val_loader.pairs))) * photo_s
+    return num_train, num_val, max(int(left / step_s), 1) if step_s else 1
 
 
 def _sample(pairs: Pairs, count: int, rng: np.random.Generator) -> Pairs:
