@@ -10,16 +10,21 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fastseg
+from fastseg.data.batch import Batch
 from fastseg.durations import format_duration, parse_duration
 from fastseg.errors import ConfigError
+from fastseg.network.metrics import best_epoch
 from fastseg.training import budget as budget_module
 from fastseg.training import loop
 from fastseg.training.budget import Budget, Decision
 from fastseg.training.recipe import training_size
+from fastseg.training.step.augment import resize
+from fastseg.training.validate import shrink_batches
 from tests.test_resume import send_signal
 from tests.test_training import config, same, weights
 
@@ -273,3 +278,26 @@ def test_numbers_of_steps_come_once() -> None:
     assert positions[-1] == 1
     assert all(b - a == pytest.approx(0.025) for a, b in itertools.pairwise(positions))
     assert Decision(3, 0.2, math.inf, 6).position_at(5) == 0.2
+
+
+@pytest.mark.parametrize("classes", [False, True])
+def test_validation_shrinks_images_as_training_does(classes):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 16, 24, 3), dtype=torch.uint8, generator=generator)
+    masks = torch.randint(0, 3, (2, 16, 24), dtype=torch.uint8, generator=generator)
+    batch = Batch(images, masks, np.arange(2))
+    assert next(shrink_batches([batch], 16, 24, classes=classes)) is batch
+    small = next(shrink_batches([batch], 8, 12, classes=classes))
+    expected, targets = resize(
+        images.permute(0, 3, 1, 2).float(), masks[:, None] if classes else masks[:, None].float(), 8, 12
+    )
+    assert small.images.dtype == small.masks.dtype == torch.uint8
+    torch.testing.assert_close(small.images.permute(0, 3, 1, 2).float(), expected, atol=0.51, rtol=0)
+    torch.testing.assert_close(small.masks[:, None].float(), targets.float(), atol=0.51, rtol=0)
+
+
+def test_best_epoch_is_one_at_full_size():
+    history = [{"val_size": 16, "val_dice": 0.9}, {"val_size": 32, "val_dice": 0.5}, {"val_size": 32, "val_dice": 0.6}]
+    assert best_epoch(history) is history[2]
+    assert best_epoch(history[:1]) is history[0]
+    assert best_epoch([{"val_dice": 0.4}, {"val_dice": 0.7}])["val_dice"] == 0.7  # of older versions

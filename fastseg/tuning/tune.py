@@ -78,6 +78,8 @@ def tune(
     config, folder = as_config(config), Path(out_dir)
     if "num_epochs" not in config.model_fields_set:
         raise ConfigError("num_epochs: must be given, because trials are compared epoch by epoch. Set it, such as 10.")
+    if config.time_budget:
+        raise ConfigError("time_budget: must be 0 in a study, whose trials have equally many steps. Set num_epochs.")
     if trials < 1:
         raise ConfigError(f"trials: must be at least 1; got {trials}.")
     if get_world_size() > 1:
