@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import peers
+import psutil
 import torch
 from command import folder_fields
 from files import HEIGHT, WIDTH
@@ -38,7 +39,14 @@ class Job(NamedTuple):
     started: float  # time.monotonic() before the process started
 
 
-Result = dict[str, Any]  # `seconds` from the start of the process, and by epoch the `elapsed` seconds and the `scores`
+Result = dict[str, Any]  # of `spent`, and by epoch the `elapsed` seconds and the `scores`
+
+
+def spent(job: Job) -> Result:
+    """Seconds since the process started, and CPU seconds of it and its workers, which other programs change less."""
+    ended, process = os.times(), psutil.Process()
+    alive = [times.user + times.system for times in (child.cpu_times() for child in process.children(recursive=True))]
+    return {"seconds": time.monotonic() - job.started, "cpu_seconds": sum(ended[:4]) + sum(alive)}
 
 
 def train_fastseg(job: Job, network: str) -> Result:
@@ -54,11 +62,11 @@ def train_fastseg(job: Job, network: str) -> Result:
             "out_dir": job.work / "runs",
         }
     )
-    seconds = time.monotonic() - job.started
+    cost = spent(job)
     fastseg.predict(result.run_dir / "best.pt", job.data / "val_images", job.work / "predicted")
     del torchvision
     return {
-        "seconds": seconds,
+        **cost,
         "elapsed": [begun + entry["elapsed_seconds"] for entry in result.history],
         "scores": [entry["val_iou"] for entry in result.history],
     }
@@ -134,7 +142,7 @@ def train_smp(job: Job) -> Result:
         elapsed.append(time.monotonic() - job.started)
         scores.append(mean_iou(class_iou(matrix)))
     torch.save(model.state_dict(), job.work / "smp.pt")
-    seconds = time.monotonic() - job.started
+    cost = spent(job)
     (job.work / "predicted").mkdir()
     photos = loaders["val"].dataset
     for index, path in enumerate(photos.images):
@@ -144,7 +152,7 @@ def train_smp(job: Job) -> Result:
             size = (photo.height, photo.width)
         write_mask(job, path, interpolate(logits, size, mode="bilinear")[0].argmax(0).numpy())
     del torchvision
-    return {"seconds": seconds, "elapsed": elapsed, "scores": scores}
+    return {**cost, "elapsed": elapsed, "scores": scores}
 
 
 def train_ultralytics(job: Job) -> Result:
@@ -172,13 +180,13 @@ def train_ultralytics(job: Job) -> Result:
     model.train(
         data=str(job.work / "data.yaml"), epochs=job.epochs, imgsz=ULTRALYTICS_SIZE, device="cpu", project=str(job.work)
     )
-    seconds = time.monotonic() - job.started
+    cost = spent(job)
     best = YOLO(model.trainer.best)
     (job.work / "predicted").mkdir()
     for result in best.predict(job.data / "val_images", imgsz=ULTRALYTICS_SIZE, stream=True, verbose=False):
         write_mask(job, Path(result.path), result.semantic_mask.data.cpu().numpy())
     del torchvision
-    return {"seconds": seconds, "elapsed": elapsed[: job.epochs], "scores": scores[: job.epochs]}
+    return {**cost, "elapsed": elapsed[: job.epochs], "scores": scores[: job.epochs]}
 
 
 def write_mask(job: Job, photo: Path, mask: np.ndarray) -> None:
