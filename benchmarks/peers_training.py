@@ -66,7 +66,9 @@ def summarise(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
     fields = ("seconds", "cpu_seconds", "gain_seconds", "mean_iou", "full_mean_iou")
     row: dict[str, Any] = {"row": name, "program": PROGRAMS[name][0]}
     for field in fields:
-        values = [run[field] for run in runs]
+        values = [run[field] for run in runs if field in run]  # the first reports have no CPU seconds
+        if not values:
+            continue
         row |= {field: round(median(values), 4), f"{field}_spread": round(spread(values), 4)}
     return {**row, "epochs": runs[0]["epochs"], "still_gained": any(run["still_gained"] for run in runs), "runs": runs}
 
@@ -79,7 +81,7 @@ def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
             [
                 row["program"],
                 plus_minus(row["seconds"], row["seconds_spread"]),
-                plus_minus(row["cpu_seconds"], row["cpu_seconds_spread"]),
+                plus_minus(row["cpu_seconds"], row["cpu_seconds_spread"]) if "cpu_seconds" in row else "-",
                 str(row["epochs"]),
                 "still gains" if row["still_gained"] else seconds,
                 plus_minus(row["mean_iou"], row["mean_iou_spread"], 3),
@@ -92,11 +94,13 @@ def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
 
 
 def read_runs(paths: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of earlier reports, by row."""
+    """The runs of earlier reports, by row, each with its commit and the share of the CPU time of other processes."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in paths:
-        for row in json.loads(Path(path).read_text())["rows"]:
-            runs.setdefault(row["row"], []).extend(row["runs"])
+        report = json.loads(Path(path).read_text())
+        origin = {"commit": report["commit"], "others_cpu_share": report["machine"]["others_cpu_share"]}
+        for row in report["rows"]:
+            runs.setdefault(row["row"], []).extend({**origin, **run} for run in row["runs"])
     return runs
 
 

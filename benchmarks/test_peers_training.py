@@ -79,4 +79,5 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(sys, "argv", [*command, f"{tmp_path}/two.json", "--rows", "", "--merge", merge])
     peers_training.main()
     (row,) = json.loads((tmp_path / "two.json").read_text())["rows"]
-    assert row["runs"] == one["rows"][0]["runs"] * 2
+    origin = {"commit": one["commit"], "others_cpu_share": one["machine"]["others_cpu_share"]}
+    assert row["runs"] == [{**origin, **one["rows"][0]["runs"][0]}] * 2
