@@ -25,7 +25,7 @@ from score_masks import mean_iou, score_folders
 
 import fastseg
 
-EPOCHS = {"smp": 5, "ultralytics": 15}  # so that a run takes less than ten minutes on one core
+EPOCHS = {"smp": 5, "ultralytics": 24}  # so that a run takes less than ten minutes on one core
 TOLERANCE = 0.005  # of the best mean IoU: where a program has stopped gaining
 PACKAGES = ("segmentation-models-pytorch", "ultralytics", "torchvision", "albumentations", "opencv-python")
 
