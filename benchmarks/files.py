@@ -51,11 +51,20 @@ def carvana_pairs(data: str | None, count: int) -> tuple[fastseg.Pairs, dict[str
 
 def _generate(count: int) -> Path:
     cars = max(2, -(-count // 16))
+    return _cached_folder(f"{cars}-cars", cars, parts=False)
+
+
+def parts_folder() -> Path:
+    """The folder of `fastseg synth --cars 16 --parts`, generated once."""
+    return _cached_folder("16-cars-parts", 16, parts=True)
+
+
+def _cached_folder(name: str, cars: int, parts: bool) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastseg" / "benchmarks"
-    folder = root / f"{cars}-cars"
+    folder = root / name
     if not (folder / "complete").exists():
         print(f"generating {16 * cars} Carvana-like pairs once (0.2 s each on two cores)", file=sys.stderr)
-        fastseg.generate(folder, cars=cars, views=16, seed=0)
+        fastseg.generate(folder, cars=cars, views=16, seed=0, parts=parts)
         (folder / "complete").touch()
     return folder
 

@@ -24,7 +24,7 @@ from fastseg.runtime.device import choose_runtime
 from fastseg.training.recipe import make_class_weights
 from tests.conftest import flags
 from tests.test_distributed import run_two
-from tests.test_resume import send_signal
+from tests.test_resume import assert_kill_changes_nothing, send_signal
 from tests.test_training import same, weights
 
 CLASSES = {"wall": 0, "disc": 7, "box": 3}
@@ -185,6 +185,12 @@ def test_resume_equals_uninterrupted(class_pairs, tmp_path, changes, batch, monk
         assert same(weights(whole.run_dir / name), weights(resumed.run_dir / name))
     assert [entry["train_loss"] for entry in resumed.history] == [entry["train_loss"] for entry in whole.history]
     assert [entry["val_class_iou"] for entry in resumed.history] == [entry["val_class_iou"] for entry in whole.history]
+
+
+@pytest.mark.parametrize(("changes", "counted"), [({}, 2), ({"loss": "focal", "class_weights": "none"}, 0)])
+def test_kill_nine_does_not_change_the_result(class_pairs, tmp_path, changes, counted):
+    """`counted` batches are read before the first step, for the weights of the classes."""
+    assert_kill_changes_nothing(class_config(class_pairs, tmp_path, num_epochs=3, **changes), tmp_path, counted + 4)
 
 
 @pytest.mark.parametrize("changes", [{}, {"loss": "lovasz", "class_weights": "none"}])

@@ -9,10 +9,12 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+import torch
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
+from torchmetrics.functional.classification import multiclass_jaccard_index
 
 ROOT = Path(__file__).parents[1]
 QUICK = "CARS, VIEWS = 4, 8\nCHANNELS = 8\nSTEPS = 72"  # 24 training pairs, 8 validation pairs
@@ -89,6 +91,19 @@ def test_masks_have_the_photos_size_and_the_printed_dice(executed):
     assert float(printed) == pytest.approx(np.mean(dice), abs=1e-3)
 
 
+def test_predicted_classes_have_the_printed_iou(executed):
+    notebook, folder = executed
+    masks = []
+    for path in sorted((folder / "data" / "parts" / "val_masks").iterdir()):
+        predicted = folder / "runs" / "notebook-parts" / "masks" / path.name
+        masks.append([np.asarray(Image.open(file)) for file in (path, predicted)])
+    assert len(masks) == 8
+    true, predicted = (torch.from_numpy(np.stack(some)) for some in zip(*masks, strict=True))
+    expected = multiclass_jaccard_index(predicted, true, num_classes=6)
+    (printed,) = re.findall(r"mean {5}IoU ([\d.]+)", "\n".join(texts(notebook)))
+    assert float(printed) == pytest.approx(expected.item(), abs=1e-3)
+
+
 def test_every_cell_shows_as_many_pictures_as_committed(executed, committed):
     notebook, _ = executed
     shown = [pictures(cell) for cell in code_cells(notebook)]
@@ -97,7 +112,7 @@ def test_every_cell_shows_as_many_pictures_as_committed(executed, committed):
         with Image.open(io.BytesIO(base64.b64decode(data))) as picture:
             assert np.array(picture.convert("L")).std() > 10
             assert picture.width <= 1300
-    assert sum(map(len, shown)) == 6
+    assert sum(map(len, shown)) == 9
 
 
 def test_no_errors_and_no_warnings(executed, committed):

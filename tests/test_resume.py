@@ -57,11 +57,26 @@ main(arguments)
 """
 
 
-def run_with_signal(name: str, place: str, number: int, settings: fastseg.Config, folder: Path):
-    """`fastseg train` in a process that sends itself a signal at a given place, see PROGRAM."""
+def run_with_signal(name: str, place: str, number: int, settings: fastseg.Config, folder: Path, before: str = ""):
+    """`fastseg train` in a process that sends itself a signal at a given place, see PROGRAM; `before` runs first."""
     settings.to_json(folder / "config.json")
-    command = [sys.executable, "-c", PROGRAM, name, place, str(number), "train", "--config", folder / "config.json"]
+    program = [sys.executable, "-c", before + PROGRAM, name, place, str(number)]
+    command = [*program, "train", "--config", folder / "config.json"]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def assert_kill_changes_nothing(settings: fastseg.Config, folder: Path, batch: int, before: str = "") -> None:
+    """Killed at a training batch within the second epoch, and resumed, a run ends as an undisturbed one."""
+    whole = fastseg.train(settings.replace(name="whole"))
+    killed = settings.replace(name="killed")
+    done = run_with_signal("SIGKILL", "batch", batch, killed, folder, before)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert torch.load(killed.run_dir / "last.pt", weights_only=True)["epoch"] == 1
+    resumed = fastseg.train(killed)
+    for name in ("last.pt", "best.pt"):
+        assert same(weights(whole.run_dir / name), weights(resumed.run_dir / name)), name
+    for score in ("train_loss", "val_loss", "val_iou"):
+        assert [entry[score] for entry in resumed.history] == [entry[score] for entry in whole.history], score
 
 
 def send_signal(monkeypatch, number: int, batch: int, times: int = 1) -> None:

@@ -11,7 +11,7 @@ import fastseg
 from fastseg.network.architecture import build_model, resolve_sizes
 from tests.conftest import ROOT
 from tests.test_distributed import run_program
-from tests.test_resume import send_signal
+from tests.test_resume import assert_kill_changes_nothing, send_signal
 from tests.test_training import config, same, weights
 
 NETWORK = "smp:FPN:mobilenet_v2"  # with dropout
@@ -74,14 +74,23 @@ def test_the_encoders_normalisation_is_used_and_stored(pairs_dir, tmp_path, smp,
         torch.testing.assert_close(model((pixels - 0.5) / 0.25), expected, atol=1e-4, rtol=1e-4)
 
 
-PROGRAM = f"""
+IMPORT_TORCHVISION = f"""
 import sys
 sys.path.append({str(ROOT / "benchmarks")!r})
 from peers import import_torchvision
 operators = import_torchvision()
+"""
+
+PROGRAM = f"""{IMPORT_TORCHVISION}
 import fastseg
 fastseg.train(sys.argv[1])
 """
+
+
+@pytest.mark.usefixtures("smp")
+def test_kill_nine_does_not_change_the_result(pairs_dir, tmp_path):
+    settings = smp_config(pairs_dir, tmp_path, batch_size=4, num_epochs=3, freeze_encoder=3)
+    assert_kill_changes_nothing(settings, tmp_path, 4, IMPORT_TORCHVISION)
 
 
 @pytest.mark.usefixtures("smp")
