@@ -17,7 +17,7 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 ROOT = Path(__file__).parents[1]
-QUICK = "CARS, VIEWS = 4, 8\nCHANNELS = 8\nSTEPS = 72"  # 24 training pairs, 8 validation pairs
+QUICK = "CARS, VIEWS = 4, 8\nCHANNELS = 8\nSTEPS = 72\nREFINER_STEPS = 20"  # 24 training pairs, 8 validation pairs
 ABSOLUTE_PATH = re.compile(r"(?<![\w./~-])/[\w.-]+/|\b[A-Z]:\\")
 
 
