@@ -269,7 +269,7 @@ def test_out_of_memory_in_a_thread_of_prediction_is_one_message(pairs_dir, tmp_p
     def fail(*_, **__):
         raise ERRORS["NumPy"]
 
-    monkeypatch.setattr("fastseg.masks.predict.write_results", fail)
+    monkeypatch.setattr("fastseg.masks.stages.write_results", fail)
     arguments = ("predict", "--checkpoint", checkpoint, "--images", pairs_dir / "images", "--out", tmp_path / "out")
     cli(*arguments, "--device", "cpu").assert_refused("memory: ", "2.50 GiB", "free", "batch_size")
 
