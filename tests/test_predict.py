@@ -568,11 +568,13 @@ def test_processes_that_resume_into_one_folder_share_the_photos(checkpoint, tmp_
 
 
 SECOND_RANK_IS_KILLED = """
-import itertools, os, signal, sys
+import itertools, os, signal, sys, time
 replace, calls = os.replace, itertools.count(1)
 def replace_or_die(*names):
     if next(calls) == 5 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if os.environ["RANK"] == "0":
+        time.sleep(0.2)  # so that the other rank certainly gets five photos
     replace(*names)
 os.replace = replace_or_die
 from fastseg.cli import main
