@@ -19,11 +19,12 @@ from fastseg.errors import DataError
 from fastseg.network.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastseg.network.metrics import ClassScores, Scores
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, choose_scale, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.budget import seconds_left
-from fastseg.training.outline.patches import Patches, cut_patches, read_examples
+from fastseg.training.outline.patches import Example, Patches, cut_patches, read_examples
 from fastseg.training.state import Run
 
 __all__ = ["fit_refiner", "needs_refiner", "train_refiner"]
@@ -206,23 +207,37 @@ def refiner_loss(refined: Tensor, logits: Tensor, masks: Tensor, config: Config)
 
 @torch.inference_mode()
 def _score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any]:
-    """Dice of validation pairs on the refiner's grid, with it and without."""
-    config = run.config
-    before, after = (ClassScores(len(config.classes)) if config.classes else Scores() for _ in range(2))
-    for example in read_examples(pairs, run.model, int(refiner.scale), config, run.runtime):
-        height, width = example.mask.shape
-        upsampled = upsample_logits(example.logits[None], *example.size, onto=(height, width))[0]
-        refined = refine_outline(refiner, example.logits, example.photo, example.size)
-        for scores, logits in ((before, upsampled), (after, refined)):
+    """Dice of validation pairs on the refiner's grid: upsampled, after the CRF (for two values), and refined."""
+    config, scale = run.config, int(refiner.scale)
+    methods = ("none", "learned") if config.classes else ("none", "crf", "learned")
+    scores = {method: ClassScores(len(config.classes)) if config.classes else Scores() for method in methods}
+    for example in read_examples(pairs, run.model, scale, config, run.runtime):
+        for method in methods:
+            logits = _refine_example(example, method, refiner)
             if config.classes:
-                scores.update(logits.argmax(0)[None], example.mask[None])
+                scores[method].update(logits.argmax(0)[None], example.mask[None])
             else:
-                scores.update(logits > 0, example.mask[None] >= 128)
-    dice, refined_dice = (float(scores.compute()["dice"]) for scores in (before, after))
-    helps = math.isfinite(refined_dice) and refined_dice > dice
+                scores[method].update(logits > 0, example.mask[None] >= 128)
+    dice = {method: float(score.compute()["dice"]) for method, score in scores.items()}
+    others = {method: value for method, value in dice.items() if method != "learned"}
+    used = math.isfinite(dice["learned"]) and dice["learned"] > max(others.values())
     log.info(
-        "outline refiner: Dice on a grid of %dx%d is %.4f with it, %.4f without; it is %s",
-        *(config.image_width * int(refiner.scale), config.image_height * int(refiner.scale)),
-        *(refined_dice, dice, "in best.pt" if helps else "not used"),
+        "outline refiner: Dice on a grid of %dx%d is %.4f with it, %s; it is %s",
+        *(config.image_width * scale, config.image_height * scale, dice["learned"]),
+        ", ".join(f"{value:.4f} with refine={method}" for method, value in others.items()),
+        "in best.pt" if used else "not used",
     )
-    return {"dice": refined_dice, "dice_without": dice, "images": len(pairs), "used": helps}
+    return {"dice": dice, "images": len(pairs), "used": used}
+
+
+def _refine_example(example: Example, method: str, refiner: Refiner) -> Tensor:
+    """The logits (C, H, W) of an example on the refiner's grid."""
+    grid = (example.mask.shape[0], example.mask.shape[1])
+    if method == "learned":
+        return refine_outline(refiner, example.logits, example.photo, example.size)
+    logits = example.logits[None]
+    if method == "crf":
+        pixels = example.photo.permute(2, 0, 1)[None].float()
+        guide = interpolate(pixels, guide_size(*logits.shape[2:]), mode="area").round().to(torch.uint8)
+        logits = refine_with_crf(logits, guide.permute(0, 2, 3, 1).contiguous(), example.size)
+    return upsample_logits(logits, *example.size, onto=grid)[0]
