@@ -82,10 +82,7 @@ def _offer(kind: str, decoder: HostDecoder, open_own: Callable[[], Cache | None]
     """A cache, and the path where other processes can map it; empty if they cannot."""
     shape = (len(decoder.pairs), decoder.height, decoder.width)
     if kind == "memory" and hasattr(os, "memfd_create"):
-        if (
-            0 < free_host_memory() < math.prod(shape) * 4
-        ):  # its pages are allocated in the first epoch: too late to tell
-            raise _no_room(kind, shape)
+        _check_memory(shape)
         rows, path = Rows.in_memory(shape)
         return RowsCache(rows, _no_stamps(shape[0])), path
     cache = open_own()
