@@ -22,7 +22,7 @@ from fastseg.data.host import decode_file
 from fastseg.data.loader import Loader, make_loader
 from fastseg.data.pairs import find_pairs
 from fastseg.errors import DataError, OutputError
-from fastseg.masks.refine import check_method, choose_method, load_guide, load_refiner
+from fastseg.masks.refine import check_method, choose_refinement, load_guide
 from fastseg.masks.score import NUM_WORST, Output, Row, Scored, Totals, choose_score, mean_of
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, ClassScores, Scores
@@ -90,8 +90,7 @@ def evaluate(
     """
     check_method(refine)  # a wrong name is reported before the checkpoint is read
     model, trained = load_model(checkpoint, network)
-    refiner = load_refiner(checkpoint, refine) if full_size else None
-    refine = choose_method(refine, trained, refiner) if full_size else "none"
+    refine, refiner = choose_refinement(refine if full_size else "none", checkpoint, trained)
     config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
     with process_group(config.device):
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * get_world_size()))

@@ -25,7 +25,7 @@ from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.masks.inputs import MASK, find_photos, find_temporaries, make_folders
 from fastseg.masks.outputs import OutputOptions, Tally, write_table
-from fastseg.masks.refine import METHODS, choose_method, load_refiner
+from fastseg.masks.refine import METHODS, choose_refinement
 from fastseg.masks.sharing.batches import Batches
 from fastseg.masks.sharing.claims import choose_claims
 from fastseg.masks.stages import Clock, Stages, predict_logits
@@ -132,8 +132,7 @@ def predict(
         field = min(unused)
         raise ConfigError(f"{field}: is not used by predict; it takes {', '.join(CHANGES)}. Leave {field} out.")
     model, trained = load_model(checkpoint, network)
-    refiner = load_refiner(checkpoint, refine)
-    refine = choose_method(refine, trained, refiner)
+    refine, refiner = choose_refinement(refine, checkpoint, trained)
     if trained.classes:
         _refuse_options_of_two_values(mask_format, probabilities)
     device = changes.get("device", "auto")

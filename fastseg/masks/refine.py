@@ -11,21 +11,22 @@ from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError
 from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, read_refiner
 
-__all__ = ["METHODS", "check_method", "choose_method", "load_guide", "load_refiner"]
+__all__ = ["METHODS", "check_method", "choose_refinement", "load_guide"]
 
 METHODS = ("none", "crf", "learned")
 
 
-def choose_method(method: str, config: Config, refiner: Refiner | None) -> str:
-    """One of METHODS; "auto" is "learned" for a checkpoint with an outline refiner, else "crf" for masks of two values
-    and "none" for classes.
+def choose_refinement(method: str, checkpoint: str | os.PathLike[str], config: Config) -> tuple[str, Refiner | None]:
+    """One of METHODS, and for "learned" the checkpoint's outline refiner.
+
+    "auto" is "learned" for a checkpoint with a refiner, else "crf" for masks of two values and "none" for classes.
 
     Args:
         config: that of the network's training.
-        refiner: the checkpoint's.
 
     Raises:
         ConfigError: the method is unknown, or does not fit the checkpoint.
+        CheckpointError: the refiner's weights do not fit.
     """
     check_method(method)
     if method == "crf" and config.classes:
@@ -33,25 +34,21 @@ def choose_method(method: str, config: Config, refiner: Refiner | None) -> str:
             f"refine: must be learned or none for a network of classes (crf separates two values); got crf with "
             f"{len(config.classes)} classes. Use auto."
         )
+    refiner = read_refiner(checkpoint) if method in ("auto", "learned") else None
     if method == "learned" and refiner is None:
         raise ConfigError(
             "refine: learned needs a checkpoint with an outline refiner, which best.pt has after training with "
             f"refiner_steps above 0 and at most {MAX_CLASSES} classes; this one has none. Use auto."
         )
-    if method != "auto":
-        return method
-    return "learned" if refiner else "none" if config.classes else "crf"
+    if method == "auto":
+        method = "learned" if refiner else "none" if config.classes else "crf"
+    return method, refiner
 
 
 def check_method(method: str) -> None:
     """Raise a ConfigError for a method that is unknown."""
     if method not in ("auto", *METHODS):
         raise ConfigError(f"refine: must be one of auto, {', '.join(METHODS)}; got {method!r}. Use auto.")
-
-
-def load_refiner(checkpoint: str | os.PathLike[str], method: str) -> Refiner | None:
-    """The checkpoint's outline refiner, if the method may need it."""
-    return read_refiner(checkpoint) if method in ("auto", "learned") else None
 
 
 def load_guide(path: str, config: Config, refiner: Refiner) -> tuple[Size, NDArray[np.uint8]]:

@@ -24,6 +24,7 @@ __all__ = [
     "load_model",
     "load_weights",
     "save_checkpoint",
+    "saved_config",
 ]
 
 FORMAT = 1
@@ -159,6 +160,18 @@ def _matching_weights(
     return weights
 
 
+def saved_config(state: dict[str, Any], path: str | os.PathLike[str]) -> Config:
+    """The configuration of the training of a checkpoint.
+
+    Raises:
+        CheckpointError: it is not valid.
+    """
+    try:
+        return Config(**state["config"])
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: its configuration cannot be used ({error}). Use another checkpoint.") from None
+
+
 def load_model(path: str | os.PathLike[str], network: nn.Module | None = None) -> tuple[nn.Module, Config]:
     """A checkpoint's network, in evaluation mode on the CPU, and the configuration of its training.
 
@@ -170,10 +183,7 @@ def load_model(path: str | os.PathLike[str], network: nn.Module | None = None) -
         ConfigError: the package of its network is not installed.
     """
     state = load_checkpoint(path)
-    try:
-        config = Config(**state["config"])
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{path}: its configuration cannot be used ({error}). Use another checkpoint.") from None
+    config = saved_config(state, path)
     if is_own(config) and network is None:
         raise CheckpointError(
             f"{path}: was trained with a module of your own program, {config.network.removeprefix('own:')}, which "

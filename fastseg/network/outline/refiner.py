@@ -14,6 +14,7 @@ refinement (Deng et al. 2018, R3Net); computing only where the outline is uncert
 """
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.nn.functional import interpolate, max_pool2d, pad
 from fastseg.config import Config
 from fastseg.data.decode import Size
 from fastseg.errors import CheckpointError
-from fastseg.network.checkpoint import load_checkpoint
+from fastseg.network.checkpoint import load_checkpoint, saved_config
 from fastseg.network.normalise import normalise
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.network.unet import init_weights
@@ -183,11 +184,14 @@ def read_refiner(path: str | os.PathLike[str]) -> Refiner | None:
     Raises:
         CheckpointError: the file is missing, damaged or not a checkpoint of fastseg.
     """
-    state = load_checkpoint(path)
+    return _restore_refiner(load_checkpoint(path), path)
+
+
+def _restore_refiner(state: dict[str, Any], path: str | os.PathLike[str]) -> Refiner | None:
     weights = state.get("refiner")
     if weights is None:
         return None
-    refiner = Refiner(len(state["config"].get("classes", ())) or 1, 1)
+    refiner = Refiner(saved_config(state, path).num_outputs, 1)
     try:
         refiner.load_state_dict(weights)
         fits = 1 <= int(refiner.scale) <= MAX_SCALE
@@ -258,8 +262,6 @@ def load_refiner(checkpoint: str | os.PathLike[str], *, device: str | torch.devi
         ConfigError: this machine lacks the device.
     """
     torch_device = choose_device(Config(device=str(device)).device)
-    refiner = read_refiner(checkpoint)
-    if refiner is None:
-        return None
-    config = Config(**load_checkpoint(checkpoint)["config"])
-    return OutlineRefiner(refiner, config).eval().to(torch_device)
+    state = load_checkpoint(checkpoint)
+    refiner = _restore_refiner(state, checkpoint)
+    return None if refiner is None else OutlineRefiner(refiner, saved_config(state, checkpoint)).eval().to(torch_device)
