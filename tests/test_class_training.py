@@ -22,23 +22,14 @@ from fastseg.network.normalise import normalise
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.device import choose_runtime
 from fastseg.training.recipe import make_class_weights
-from tests.conftest import flags
+from tests.conftest import TINY, flags
 from tests.test_distributed import run_two
 from tests.test_resume import assert_kill_changes_nothing, send_signal
 from tests.test_training import same, weights
 
 CLASSES = {"wall": 0, "disc": 7, "box": 3}
 VALUES = list(CLASSES.values())
-SMALL = {
-    "image_height": 32,
-    "image_width": 48,
-    "base_channels": 4,
-    "depth": 2,
-    "refiner_steps": 0,
-    "batch_size": 4,
-    "num_epochs": 2,
-}
-SMALL |= {"device": "cpu", "precision": "fp32", "val_img_dir": "", "val_fraction": 0.34, "classes": CLASSES}
+SMALL = {**TINY, "num_epochs": 2, "val_img_dir": "", "val_fraction": 0.34, "classes": CLASSES}
 
 
 def write_class_pair(folder: Path, name: str, width: int = 96, height: int = 64, seed: int = 0, ignored: str = "rim"):

@@ -20,17 +20,9 @@ from fastseg.network.checkpoint import init_model
 from fastseg.training import loop, summary
 from fastseg.training.loop import train_step
 from fastseg.training.setup import find_splits
-from tests.conftest import write_pair
+from tests.conftest import TINY, write_pair
 
-SMALL = {
-    "image_height": 32,
-    "image_width": 48,
-    "base_channels": 4,
-    "depth": 2,
-    "refiner_steps": 0,
-    "batch_size": 4,
-    "device": "cpu",
-}
+SMALL = {**TINY, "precision": "auto"}
 DIRS = {"val_img_dir": "", "val_fraction": 0.34}  # of 12 pairs 8 train: an epoch of 2 steps
 
 
