@@ -230,6 +230,15 @@ def test_refiners_that_do_not_fit_are_refused(change, tmp_path):
         read_refiner(path)
 
 
+def test_a_configuration_that_is_not_valid_is_refused(tmp_path):
+    path = write_checkpoint(tmp_path / "best.pt")
+    state = load_checkpoint(path)
+    state["config"]["classes"] = 5
+    save_checkpoint(path, {**state, "refiner": random_refiner(1, 2).state_dict()})
+    with pytest.raises(CheckpointError, match=r"best\.pt: its configuration.*another checkpoint"):
+        fastseg.load_refiner(path)
+
+
 @pytest.mark.gpu
 def test_logits_of_a_gpu_are_refined_as_those_of_the_cpu():
     refiner, logits, photo = random_refiner(1, 4), blobs(1, 40, 60), pixels(160, 240)

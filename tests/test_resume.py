@@ -214,3 +214,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(pairs_dir, tmp_path, monkeyp
         fastseg.train(config(pairs_dir, tmp_path, num_epochs=2))
     assert (result.run_dir / "last.pt").read_bytes() == before
     assert not [path for path in result.run_dir.iterdir() if path.name.startswith(".")]
+
+
+def test_epochs_of_older_versions_were_scored_at_full_size(pairs_dir, tmp_path):
+    """Their entries have no `val_size`; a later epoch with a higher Dice becomes the best."""
+    run_dir = fastseg.train(config(pairs_dir, tmp_path)).run_dir
+    state = torch.load(run_dir / "last.pt", weights_only=True)
+    for entry in state["history"]:
+        del entry["val_size"]
+        entry["val_dice"] = -1.0
+    torch.save(state, run_dir / "last.pt")
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=3))
+    assert [entry["val_size"] for entry in result.history] == [32, 32, 32]
+    assert result.best_epoch == torch.load(run_dir / "best.pt", weights_only=True)["scores"]["epoch"] == 3

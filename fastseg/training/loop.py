@@ -26,7 +26,7 @@ from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
 from fastseg.training.budget import plan_steps
 from fastseg.training.interval import stop_or_save
-from fastseg.training.outline.fit import fit_refiner, needs_refiner
+from fastseg.training.outline.fit import fit_refiner
 from fastseg.training.recipe import (
     drop_frozen_gradients,
     learning_rate,
@@ -119,21 +119,16 @@ def train(
         trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
         with open_run_dir(run, read), trackers as opened:
             run.seconds["start-up"] = time.perf_counter() - start_time
-            _train_epochs(run, opened, after_epoch)
-            if not run.interrupted and needs_refiner(run):
-                with stop_on_signal(partial(setattr, run, "stop_requested", True)):
+            with stop_on_signal(partial(setattr, run, "stop_requested", True)):
+                _train_epochs(run, opened, after_epoch)
+                if not run.interrupted:
                     fit_refiner(run)
-                if run.stop_requested:
-                    run.interrupted = True
-                    log.info("interrupted while the outline refiner was trained; the same command trains it")
             return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
 
 def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[str, Any]], bool] | None) -> None:
     """Train until the last epoch is done or the run is interrupted, and wait until its checkpoints are on disk."""
-    stop = partial(setattr, run, "stop_requested", True)
-    # `run.checkpoints` waits for the last checkpoint at its end.
-    with run.checkpoints, stop_on_signal(stop), retain_freed_memory(run.runtime.device):
+    with run.checkpoints, retain_freed_memory(run.runtime.device):  # the former waits for the last checkpoint
         while not run.interrupted and not _is_finished(run):
             _train_epoch(run)
             if run.interrupted:
@@ -258,11 +253,11 @@ def _is_finished(run: Run) -> bool:
     """Whether the last epoch is done; logs the reason if that is earlier than planned."""
     config = run.config
     plan_steps(run)
-    full = not run.history or run.history[-1].get("val_size", config.image_height) == config.image_height
+    full = not run.history or run.history[-1]["val_size"] == config.image_height
     if run.is_finished and (full or not run.budget):  # a last step on large images, and the score there
         return True
     # Scores on small images are lower: patience begins after them.
-    small_epochs = sum(entry.get("val_size", config.image_height) < config.image_height for entry in run.history)
+    small_epochs = sum(entry["val_size"] < config.image_height for entry in run.history)
     since_best = run.epoch - max(run.best["epoch"], small_epochs)
     if config.early_stopping and run.history and since_best >= config.early_stopping:
         log.info("early stopping: %d epochs without a better Dice", since_best)

@@ -108,8 +108,9 @@ class Run:
     @property
     def title(self) -> str:
         """The current epoch, for people."""
-        share = "" if self.budget is None else f" ({100 * self.budget.position_at(self.steps_done):.0f} %)"
-        return f"epoch {self.epoch + 1}{share}" if self.budget else f"epoch {self.epoch + 1}/{self.config.num_epochs}"
+        if self.budget is None:
+            return f"epoch {self.epoch + 1}/{self.config.num_epochs}"
+        return f"epoch {self.epoch + 1} ({100 * self.budget.position_at(self.steps_done):.0f} %)"
 
     @property
     def eval_model(self) -> nn.Module:
@@ -239,6 +240,8 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         run.generator.set_state(state["generator"])
         run.loss_sum.copy_(_own_loss_sum(state["loss_sum"], run.runtime))
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
+        for entry in run.history:  # older versions scored all epochs at full size, and did not say so
+            entry.setdefault("val_size", run.config.image_height)
         if run.budget:
             restore_budget(run.budget, state.get("budget"))
     except ConfigError as error:

@@ -27,7 +27,7 @@ from fastseg.training.budget import seconds_left
 from fastseg.training.outline.patches import Example, Patches, cut_patches, read_examples
 from fastseg.training.state import Run
 
-__all__ = ["fit_refiner", "needs_refiner", "train_refiner"]
+__all__ = ["fit_refiner", "train_refiner"]
 
 MAX_TRAIN, MAX_VAL = 256, 32  # photos
 TRAIN_SHARE, VAL_SHARE = 0.3, 0.1  # of the time that is left, to prepare and to score them
@@ -44,26 +44,23 @@ GAIN, OFFSET = 0.2, 0.3  # largest change of a patch's contrast, and of its norm
 log = logging.getLogger(__name__)
 
 
-def needs_refiner(run: Run) -> bool:
-    """Whether the best network is to get an outline refiner, and has neither one nor the note that it does not help."""
-    config = run.config
-    if not config.refiner_steps or not run.history or len(config.classes) > MAX_CLASSES or run.runtime.rank > 0:
-        return False
-    return "refiner" not in load_checkpoint(config.run_dir / "best.pt")
-
-
 def fit_refiner(run: Run) -> None:
     """Fit a refiner to the network of `best.pt`, and add it there if it improves the validation masks.
 
-    It depends on that network, the data and the seed alone: a run that is killed meanwhile fits it from the beginning.
-    With a time budget its length follows from the time that is left; it is decided once and stored in `best.pt`. Only
-    rank 0 calls it. `run.model` has the weights of `best.pt` afterwards.
+    It depends on that network, the data and the seed alone: a run that is killed or interrupted meanwhile fits it from
+    the beginning. With a time budget its length follows from the time that is left; it is decided once and stored in
+    `best.pt`, as is that a refiner does not help. Only rank 0 does this. `run.model` may have the weights of `best.pt`
+    afterwards.
 
     Raises:
         OutputError: `best.pt` cannot be written; it is as before.
     """
     began, config, path = time.perf_counter(), run.config, run.config.run_dir / "best.pt"
+    if not config.refiner_steps or not run.history or len(config.classes) > MAX_CLASSES or run.runtime.rank > 0:
+        return
     state = load_checkpoint(path)
+    if "refiner" in state:
+        return
     load_weights(run.model, state, path, config)
     run.model.eval()
     rng = np.random.default_rng((config.seed, 1))
@@ -82,6 +79,8 @@ def fit_refiner(run: Run) -> None:
         else:
             train_refiner(refiner, patches, run, steps)
             if run.stop_requested:
+                run.interrupted = True
+                log.info("interrupted while the outline refiner was trained; the same command trains it")
                 return
             scores = _score_refiner(refiner.eval(), val_pairs, run)
     except DataError as error:  # the network is trained, which is worth more than its refiner
