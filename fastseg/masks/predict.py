@@ -25,7 +25,7 @@ from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.masks.inputs import MASK, find_photos, find_temporaries, make_folders
 from fastseg.masks.outputs import OutputOptions, Tally, write_table
-from fastseg.masks.refine import METHODS, choose_refinement
+from fastseg.masks.refine import check_method, choose_refinement
 from fastseg.masks.sharing.batches import Batches
 from fastseg.masks.sharing.claims import choose_claims
 from fastseg.masks.stages import Clock, Stages, predict_logits
@@ -118,11 +118,8 @@ def predict(
         FastsegError: the memory is full, even with one photo per forward pass.
     """
     began = time.perf_counter()
-    for field, value, known in (
-        ("mask_format", mask_format, tuple(MASK)),
-        ("refine", refine, ("auto", *METHODS)),
-        ("tta", tta, TTA),
-    ):
+    check_method(refine)
+    for field, value, known in (("mask_format", mask_format, tuple(MASK)), ("tta", tta, TTA)):
         if value not in known:
             raise ConfigError(f"{field}: must be one of {', '.join(known)}; got {value!r}.")
     paths = [images] if isinstance(images, str | os.PathLike) else images
