@@ -84,7 +84,7 @@ def test_training_does_not_wait_for_a_slow_disk(pairs_dir, tmp_path, monkeypatch
 
     def finish(run):
         run.epoch, run.step = run.epoch + 1, 0
-        run.history[-1].update(val_dice=0.5, val_iou=0.5, epoch_seconds=0.0)
+        run.history[-1].update(val_dice=0.5, val_iou=0.5, epoch_seconds=0.0, val_size=run.config.image_height)
 
     monkeypatch.setattr("fastseg.training.loop.warn_of_black_masks", lambda run: None)
     monkeypatch.setattr("fastseg.training.loop.summarise", lambda run, left_out: None)
