@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,11 +167,30 @@ def trained(pairs_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fastseg.train(fields(pairs_dir, tmp_path_factory.mktemp("trained"))).run_dir
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _without_pictures() -> Iterator[None]:
+    """Trainings draw nothing, which takes ten times as long as a tiny run."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_curves", "draw_overlay"):
+            patch.setattr(f"fastseg.training.summary.{name}", lambda *arguments: None)
+        yield
+
+
 @pytest.fixture
-def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draw nothing: that takes ten times as long as a tiny run."""
-    for name in ("draw_curves", "draw_overlay"):
-        monkeypatch.setattr(f"fastseg.training.summary.{name}", lambda *arguments: None)
+def pictures() -> Iterator[None]:
+    """Trainings draw their pictures after all."""
+    with with_pictures():
+        yield
+
+
+@contextmanager
+def with_pictures() -> Iterator[None]:
+    from fastseg import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_curves", "draw_overlay"):
+            patch.setattr(f"fastseg.training.summary.{name}", getattr(plots, name))
+        yield
 
 
 def damage(name: str, content: bytes | None = None) -> Callable[[Path], None]:

@@ -3,10 +3,7 @@
 import itertools
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from fastseg.training.budget import Budget, Decision
 from fastseg.training.recipe import training_size
 from fastseg.training.step.augment import resize
 from fastseg.training.validate import shrink_batches
+from tests.processes import run_ranks
 from tests.test_resume import send_signal
 from tests.test_training import config, same, weights
 
@@ -75,7 +73,7 @@ def used_at_end(state: dict, settings: fastseg.Config) -> float:
 
 
 @pytest.mark.parametrize("seconds", [20, 60, 200])
-def test_run_ends_with_its_budget(pairs_dir, tmp_path, fake_clock, without_pictures, seconds):
+def test_run_ends_with_its_budget(pairs_dir, tmp_path, fake_clock, seconds):
     settings = config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": seconds})
     result = fastseg.train(settings)
     state = last_state(result.run_dir)
@@ -89,7 +87,7 @@ def test_run_ends_with_its_budget(pairs_dir, tmp_path, fake_clock, without_pictu
     assert result.history[result.best_epoch - 1]["val_size"] == settings.image_height
 
 
-def test_share_of_full_size_steps_is_that_of_a_run_without_a_budget(pairs_dir, tmp_path, fake_clock, without_pictures):
+def test_share_of_full_size_steps_is_that_of_a_run_without_a_budget(pairs_dir, tmp_path, fake_clock):
     settings = config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 300})
     state = last_state(fastseg.train(settings).run_dir)
     decisions = [Decision(*values) for values in state["budget"]["decisions"]]
@@ -102,7 +100,7 @@ def test_share_of_full_size_steps_is_that_of_a_run_without_a_budget(pairs_dir, t
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5, 9, 17])
-def test_resume_equals_uninterrupted(pairs_dir, tmp_path, fake_clock, without_pictures, monkeypatch, batch):
+def test_resume_equals_uninterrupted(pairs_dir, tmp_path, fake_clock, monkeypatch, batch):
     whole = fastseg.train(config(pairs_dir, tmp_path, name="whole", **SETTINGS))
     with monkeypatch.context() as patch:
         send_signal(patch, signal.SIGINT, batch)
@@ -140,7 +138,7 @@ def test_steps_until_the_next_decision_do_not_depend_on_the_clock(pairs_dir, tmp
     assert max(seen["slow"]) < max(seen["whole"])
 
 
-def test_finished_run_continues_with_a_larger_budget(pairs_dir, tmp_path, fake_clock, without_pictures, caplog):
+def test_finished_run_continues_with_a_larger_budget(pairs_dir, tmp_path, fake_clock, caplog):
     first = fastseg.train(config(pairs_dir, tmp_path, **SETTINGS))
     caplog.set_level("INFO")
     again = fastseg.train(config(pairs_dir, tmp_path, **SETTINGS))
@@ -151,7 +149,7 @@ def test_finished_run_continues_with_a_larger_budget(pairs_dir, tmp_path, fake_c
     assert last_state(more.run_dir)["budget"]["decisions"][-1][0] > last_state(first.run_dir)["epoch"]
 
 
-def test_a_budget_that_is_too_short_takes_a_step(pairs_dir, tmp_path, fake_clock, without_pictures):
+def test_a_budget_that_is_too_short_takes_a_step(pairs_dir, tmp_path, fake_clock):
     result = fastseg.train(config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 0.001}))
     assert len(result.history) <= 2  # three steps, after which it is known how long they take
     assert result.history[-1]["val_size"] == 32
@@ -242,13 +240,9 @@ if __name__ == "__main__":
 )
 
 
-def run_program(settings: fastseg.Config, folder: Path, *arguments: object, launcher: tuple[str, ...] = ()) -> int:
+def run_program(settings: fastseg.Config, folder: Path, *arguments: object, ranks: int = 1) -> int:
     settings.to_json(folder / "settings.json")
-    (folder / "program.py").write_text(PROGRAM)
-    command = [sys.executable, *launcher, folder / "program.py", folder / "settings.json", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=environment)
-    return done.returncode
+    return run_ranks(ranks, "-c", PROGRAM, folder / "settings.json", *arguments).returncode
 
 
 def test_kill_nine_does_not_change_the_result(pairs_dir, tmp_path):
@@ -263,9 +257,8 @@ def test_kill_nine_does_not_change_the_result(pairs_dir, tmp_path):
 def test_two_ranks_decide_alike(pairs_dir, tmp_path):
     """Both take rank 0's decisions, and together they compute what one process does."""
     settings = config(pairs_dir, tmp_path, **SETTINGS)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     assert run_program(settings.replace(name="one"), tmp_path) == 0
-    assert run_program(settings.replace(name="two"), tmp_path, launcher=launcher) == 0
+    assert run_program(settings.replace(name="two"), tmp_path, ranks=2) == 0
     one, two = (last_state(tmp_path / name) for name in ("one", "two"))
     assert one["budget"]["decisions"] == two["budget"]["decisions"]
     losses = [[entry["train_loss"] for entry in state["history"]] for state in (one, two)]

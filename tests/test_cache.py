@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 import textwrap
 import threading
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
 from fastseg.errors import ConfigError, FastsegError, OutputError
 from fastseg.runtime.memory import free_host_memory
+from tests.processes import run
 
 KINDS = ["memory", "disk"]
 
@@ -481,11 +480,7 @@ DRIVER = """
 
 
 def run_driver(pairs: Pairs, folder: Path, task: str, seed: int = 0) -> str:
-    script = [sys.executable, "-c", textwrap.dedent(DRIVER)]
-    arguments = [pairs.image_dir, pairs.mask_dir, str(folder), task, str(seed)]
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([*script, *arguments], capture_output=True, text=True, timeout=120, env=environment)
+    done = run("-c", textwrap.dedent(DRIVER), pairs.image_dir, pairs.mask_dir, folder, task, seed)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -138,7 +138,7 @@ TAMPERED = {
 
 
 @pytest.mark.parametrize("change", TAMPERED.values(), ids=TAMPERED.keys())
-def test_a_tampered_last_checkpoint_is_refused(change, pairs_dir, tmp_path, without_pictures):
+def test_a_tampered_last_checkpoint_is_refused(change, pairs_dir, tmp_path):
     settings = config(pairs_dir, tmp_path, num_epochs=1)
     last = fastseg.train(settings).run_dir / "last.pt"
     state = torch.load(last, weights_only=True)

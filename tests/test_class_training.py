@@ -22,7 +22,7 @@ from fastseg.network.normalise import normalise
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.device import choose_runtime
 from fastseg.training.recipe import make_class_weights
-from tests.conftest import TINY, flags
+from tests.conftest import TINY, flags, with_pictures
 from tests.test_distributed import run_two
 from tests.test_resume import assert_kill_changes_nothing, send_signal
 from tests.test_training import same, weights
@@ -71,7 +71,8 @@ def class_config(data: Path, out: Path, **changes: object) -> fastseg.Config:
 def trained(class_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> fastseg.TrainResult:
     out = tmp_path_factory.mktemp("runs")
     changes = {"base_channels": 8, "num_epochs": 40, "learning_rate": 3e-4}
-    return fastseg.train(class_config(class_pairs, out, **changes))
+    with with_pictures():
+        return fastseg.train(class_config(class_pairs, out, **changes))
 
 
 def test_three_classes_are_learned(trained, class_pairs):
@@ -207,6 +208,7 @@ def test_every_loss_trains(class_pairs, tmp_path, loss, recipe):
     assert history[-1]["train_loss"] < 0.97 * history[0]["train_loss"]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_tensorboard_shows_each_class(class_pairs, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

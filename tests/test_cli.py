@@ -159,6 +159,7 @@ def test_bad_config_file_is_named(content, words, cli, tmp_path):
 # Runs
 
 
+@pytest.mark.usefixtures("pictures")
 def test_train_writes_a_run_and_evaluate_repeats_its_scores(cli, data):
     outcome = cli("train", *flags(fields(data, data)))
     run = data / "runs" / "carvana"
@@ -181,7 +182,6 @@ def test_train_writes_a_run_and_evaluate_repeats_its_scores(cli, data):
     assert line.startswith(f"4 images: IoU {scores['iou']:.4f}, Dice {scores['dice']:.4f} (means over images); ")
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_the_log_tells_whether_a_run_resumes(cli, data):
     last = data / "runs" / "carvana" / "last.pt"
     run = fields(data, data)
@@ -194,7 +194,6 @@ def test_the_log_tells_whether_a_run_resumes(cli, data):
     assert epochs_of(last.parent) == [1]
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_named_checkpoint_is_where_a_new_run_starts(cli, data, trained):
     best = trained / "best.pt"
     outcome = cli("train", *flags(fields(data, data, checkpoint=best)))
@@ -202,7 +201,6 @@ def test_named_checkpoint_is_where_a_new_run_starts(cli, data, trained):
     assert f"weights from {best} " in outcome.err
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_png_named_jpg_is_decoded(cli, data):
     path = data / "images" / "car0_02.jpg"
     with Image.open(path) as image:
@@ -213,7 +211,6 @@ def test_png_named_jpg_is_decoded(cli, data):
     assert (outcome.status, summary["train_pairs"], summary["bad_samples"]["count"]) == (0, 4, 0)
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_skipped_files_are_named_and_counted(cli, data):
     for seed in range(4):
         write_pair(data, f"car{2 + seed}_01", seed=seed)
@@ -231,7 +228,6 @@ def test_skipped_files_are_named_and_counted(cli, data):
     assert summary["train_pairs"] + summary["val_pairs"] == 5
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_without_validation_folders_whole_cars_are_held_out(cli, data, monkeypatch):
     monkeypatch.chdir(data)  # where ./data/val_images/ does not exist
     run = fields(data, data)
@@ -266,7 +262,6 @@ def script(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Cli:
     return run
 
 
-@pytest.mark.usefixtures("without_pictures")
 def test_script_trains_from_a_file_in_any_case(script, data, monkeypatch):
     config = {name.upper(): value for name, value in fields(data, data).items()}
     (data / "hyperparams.json").write_text(json.dumps(config))

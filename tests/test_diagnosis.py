@@ -67,6 +67,7 @@ def test_a_run_with_black_masks_says_so(data, caplog):
     assert "all of 4 training masks that were read are empty" in caplog.text
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_with_empty_predictions_says_so_once_and_draws_them(data, caplog, monkeypatch):
     """The head's bias is so low that no pixel is foreground."""
     settings = fastseg.Config(**fields(data, data, num_epochs=3, learning_rate=1e-12))

@@ -1,7 +1,6 @@
-"""Two real ranks under torchrun against a single process."""
+"""Two ranks against a single process."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import fastseg
 from fastseg.runtime.distributed import local_batch_size
 from fastseg.training.setup import resolve_config
 from tests.conftest import write_pair
+from tests.processes import Ended, run_ranks
 
 KINDS = (("img", "image"), ("mask", "mask"))
 FIELDS = {
@@ -31,17 +31,9 @@ FIELDS = {
 }
 
 
-def run_two(config: fastseg.Config, folder: Path) -> subprocess.CompletedProcess[str]:
+def run_two(config: fastseg.Config, folder: Path) -> Ended:
     config.to_json(folder / "two.json")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, "train", "--config", str(folder / "two.json")],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=environment,
-    )
+    return run_ranks(2, "-m", "fastseg", "train", "--config", folder / "two.json")
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1])
@@ -62,7 +54,11 @@ def test_two_processes_compute_what_one_does(pairs_dir, tmp_path, micro_batch):
 
 def test_an_error_ends_all_ranks(pairs_dir, tmp_path):
     folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(tmp_path / "nowhere")}
-    finished = run_two(fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path / "runs")), tmp_path)
+    fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path / "runs")).to_json(tmp_path / "two.json")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
+    finished = subprocess.run(
+        [*command, "train", "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=600
+    )
     assert finished.returncode != 0
     assert f"fastseg: {tmp_path / 'nowhere'}: " in finished.stderr
     assert not (tmp_path / "runs").exists()
@@ -112,19 +108,10 @@ fastseg.train(sys.argv[1], network=network)
 
 
 def run_program(program: str, config: fastseg.Config, folder: Path, processes: int) -> list[dict[str, float]]:
-    """Run a program under torchrun with the path of a configuration; the entries of its metrics.jsonl."""
+    """Run a program as ranks with the path of a configuration; the entries of its metrics.jsonl."""
     (folder / "program.py").write_text(program)
     config.to_json(folder / "config.json")
-    finished = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"),
-            *(folder / "program.py", folder / "config.json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    finished = run_ranks(processes, folder / "program.py", folder / "config.json")
     assert finished.returncode == 0, finished.stderr
     return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
 

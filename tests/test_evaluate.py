@@ -3,10 +3,7 @@
 import csv
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +26,7 @@ from fastseg.network.outline.upsample import upsample_logits
 from fastseg.plots import Outlined, draw_worst
 from tests.conftest import write_pair
 from tests.outlines import dense_refinement, random_refiner
+from tests.processes import run_ranks
 
 SIZES = ((96, 64), (150, 110), (97, 63), (96, 64), (44, 30))  # the last one is smaller than what the network sees
 FULL = ("full_dice", "full_iou", "full_dice_pixels", "full_iou_pixels", "full_boundary_iou")
@@ -51,11 +49,7 @@ def checkpoint(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders |= {"val_img_dir": data / "images", "val_mask_dir": data / "masks"}
     sizes = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 2, "num_epochs": 15}
     sizes |= {"refiner_steps": 0}
-    with pytest.MonkeyPatch.context() as patch:  # drawing takes longer than all the rest
-        for name in ("draw_curves", "draw_overlay"):
-            patch.setattr(f"fastseg.training.summary.{name}", lambda *arguments: None)
-        result = fastseg.train({**folders, **sizes, "device": "cpu", "precision": "fp32", "out_dir": out})
-    return result.run_dir / "best.pt"
+    return fastseg.train({**folders, **sizes, "device": "cpu", "precision": "fp32", "out_dir": out}).run_dir / "best.pt"
 
 
 @pytest.fixture(scope="module")
@@ -263,14 +257,10 @@ def test_two_processes_score_what_one_does(checkpoint, tmp_path, batch_size):
     for i in range(13):
         write_pair(tmp_path, f"car{i:02d}_01", 48 + i, 32, seed=i)
     (tmp_path / "images/car12_01.jpg").write_bytes(b"broken")  # a batch, and a process's share, of its own
-    (tmp_path / "program.py").write_text(PROGRAM)
     found = []
     for processes in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         out = tmp_path / f"out{processes}"
-        command += [tmp_path / "program.py", checkpoint, tmp_path, out, str(batch_size)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        finished = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+        finished = run_ranks(processes, "-c", PROGRAM, checkpoint, tmp_path, out, batch_size)
         assert finished.returncode == 0, finished.stderr
         ranks = [json.loads((tmp_path / f"out{processes}.{rank}.json").read_text()) for rank in range(processes)]
         summary = json.loads((out / "summary.json").read_text())

@@ -47,7 +47,7 @@ def test_a_run_killed_within_an_epoch_resumes_within_it(pairs_dir, tmp_path, cha
     assert [entry["train_loss"] for entry in resumed.history] == [entry["train_loss"] for entry in whole.history]
 
 
-def test_zero_saves_only_after_epochs(pairs_dir, tmp_path, saves, without_pictures):
+def test_zero_saves_only_after_epochs(pairs_dir, tmp_path, saves):
     fastseg.train(config(pairs_dir, tmp_path, checkpoint_every_s=0))
     assert saves == [(1, 0, False), (2, 0, False)]
     saves.clear()
@@ -55,7 +55,7 @@ def test_zero_saves_only_after_epochs(pairs_dir, tmp_path, saves, without_pictur
     assert saves == [(0, 1, True), (0, 2, True), (1, 0, False), (1, 1, True), (1, 2, True), (2, 0, False)]
 
 
-def test_seconds_count_from_the_last_save(pairs_dir, tmp_path, saves, monkeypatch, without_pictures):
+def test_seconds_count_from_the_last_save(pairs_dir, tmp_path, saves, monkeypatch):
     """By a clock that advances by 1000 s whenever it is read: once per step, three times per save."""
     settings = config(pairs_dir, tmp_path, batch_size=1, num_epochs=1, checkpoint_every_s=2500)
     began, readings = time.perf_counter(), itertools.count(1)
@@ -70,7 +70,7 @@ def test_seconds_count_from_the_last_save(pairs_dir, tmp_path, saves, monkeypatc
     assert within == [3, 5, 7]
 
 
-def test_training_does_not_wait_for_a_slow_disk(pairs_dir, tmp_path, monkeypatch, without_pictures):
+def test_training_does_not_wait_for_a_slow_disk(pairs_dir, tmp_path, monkeypatch):
     """While a checkpoint is being written, no other one within the epoch is begun."""
     may_write, save, started = Event(), torch.save, []
 

@@ -29,6 +29,7 @@ def odd(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's font has no Chinese
 def test_a_run_ends_with_its_pictures_and_a_cache(odd):
     for _ in range(2):  # the second reads the cache
@@ -37,6 +38,7 @@ def test_a_run_ends_with_its_pictures_and_a_cache(odd):
     assert len(list((odd / "cache").glob("*.fastseg"))) == 1
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_pictures_of_classes_take_such_names(odd):
     """Of files and of classes."""

@@ -34,8 +34,6 @@ ERRORS = {
 AMOUNT = r"2\.50 GiB were asked for; [0-9.]+ .iB are free"
 UNET = fastseg.UNet.forward
 
-pytestmark = pytest.mark.usefixtures("without_pictures")
-
 
 @pytest.fixture
 def limit(monkeypatch):

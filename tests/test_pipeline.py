@@ -1,8 +1,6 @@
 """A user's own augmentation and loss: against kornia called directly, resumed runs, two processes, and messages."""
 
 import signal
-import subprocess
-import sys
 
 import kornia.augmentation as K
 import pytest
@@ -12,7 +10,7 @@ import fastseg
 from fastseg.network.losses import bce_dice_loss, bce_loss
 from fastseg.runtime.device import Runtime, seeded
 from fastseg.training.step.pipeline import augment_with
-from tests.conftest import ROOT
+from tests.processes import run
 from tests.test_distributed import FIELDS, run_program
 from tests.test_resume import send_signal
 from tests.test_training import config, same, weights
@@ -107,8 +105,7 @@ def test_a_killed_run_resumes_exactly(pairs_dir, tmp_path):
         settings = config(pairs_dir, tmp_path, name=name, num_epochs=3, network="own")
         settings.to_json(tmp_path / "config.json")
         for mode in modes:
-            command = [sys.executable, "-c", KILLED, str(tmp_path / "config.json"), mode]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT)
+            done = run("-c", KILLED, tmp_path / "config.json", mode)
             assert done.returncode == (-signal.SIGKILL if mode == "kill" else 0), done.stderr
         ended[name] = weights(settings.run_dir / "last.pt")
     assert same(ended["whole"], ended["killed"])

@@ -38,7 +38,7 @@ def test_everything_is_imported_without_modules_of_linux():
     assert done.stdout == "True\n", done.stderr
 
 
-def test_a_run_needs_no_knowledge_of_free_memory(pairs_dir, tmp_path, monkeypatch, without_pictures):
+def test_a_run_needs_no_knowledge_of_free_memory(pairs_dir, tmp_path, monkeypatch):
     def unreadable():
         raise PermissionError("/proc/meminfo")
 

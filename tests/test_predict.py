@@ -30,6 +30,7 @@ from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
 from fastseg.network.outline.crf import refine_with_crf
 from fastseg.network.outline.upsample import threshold_logits, upsample_logits
 from tests.conftest import write_pair
+from tests.processes import Started, run
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {"image_height": 32, "image_width": 48, "base_channels": 4, "depth": 2, "batch_size": 4, "device": "cpu"}
@@ -445,10 +446,10 @@ main(sys.argv[1:])
 """
 
 
-def start(*command: object) -> subprocess.Popen[str]:
+def torchrun(*command: object) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    words = [sys.executable, *map(str, command)]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *map(str, command)]
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_killed_run_leaves_complete_files_and_resume_completes_it(checkpoint, tmp_path):
@@ -456,9 +457,8 @@ def test_killed_run_leaves_complete_files_and_resume_completes_it(checkpoint, tm
         write_pair(tmp_path, f"car_{index:02d}", 96 + index, 64, seed=index)
     images, out, whole = tmp_path / "images", tmp_path / "out", tmp_path / "whole"
     common = ["predict", "--checkpoint", checkpoint, "--images", images, "--probabilities", "--csv"]
-    process = start("-c", KILLED_AT_THE_40TH_FILE, *common, tmp_path / "out.csv", "--out", out, *flags(CPU))
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL, err
+    done = run("-c", KILLED_AT_THE_40TH_FILE, *common, tmp_path / "out.csv", "--out", out, *flags(CPU))
+    assert done.returncode == -signal.SIGKILL, done.stderr
     killed = sorted(path.name for path in out.iterdir())
     assert any(name.endswith(".tmp") for name in killed)  # at least the one that was to be renamed
     finished = [name for name in killed if not name.startswith(".")]
@@ -482,10 +482,9 @@ def test_two_processes_do_what_one_does(checkpoint, photos, tmp_path):
     reasons = spoil(photos)
     common = ["predict", "--checkpoint", checkpoint, "--images", photos, *flags(CPU)]
     assert status_of(*common, "--out", tmp_path / "one", "--csv", tmp_path / "one.csv") == 1
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "fastseg"]
-    process = start(*torchrun, *common, "--out", tmp_path / "two", "--csv", tmp_path / "two.csv")
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 1, err
+    done = torchrun("-m", "fastseg", *common, "--out", tmp_path / "two", "--csv", tmp_path / "two.csv")
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 1, err
     assert out.count("11 masks in") == 1
     for name in reasons:
         assert err.count(f"no mask: {photos / name}: ") == 1
@@ -511,14 +510,14 @@ main(sys.argv[1:])
 """
 
 
-def wait_for(condition: Callable[[], bool], *processes: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], *processes: Started) -> None:
     """Wait while the processes run; if it takes too long, end them."""
     deadline = time.monotonic() + 120
     while not condition():
-        if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+        if time.monotonic() > deadline or any(process.returncode is not None for process in processes):
             for process in processes:
                 process.kill()
-            pytest.fail(str([process.communicate() for process in processes]))
+            pytest.fail(str([process.wait() for process in processes]))
         time.sleep(0.1)
 
 
@@ -534,18 +533,17 @@ def test_another_process_does_the_work_of_a_killed_one(checkpoint, tmp_path):
     def count() -> int:
         return len(list(out.glob("*_mask.png")))
 
-    first = start("-c", HANGS_AT_THE_6TH_FILE, *common)
+    first = Started("-c", HANGS_AT_THE_6TH_FILE, *common)
     wait_for(lambda: count() == 5, first)
-    second = start("-m", "fastseg", *common, "--csv", tmp_path / "table.csv")
+    second = Started("-m", "fastseg", *common, "--csv", tmp_path / "table.csv")
     wait_for(lambda: count() >= 22, first, second)  # the first one decodes a few photos ahead
     time.sleep(2)
-    assert second.poll() is None  # it waits for the photos of the first one
+    assert second.returncode is None  # it waits for the photos of the first one
     assert count() < 30
     assert any(path.name.endswith(".tmp") for path in out.iterdir())
     first.kill()
-    printed, err = second.communicate(timeout=300)
-    first.communicate()
-    assert second.returncode == 0, err
+    code, printed, err = second.wait()
+    assert code == 0, err
     assert re.search(r"^25 masks in .*, 5 existed", printed)
     assert len(digests(out)) == 30  # no temporary file, no lock
     assert digests(out) == digests(whole)
@@ -559,10 +557,10 @@ def test_processes_that_resume_into_one_folder_share_the_photos(checkpoint, tmp_
     out, whole = tmp_path / "out", tmp_path / "whole"
     common = ["predict", "--checkpoint", checkpoint, "--images", tmp_path / "images", *flags(CPU), "--batch-size", 2]
     assert status_of(*common, "--out", whole) == 1
-    processes = [start("-m", "fastseg", *common, "--out", out, "--resume") for _ in range(2)]
-    ended = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [1, 1]  # both name the broken photo
-    written = [int(re.search(r"^(\d+) masks in", printed)[1]) for printed, _ in ended]
+    processes = [Started("-m", "fastseg", *common, "--out", out, "--resume") for _ in range(2)]
+    ended = [process.wait() for process in processes]
+    assert [one.returncode for one in ended] == [1, 1]  # both name the broken photo
+    written = [int(re.search(r"^(\d+) masks in", one.stdout)[1]) for one in ended]
     assert sum(written) == 47
     assert digests(out) == digests(whole)
 
@@ -589,10 +587,7 @@ def test_resume_completes_what_torchrun_stopped_at_a_kill(checkpoint, tmp_path):
     program.write_text(SECOND_RANK_IS_KILLED)
     common = ["predict", "--checkpoint", checkpoint, "--images", tmp_path / "images", *flags(CPU), "--batch-size", 1]
     assert status_of(*common, "--out", whole) == 0
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    process = start(*torchrun, program, *common, "--out", out)
-    process.communicate(timeout=300)
-    assert process.returncode != 0
+    assert torchrun(program, *common, "--out", out).returncode != 0
     existed = len(list(out.glob("*_mask.png")))
     assert 4 <= existed < 40
     result = fastseg.predict(checkpoint, tmp_path / "images", out, resume=True, batch_size=1, **CPU)

@@ -17,6 +17,7 @@ from fastseg.network.checkpoint import load_checkpoint
 from fastseg.runtime import distributed
 from fastseg.runtime.signals import stop_on_signal
 from tests.conftest import ROOT, damage, write_pair
+from tests.processes import run_ranks
 from tests.test_distributed import FIELDS
 from tests.test_training import same, weights
 
@@ -91,9 +92,9 @@ def finish(process: subprocess.Popen[str]) -> str:
 def undisturbed(many, pairs_dir, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of two ranks. Read only."""
     settings = config(many, pairs_dir, tmp_path_factory.mktemp("undisturbed"), checkpoint_every_s=0)
-    process = start(settings, "-m", "fastseg")
-    err = finish(process)
-    assert process.returncode == 0, err
+    settings.to_json(Path(settings.out_dir, "config.json"))
+    ended = run_ranks(2, "-m", "fastseg", "train", "--config", Path(settings.out_dir, "config.json"))
+    assert ended.returncode == 0, ended.stderr
     return settings.run_dir
 
 

@@ -4,8 +4,6 @@ import itertools
 import json
 import math
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 
 import fastseg
 from fastseg.data.loader import Loader
+from tests.processes import Ended, run
 from tests.test_training import config, same, weights
 
 # The command line in a process that sends itself a signal: at its n-th training batch, or within its n-th torch.save.
@@ -57,12 +56,12 @@ main(arguments)
 """
 
 
-def run_with_signal(name: str, place: str, number: int, settings: fastseg.Config, folder: Path, before: str = ""):
+def run_with_signal(
+    name: str, place: str, number: int, settings: fastseg.Config, folder: Path, before: str = ""
+) -> Ended:
     """`fastseg train` in a process that sends itself a signal at a given place, see PROGRAM; `before` runs first."""
     settings.to_json(folder / "config.json")
-    program = [sys.executable, "-c", before + PROGRAM, name, place, str(number)]
-    command = [*program, "train", "--config", folder / "config.json"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return run("-c", before + PROGRAM, name, place, number, "train", "--config", folder / "config.json")
 
 
 def assert_kill_changes_nothing(settings: fastseg.Config, folder: Path, batch: int, before: str = "") -> None:

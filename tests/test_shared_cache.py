@@ -1,9 +1,6 @@
-"""The processes of torchrun on one machine share a cache: each file is opened once, and memory holds each row once."""
+"""The ranks on one machine share a cache: each file is opened once, and memory holds each row once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from fastseg import Pairs
 from fastseg.data.caches.rows import STAMP_BYTES, Rows
 from fastseg.data.caches.shared import RowsCache
 from fastseg.data.host import HostDecoder
+from tests.processes import run_ranks
 
 KINDS = ["memory", "disk"]
 
@@ -76,15 +74,6 @@ with process_group("cpu"):
 """
 
 
-def torchrun(program: str, processes: int, folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    path = folder / "program.py"
-    path.write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command += [str(path), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_open_each_file_once(pairs_dir: Path, tmp_path: Path, kind: str) -> None:
     options: dict[str, Any] = {"num_epochs": 5, "cache": kind, "cache_dir": str(tmp_path / "cache"), "num_workers": 1}
@@ -92,7 +81,7 @@ def test_two_processes_open_each_file_once(pairs_dir: Path, tmp_path: Path, kind
     config = fastseg.Config(**fields(pairs_dir, tmp_path, **options))
     one = fastseg.train(config.replace(cache="off", name="one"))
     config.replace(name="two").to_json(tmp_path / "two.json")
-    finished = torchrun(TRAIN, 2, tmp_path, tmp_path / "two.json", tmp_path)
+    finished = run_ranks(2, "-c", TRAIN, tmp_path / "two.json", tmp_path)
     assert finished.returncode == 0, finished.stderr
     opened = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
     assert sorted(opened[0] + opened[1]) == sorted(path.name for path in (pairs_dir / "images").iterdir())
@@ -111,7 +100,7 @@ def test_a_pair_of_processes_holds_one_cache(tmp_path: Path, kind: str) -> None:
     for number in range(32):
         write_pair(tmp_path, f"car{number}_01", 24, 16, seed=number)
     arguments = (tmp_path / "images", tmp_path / "masks", kind, tmp_path, 320, 640, "")
-    finished = torchrun(READ, 2, tmp_path, *arguments)
+    finished = run_ranks(2, "-c", READ, *arguments)
     assert finished.returncode == 0, finished.stderr
     found = [list(map(int, path.read_text().split())) for path in sorted(tmp_path.glob("[01].txt"))]
     assert sum(count for *_, count in found) == 32
@@ -125,7 +114,7 @@ def test_nothing_stays_behind_a_killed_pair(pairs_dir: Path, tmp_path: Path, kin
     shared = Path("/dev/shm")
     before = set(shared.iterdir()) if shared.exists() else set()
     arguments = (pairs_dir / "images", pairs_dir / "masks", kind, tmp_path, 320, 640, "kill")
-    assert torchrun(READ, 2, tmp_path, *arguments).returncode != 0
+    assert run_ranks(2, "-c", READ, *arguments).returncode != 0
     assert set(map(str, shared.iterdir() if shared.exists() else ())) <= set(map(str, before))
     assert [path.suffix for path in tmp_path.glob("*.fastseg*")] == ([".fastseg"] if kind == "disk" else [])
 

@@ -12,6 +12,7 @@ from fastseg.training.trackers.tracker import group_scalars
 from tests.test_resume import send_signal
 from tests.test_training import config
 
+pytestmark = pytest.mark.usefixtures("pictures")
 EXPECTED = {"best.pt", "config.json", "metrics.jsonl", "summary.json", "curves.png", "overlay.png"}
 
 

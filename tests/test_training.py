@@ -50,6 +50,7 @@ def test_overfits_four_pairs(tmp_path):
             "base_channels": 8,
             "batch_size": 4,
             "num_epochs": 60,
+            "refiner_steps": 0,
             "device": "cpu",
             "out_dir": str(tmp_path / "runs"),
         }
@@ -68,6 +69,7 @@ def test_same_seed_same_losses(pairs_dir, tmp_path):
     assert same(weights(tmp_path / "first/last.pt"), weights(tmp_path / "again/last.pt"))
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_run_writes_its_files(pairs_dir, tmp_path):
     result = fastseg.train(config(pairs_dir, tmp_path, name="full"))
     expected = {"config.json", "metrics.jsonl", "summary.json", "curves.png", "overlay.png", "best.pt", "last.pt"}
@@ -97,6 +99,7 @@ def test_a_file_that_cannot_be_written_is_named(pairs_dir, tmp_path, name):
         fastseg.train(settings)
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("name", ["curves.png", "overlay.png"])
 def test_a_picture_that_cannot_be_written_is_a_warning(pairs_dir, tmp_path, name, caplog):
     settings = config(pairs_dir, tmp_path, num_epochs=1, tensorboard=True)
@@ -151,6 +154,7 @@ def test_a_broken_validation_file_costs_no_trained_epoch(pairs_dir, tmp_path, mo
     assert [entry["train_loss"] for entry in resumed.history] == [entry["train_loss"] for entry in whole.history]
 
 
+@pytest.mark.usefixtures("pictures")
 def test_the_overlay_skips_bad_files_that_an_earlier_process_has_found(pairs_dir, tmp_path):
     for path in [*pairs_dir.glob("images/*"), *pairs_dir.glob("masks/*")]:
         target = tmp_path / path.relative_to(pairs_dir)
@@ -218,6 +222,7 @@ def test_after_epoch_sees_each_epoch_and_ends_the_run(pairs_dir, tmp_path):
     assert not result.interrupted
 
 
+@pytest.mark.usefixtures("pictures")
 def test_tensorboard_shows_the_numbers_of_metrics_jsonl(pairs_dir, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

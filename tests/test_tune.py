@@ -27,6 +27,7 @@ from fastseg.tuning.processes import split_cores
 from fastseg.tuning.report import trial_rows
 from fastseg.tuning.search_space import format_distribution, parse_search
 from fastseg.tuning.study import MAX_DEATHS, open_study
+from tests.processes import Started, run
 from tests.test_training import config as small_config
 
 ROOT = Path(__file__).parents[1]
@@ -72,12 +73,6 @@ def command(pairs_dir: Path, out: Path, trials: int) -> list[str]:
     flags = [text for field, value in fields.items() for text in (f"--{field.replace('_', '-')}", str(value))]
     searched = ["--search", "learning_rate=1e-5:1e-3:log", "--search", "flip=0:0.5"]
     return ["tune", "--out", str(out), "--trials", str(trials), *searched, *flags]
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *arguments], env=environment, **streams)
 
 
 def test_search_becomes_distributions_of_the_fields_types():
@@ -360,9 +355,8 @@ main(sys.argv[1:])
 def test_a_study_survives_kill_9(pairs_dir, tmp_path):
     """The same command then loses no trial and completes none twice."""
     arguments = command(pairs_dir, tmp_path / "study", trials=3)
-    process = start("-c", KILLED_IN_ITS_SECOND_TRIAL, *arguments)
-    output, _ = process.communicate()
-    assert process.returncode == -signal.SIGKILL, output
+    done = run("-c", KILLED_IN_ITS_SECOND_TRIAL, *arguments)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 0
@@ -393,8 +387,9 @@ except fastseg.OutputError as error:
 
 
 def test_a_full_disk_is_one_message(tmp_path):
-    output, _ = start("-c", FULL_DISK, str(tmp_path)).communicate()
-    assert re.fullmatch(r".*study\.db: .* Make room.*\n", output), output
+    done = run("-c", FULL_DISK, tmp_path)
+    assert re.fullmatch(r".*study\.db: .* Make room.*\n", done.stdout), done
+    assert not done.stderr
 
 
 SHARED_STUDY = """
@@ -423,14 +418,13 @@ print(len(result.trials), result.val_dice)
 
 def test_two_processes_share_a_study(tmp_path):
     """Together they run exactly the number of trials, none twice, all with different values."""
-    processes = [start("-c", SHARED_STUDY, str(tmp_path), name) for name in "ab"]
-    outputs = [process.communicate()[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    ended = [process.wait() for process in [Started("-c", SHARED_STUDY, tmp_path, name) for name in "ab"]]
+    assert [one.returncode for one in ended] == [0, 0], ended
     shares = [(tmp_path / f"{name}.log").read_text().splitlines() for name in "ab"]
     names, values = zip(*(line.split() for share in shares for line in share), strict=True)
     assert sorted(names) == [f"{number:04d}" for number in range(12)]
     assert len({*values}) == 12
-    assert outputs == [f"12 {max(map(float, values))}\n"] * 2
+    assert [one.stdout for one in ended] == [f"12 {max(map(float, values))}\n"] * 2
     with open(tmp_path / "study/trials.csv", newline="") as file:
         assert [row["state"] for row in csv.DictReader(file)] == ["complete"] * 12
 
@@ -452,7 +446,9 @@ def test_processes_share_a_study_and_have_cores_of_their_own(pairs_dir, tmp_path
 def test_processes_that_cannot_train_are_reported(pairs_dir, tmp_path):
     settings = small_config(pairs_dir, tmp_path, num_epochs=2, train_img_dir=str(tmp_path / "gone")).model_dump()
     with pytest.raises(fastseg.FastsegError, match="gone"):
-        fastseg.tune(settings, SEARCH, trials=2, out_dir=tmp_path / "study", processes=min(2, os.cpu_count() or 1))
+        fastseg.tune(
+            settings, SEARCH, trials=2, out_dir=tmp_path / "study", processes=min(2, len(os.sched_getaffinity(0)))
+        )
     with pytest.raises(fastseg.ConfigError, match=r"^processes: .*cores; got 0"):
         fastseg.tune(settings, SEARCH, trials=2, out_dir=tmp_path / "study", processes=0)
 

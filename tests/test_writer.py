@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 from threading import Event
 
@@ -13,7 +11,7 @@ import torch
 import fastseg
 from fastseg.network.checkpoint import load_checkpoint
 from fastseg.training.writer import CheckpointWriter, copy_to_cpu
-from tests.conftest import ROOT
+from tests.processes import run
 from tests.test_training import config
 
 # Child processes save generation after generation of two files, and each kills itself at another of its writer's calls.
@@ -93,9 +91,7 @@ def full_disk(state, file):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_nine_at_every_stage_leaves_whole_files(tmp_path):
-    command = [sys.executable, "-c", KILLS, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = run("-c", KILLS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "whole after 20 kills\n"
 
