@@ -39,6 +39,7 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_of_page(page: Path, example_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(example_files, tmp_path, dirs_exist_ok=True)
