@@ -6,6 +6,7 @@ A command imports torch only when it runs, so that `--help` and wrong flags are 
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -29,12 +30,13 @@ class Command(NamedTuple):
 
 
 def _train(options: argparse.Namespace) -> int:
+    start_time = time.perf_counter()  # the import of torch counts as part of the run
     config = read_config(options)
 
     from fastseg.runtime.distributed import get_rank
     from fastseg.training.loop import train
 
-    result = train(config)
+    result = train(config, start_time=start_time)
     if result.interrupted:
         print(f"Interrupted. Run the same command again to resume from {result.run_dir / 'last.pt'}.", file=sys.stderr)
         return INTERRUPTED

@@ -169,7 +169,7 @@ def test_a_class_cannot_be_ignored(given, value):
 def test_classes_are_a_flag(cli, monkeypatch, tmp_path):
     configs = []
 
-    def train(config: fastseg.Config) -> None:
+    def train(config: fastseg.Config, **options: object) -> None:
         configs.append(config)
         raise KeyboardInterrupt
 

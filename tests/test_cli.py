@@ -68,7 +68,7 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> list[fastseg.Config]:
     """The configurations with which `fastseg train` would train; nothing is trained."""
     configs = []
 
-    def train(config: fastseg.Config) -> None:
+    def train(config: fastseg.Config, **options: object) -> None:
         configs.append(config)
         raise KeyboardInterrupt
 
@@ -102,7 +102,7 @@ def test_ctrl_c_ends_with_status_130(cli, configured):
 
 def test_an_interrupted_run_tells_how_to_resume(cli, monkeypatch, tmp_path):
     stopped = fastseg.TrainResult(tmp_path, 0.5, 0.4, 1, 10.0, 1.0, interrupted=True, history=[])
-    monkeypatch.setattr("fastseg.training.loop.train", lambda config: stopped)
+    monkeypatch.setattr("fastseg.training.loop.train", lambda config, **options: stopped)
     status, out, err = cli("train")
     assert (status, out) == (130, "")
     assert re.search(rf"same command again to resume from {re.escape(str(tmp_path / 'last.pt'))}", err)

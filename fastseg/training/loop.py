@@ -66,6 +66,7 @@ def train(
     augmentation: Augmentation | None = None,
     loss: Loss | None = None,
     after_epoch: Callable[[dict[str, Any]], bool] | None = None,
+    start_time: float | None = None,
 ) -> TrainResult:
     """Train a network and write the run to `out_dir/name/`.
 
@@ -80,6 +81,8 @@ def train(
             scalar. Validation reports BCE + Dice all the same.
         after_epoch: called with each epoch's entry of metrics.jsonl; the run ends when it returns true. The epoch's
             checkpoints may not be on disk yet.
+        start_time: `time.perf_counter()` at which the run and its `time_budget` began; by default now. For the command
+            that is before the import of torch.
 
     Returns:
         The scores and the run's folder. It holds `config.json`, `metrics.jsonl` (one line per epoch), `summary.json`,
@@ -92,7 +95,7 @@ def train(
         FastsegError: the loss or a weight became infinite or NaN, which no checkpoint contains; the memory is full,
             even with one pair at a time; or another process trains in the run's folder.
     """
-    start_time = time.perf_counter()
+    start_time = time.perf_counter() if start_time is None else start_time
     config = as_config(config, **name_network(network))
     with process_group(config.device), restore_cudnn_benchmark(), report_training_out_of_memory(config):
         runtime = choose_runtime(config)
