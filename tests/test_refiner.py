@@ -166,8 +166,8 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
 
     monkeypatch.setattr(fit, "train_refiner", train)
     monkeypatch.setattr(fit, "seconds_left", lambda run: 1e9 if not stopped else 2e9)
-    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 8}
-    settings = fields(pairs_dir, tmp_path, refiner_steps=300) | start
+    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 5}
+    settings = fields(pairs_dir, tmp_path, refiner_steps=300, min_steps=1) | start
     del settings["num_epochs"]
     result = fastseg.train(settings)
     assert result.interrupted
@@ -176,6 +176,18 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
     assert lengths[2] > 10**5
     assert not fastseg.train(settings).interrupted
     assert lengths[3:] == [lengths[2]]
+
+
+def test_a_time_budget_that_is_short_for_the_network_leaves_it_out(pairs_dir, tmp_path, monkeypatch, caplog):
+    """`min_steps` do not fit into the time, so that all of it is the network's."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(fit, "train_refiner", None)
+    settings = fields(pairs_dir, tmp_path, refiner_steps=300, min_steps=10**9, time_budget=4)
+    del settings["num_epochs"]
+    result = fastseg.train(settings)
+    assert "outline refiner: left out" in caplog.text
+    assert read_refiner(result.run_dir / "best.pt") is None
+    assert result.seconds > 0.8 * 4 - 2  # without the reserve for pictures
 
 
 def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):

@@ -35,7 +35,7 @@ FIRST_STEPS = 3  # of an image size, after which the next decision knows how lon
 INTERVAL = 0.01  # of the budget between decisions
 KEPT = 0.9  # weight of older steps' seconds after each decision
 VALIDATION_COST = 0.5  # of a batch, relative to a training step's, until one has been timed
-REFINER_SHARE = 0.2  # of the budget, for the outline refiner
+REFINER_SHARE = 0.2  # of the budget, for the outline refiner; none if the network gets fewer steps than `min_steps`
 FIRST_PICTURES_S, PICTURES_S = 2.0, 1.0  # curves and overlay, with and without the import of matplotlib
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,7 @@ class Budget:
     decisions: list[Decision] = field(default_factory=lambda: [Decision(0, 0.0, math.inf, 0)])
     timed: dict[int, tuple[float, float]] = field(default_factory=dict)  # pixels of an image: recent seconds, steps
     mark: tuple[float, int] = (0.0, 0)  # seconds and steps of the run at the last decision
+    refines: bool = True  # whether an outline refiner has its share of the time, so far as is known
 
     def position_at(self, step: int) -> float:
         """The position before a step of this call."""
@@ -94,6 +95,7 @@ def restore_budget(budget: Budget, state: dict[str, Any] | None) -> None:
     if state is None:
         return
     budget.spent, budget.timed, budget.mark = state["spent"], state["timed"], tuple(state["mark"])
+    budget.refines = state.get("refines", True)
     budget.decisions = [Decision(*values) for values in state["decisions"]]
     last = budget.decisions[-1]
     if budget.seconds != state["seconds"]:
@@ -119,7 +121,7 @@ def reserve_seconds(run: "Run") -> float:
         validation = VALIDATION_COST * budget.step_seconds(full) * len(run.val_loader)
     else:
         validation = 0.0
-    refiner = REFINER_SHARE * budget.seconds if budget and config.refiner_steps else 0.0
+    refiner = REFINER_SHARE * budget.seconds if budget and budget.refines and config.refiner_steps else 0.0
     return validation + refiner + (PICTURES_S if run.seconds["pictures"] else FIRST_PICTURES_S)
 
 
@@ -154,8 +156,11 @@ def _decide(run: "Run", budget: Budget, step: int, now: float) -> Decision:
     small = max(small_share(run.config) - position, 0.0)
     half, full = (math.prod(training_size(run.config, share, 1.0)) for share in (0.0, 1.0))
     seconds = small * budget.step_seconds(half) + (1 - position - small) * budget.step_seconds(full)
-    left = budget.seconds - reserve_seconds(run) - now
-    steps = max(round(left * (1 - position) / seconds), 0) if position < 1 else 0
+    for budget.refines in (True, False):
+        left = budget.seconds - reserve_seconds(run) - now
+        steps = max(round(left * (1 - position) / seconds), 0) if position < 1 else 0
+        if step + steps >= run.config.min_steps:
+            break
     if not steps:
         return Decision(step, 1.0, math.inf, math.inf)
     until = step + max(round(INTERVAL * budget.seconds / budget.step_seconds(pixels)), 1)

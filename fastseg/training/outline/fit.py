@@ -49,14 +49,19 @@ def fit_refiner(run: Run) -> None:
 
     It depends on that network, the data and the seed alone: a run that is killed or interrupted meanwhile fits it from
     the beginning. With a time budget its length follows from the time that is left; it is decided once and stored in
-    `best.pt`, as is that a refiner does not help. Only rank 0 does this. `run.model` may have the weights of `best.pt`
-    afterwards.
+    `best.pt`, as is that a refiner does not help. A budget too short for `min_steps` leaves it out. Only rank 0 does
+    this. `run.model` may have the weights of `best.pt` afterwards.
 
     Raises:
         OutputError: `best.pt` cannot be written; it is as before.
     """
     began, config, path = time.perf_counter(), run.config, run.config.run_dir / "best.pt"
     if not config.refiner_steps or not run.history or len(config.classes) > MAX_CLASSES or run.runtime.rank > 0:
+        return
+    if run.budget and not run.budget.refines:
+        log.info(
+            "outline refiner: left out, because the network needed all of the time_budget for %d steps", run.steps_done
+        )
         return
     state = load_checkpoint(path)
     if "refiner" in state:
