@@ -8,10 +8,9 @@ Each run is `fastseg.train` in a process of its own, with its defaults except fo
 change that is no field of `Config` replaces a function of the recipe. All rows do the same work, counted in training
 pixels, so that a larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps:
 start-up, validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process,
-which other programs change less; with one thread on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are the
-same. Dice counts once images have their full size, and
-a time between two epochs is interpolated. A row wins where it needs less time than `default` by more than twice the
-standard error of the difference.
+which other programs change less; with one thread on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are
+the same. Dice counts once images have their full size, and a time between two epochs is interpolated. A row wins where
+it needs less time than `default` by more than twice the standard error of the difference.
 """
 
 import json
