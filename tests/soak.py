@@ -44,6 +44,7 @@ FIELDS = {
     "depth": 2,
     "batch_size": 2,
     "num_epochs": EPOCHS,
+    "refiner_steps": 20,
     "ema_decay": 0.9,
     "device": "cpu",
     "precision": "fp32",
@@ -282,6 +283,8 @@ class Soak:
         for name in ("last.pt", "best.pt"):
             found, whole = (torch.load(place / "run" / name, weights_only=True) for place in (folder, self.whole))
             expect(same(found["model"], whole["model"]), name, "has other weights")
+            refiners = [state.get("refiner") or {} for state in (found, whole)]
+            expect(same(*refiners), name, "has another outline refiner")
         entries, whole = (read_metrics(place / "run") for place in (folder, self.whole))
         expect([entry["epoch"] for entry in entries] == [*range(1, EPOCHS + 1)], "epochs in metrics.jsonl:", entries)
         for score in ("train_loss", "val_loss", "val_dice"):
