@@ -41,6 +41,7 @@ from fastseg.training import recipe
 AIMS = (0.97, 0.98, 0.985)
 EPOCHS = 20  # of the default: 240 steps with 192 pairs
 SMALL = 80 * 128 / (160 * 240)  # pixels of a small image, as a share of a full one
+THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * SMALL + 0.3  # mean of a step of `three_sizes`
 Patches = dict[str, Any]  # a function as training imports it, and its replacement
 
 
@@ -55,29 +56,37 @@ def bias_rate(factor: float, config: fastseg.Config, steps: int) -> Patches:
     """Biases of batch norms learn faster (Jordan 2024, 94% on CIFAR-10 in 3.29 seconds, arXiv:2404.00498)."""
 
     def make(config: fastseg.Config, model: nn.Module) -> torch.optim.Optimizer:
-        norms = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        chosen = set(norms)
-        rest = [p for p in model.parameters() if p not in chosen]
-        groups = [
-            {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-            {"params": norms, "weight_decay": 0.0, recipe.LR_FACTOR: factor},
-        ]
-        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
+        return torch.optim.AdamW(_groups(config, model, set(), factor), lr=config.learning_rate, fused=True)
 
     return {"fastseg.training.setup.make_optimizer": make}
 
 
-class MuonAndAdamW:
-    """Muon on the filters of 3x3 convolutions as matrices (out, in * 9), AdamW on the rest."""
+def _groups(
+    config: fastseg.Config, model: nn.Module, without: set[nn.Parameter], bias_factor: float
+) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters, with one for the biases of batch norms."""
+    norms = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    chosen = without | set(norms)
+    rest = [p for p in model.parameters() if p not in chosen]
+    return [
+        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": norms, "weight_decay": 0.0, recipe.LR_FACTOR: bias_factor},
+    ]
 
-    def __init__(self, config: fastseg.Config, model: nn.Module, factor: float) -> None:
+
+class MuonAndAdamW:
+    """Muon on the filters of 3x3 convolutions as matrices (out, in * 9), AdamW on the rest.
+
+    Args:
+        factor: of the learning rate, for Muon.
+        bias_factor: of the learning rate, for the biases of batch norms.
+    """
+
+    def __init__(self, config: fastseg.Config, model: nn.Module, factor: float, bias_factor: float) -> None:
         self.filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         self.matrices = [nn.Parameter(_as_matrix(weight.data)) for weight in self.filters]
-        chosen = set(self.filters)
-        rest = [p for p in model.parameters() if p not in chosen]
-        decays = (lambda p: p.ndim > 1, config.weight_decay), (lambda p: p.ndim <= 1, 0.0)
-        groups = [{"params": [p for p in rest if fits(p)], "weight_decay": decay} for fits, decay in decays]
+        groups = _groups(config, model, set(self.filters), bias_factor)
         # RMS-matched updates take AdamW's learning rate (Liu et al. 2025, arXiv:2502.16982).
         self.muon = torch.optim.Muon(
             self.matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
@@ -107,8 +116,12 @@ def _as_matrix(weight: Tensor) -> Tensor:
     return rows.view(len(rows), -1) if rows.is_contiguous() else rows.reshape(len(rows), -1)
 
 
-def muon(factor: float, config: fastseg.Config, steps: int) -> Patches:
-    return {"fastseg.training.setup.make_optimizer": partial(MuonAndAdamW, factor=factor)}
+def muon(factor: float, bias_factor: float, config: fastseg.Config, steps: int) -> Patches:
+    return {"fastseg.training.setup.make_optimizer": partial(MuonAndAdamW, factor=factor, bias_factor=bias_factor)}
+
+
+def muon_at_three_sizes(config: fastseg.Config, steps: int) -> Patches:
+    return muon(1.0, 64.0, config, steps) | three_sizes(config, steps)
 
 
 def three_sizes(config: fastseg.Config, steps: int) -> Patches:
@@ -141,12 +154,13 @@ def alternating_flips(config: fastseg.Config, steps: int) -> Patches:
     def iterate(loader: Loader) -> Any:
         flipped = torch.rand(len(loader.pairs), generator=torch.Generator().manual_seed(config.seed)) < 0.5
         epoch = loader.state_dict()["epoch"]
-        for images, masks, indices in batches(loader):
+        for batch in batches(loader):
             if loader.shuffle:
-                flip = flipped[torch.as_tensor(indices)] ^ bool(epoch % 2)
-                images = torch.where(flip[:, None, None, None], images.flip(2), images)
-                masks = torch.where(flip[:, None, None], masks.flip(2), masks)
-            yield images, masks, indices
+                flip = flipped[torch.as_tensor(batch.indices)] ^ bool(epoch % 2)
+                images = torch.where(flip[:, None, None, None], batch.images.flip(2), batch.images)
+                masks = torch.where(flip[:, None, None], batch.masks.flip(2), batch.masks)
+                batch = batch._replace(images=images, masks=masks)
+            yield batch
 
     return {"fastseg.data.loader.Loader.__iter__": iterate}
 
@@ -202,12 +216,15 @@ ROWS = {
     "default": Row("the recipe"),
     "bias_16": Row("BatchNorm biases at 16 times the learning rate", patch=partial(bias_rate, 16)),
     "bias_64": Row("BatchNorm biases at 64 times the learning rate", patch=partial(bias_rate, 64)),
-    "muon": Row("Muon on 3x3 filters, AdamW on the rest", patch=partial(muon, 1.0)),
-    "muon_2": Row("the same, Muon at twice the learning rate", patch=partial(muon, 2.0)),
+    "muon": Row("Muon on 3x3 filters, AdamW on the rest", patch=partial(muon, 1.0, 1.0)),
+    "muon_2": Row("the same, Muon at twice the learning rate", patch=partial(muon, 2.0, 1.0)),
+    "muon_bias": Row("Muon, and BatchNorm biases at 64 times the learning rate", patch=partial(muon, 1.0, 64.0)),
+    "muon_bias_16": Row("Muon, and BatchNorm biases at 16 times the learning rate", patch=partial(muon, 1.0, 16.0)),
+    "muon_three": Row("the former at three sizes", patch=muon_at_three_sizes, work=THREE),
     "three_sizes": Row(
         "three sizes: a quarter, a half, full",
         patch=three_sizes,
-        work=0.3 * 48 * 64 / (160 * 240) + 0.4 * SMALL + 0.3,
+        work=THREE,
     ),
     "small_85": Row("small images in 85 % of the steps", {"progressive_resizing": 0.85}, work=0.85 * SMALL + 0.15),
     "freeze": Row("the first block frozen in the last fifth", patch=freeze_first_block),
