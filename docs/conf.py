@@ -1,7 +1,7 @@
 """Settings of Sphinx: `make docs` writes the pages of this folder as HTML to build/docs."""
 
 import json
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import fastseg
 
@@ -59,7 +59,7 @@ def settings_table() -> str:
 
 
 def _meaning(field: Any) -> str:
-    choices = getattr(field.annotation, "__args__", ())
+    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
     listed = ", ".join(f"`{choice}`" for choice in choices if choice)
     text = field.description.replace("**", r"\*\*").replace("|", r"\|")
     return f"{text} ({listed})" if listed else text

@@ -1,6 +1,7 @@
 """The subcommands of `fastseg` about data: check, synth, import."""
 
 import argparse
+import shlex
 
 from fastseg.config import Config
 from fastseg.flags import add_fields, read_fields
@@ -78,5 +79,11 @@ def run_import(options: argparse.Namespace) -> int:
     made = import_annotations(
         options.kind, options.annotations, options.out, images=options.images, num_workers=config.num_workers
     )
-    print(f"{made['pairs']} pairs in {options.out}/. Train with `fastseg train --classes {made['classes']}`.")
+    folders = made["folders"]
+    train, val = folders.get("train", folders.get("")), folders.get("val", ("", ""))
+    fields = {"train_img_dir": train[0], "train_mask_dir": train[1], "val_img_dir": val[0], "val_mask_dir": val[1]}
+    words = ["fastseg", "train"]
+    for field, value in {**fields, "classes": made["classes"]}.items():
+        words += [f"--{field.replace('_', '-')}", str(value)]
+    print(f"{made['pairs']} pairs in {options.out}/. Train with:\n{shlex.join(words)}")
     return 0

@@ -1,6 +1,7 @@
 """import_annotations: masks of COCO's, labelme's and YOLO's shapes, against rectangles and run lengths by hand."""
 
 import json
+import shlex
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import fastseg
 from fastseg.classes import IGNORED, read_classes
 from fastseg.data.labels.decode import decode_full_classes
 from fastseg.data.labels.encoding import ClassEncoding
-from tests.conftest import write_pair
+from tests.conftest import TINY, flags, write_pair
 
 WIDTH, HEIGHT = 96, 64
 
@@ -260,6 +261,10 @@ def test_the_command_makes_what_training_takes(folder, cli):
     source = write_json(folder / "coco.json", coco())
     status, out, _ = cli("import", "coco", source, "--out", folder / "out")
     assert (status, out.split(" pairs")[0]) == (0, "2")
+    program, *command = shlex.split(out.splitlines()[-1])
+    assert program == "fastseg"
+    trained = cli(*command, *flags({**TINY, "val_fraction": 0.5, "out_dir": folder / "runs"}))
+    assert trained.status == 0, trained.err
     report = fastseg.check(folder / "out", classes=folder / "out" / "classes.json")
     assert report.count("error") == 0
     cli("import", "voc", source, "--out", folder / "out").assert_refused("kind: ", "coco, labelme, yolo", "voc")

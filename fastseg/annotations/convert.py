@@ -50,7 +50,8 @@ def import_annotations(
         num_workers: threads; 0 for one per core.
 
     Returns:
-        {"pairs": int, "classes": Path}.
+        {"pairs": int, "classes": Path, "folders": dict}, the latter from the name of a split, or "", to its folders of
+        images and masks.
 
     Raises:
         ConfigError: the kind is unknown, or pycocotools is missing.
@@ -77,10 +78,10 @@ def import_annotations(
     except ConfigError as error:
         raise DataError(f"{path}: its labels cannot be classes: {error}") from None
     write = partial(_write_pair, indices=indices, classes=classes, by_coco=kind == "coco")
-    jobs = []
+    jobs, made = [], {}
     for split, part in splits.items():
         prefix = f"{split}_" if split else ""
-        folders = Path(out) / f"{prefix}images", Path(out) / f"{prefix}masks"
+        made[split] = folders = Path(out) / f"{prefix}images", Path(out) / f"{prefix}masks"
         for folder in folders:
             make_folder(folder)
         for image in part:
@@ -95,7 +96,7 @@ def import_annotations(
     file = Path(out) / "classes.json"
     with atomic_write(file, sync=False) as temporary:
         temporary.write_text(classes_json(classes), encoding="utf-8")
-    return {"pairs": len(jobs), "classes": file}
+    return {"pairs": len(jobs), "classes": file, "folders": made}
 
 
 def _write_pair(

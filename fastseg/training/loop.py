@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastseg.config import Config, as_config
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.runtime.device import choose_runtime
-from fastseg.runtime.distributed import all_reduce, any_rank, process_group
+from fastseg.runtime.distributed import all_reduce, any_rank, barrier, process_group
 from fastseg.runtime.files import file_version
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
@@ -126,6 +126,7 @@ def train(
                 _train_epochs(run, opened, after_epoch)
                 if not run.interrupted:
                     fit_refiner(run)
+                    barrier()  # best.pt is complete when any rank returns
             return summarise(run, left_out=[*train_pairs.left_out, *val_pairs.left_out])
 
 

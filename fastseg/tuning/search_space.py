@@ -21,7 +21,7 @@ Distribution: TypeAlias = FloatDistribution | IntDistribution | CategoricalDistr
 SHARED = (
     *("out_dir", "name", "load_model", "checkpoint", "cache_dir"),
     *("train_img_dir", "train_mask_dir", "val_img_dir", "val_mask_dir", "val_fraction", "bad_samples"),
-    *("image_height", "image_width", "mask_resize", "num_epochs", "min_steps", "time_budget"),
+    *("image_height", "image_width", "mask_resize", "num_epochs", "min_steps", "time_budget", "refiner_steps"),
 )
 
 
