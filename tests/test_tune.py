@@ -107,6 +107,7 @@ def test_search_becomes_distributions_of_the_fields_types():
         ("recipe=fast,slow", "recipe: .* 'fast' or 'tutorial'; got 'slow'"),
         ("depth=4,6", "image_height: .* divisible by 64 .* got 160"),
         ("num_epochs=1:9", "num_epochs .* same in all trials .* Set it once"),
+        ("refiner_steps=1,9", "refiner_steps .* same in all trials .* Set it once"),
     ],
 )
 def test_an_invalid_search_names_field_and_remedy(flag, key_words):
