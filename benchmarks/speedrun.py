@@ -219,6 +219,7 @@ ROWS = {
     "muon": Row("Muon on 3x3 filters, AdamW on the rest", patch=partial(muon, 1.0, 1.0)),
     "muon_2": Row("the same, Muon at twice the learning rate", patch=partial(muon, 2.0, 1.0)),
     "muon_bias": Row("Muon, and BatchNorm biases at 64 times the learning rate", patch=partial(muon, 1.0, 64.0)),
+    "muon_2_bias": Row("the same, Muon at twice the learning rate", patch=partial(muon, 2.0, 64.0)),
     "muon_bias_16": Row("Muon, and BatchNorm biases at 16 times the learning rate", patch=partial(muon, 1.0, 16.0)),
     "muon_three": Row("the former at three sizes", patch=muon_at_three_sizes, work=THREE),
     "three_sizes": Row(

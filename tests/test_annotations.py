@@ -1,8 +1,8 @@
 """import_annotations: masks of COCO's, labelme's and YOLO's shapes, against rectangles and run lengths by hand."""
 
 import json
-import shlex
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
