@@ -83,7 +83,8 @@ class Config(BaseModel):
         "auto", "auto: rare classes weigh more in the loss; none; or a number for each class"
     )
     learning_rate: float = _field(1e-4, "start of the cycle, whose peak is 30 times as high; tutorial: constant", gt=0)
-    weight_decay: float = _field(1e-2, "weight decay of AdamW", ge=0)
+    optimizer: Literal["adamw", "muon"] = _field("adamw", "of recipe fast; muon: Muon for filters, AdamW for the rest")
+    weight_decay: float = _field(1e-2, "weight decay of AdamW and Muon", ge=0)
     encoder_lr: float = _field(1.0, "learning rate of the network's encoder, as a factor of the others'", gt=0)
     freeze_encoder: int = _field(0, "number of steps, the first, in which the encoder's weights do not change", ge=0)
     ema_decay: float = _field(0.0, "decay per step of the EMA of the weights, which is scored; 0: no EMA", ge=0, lt=1)

@@ -36,10 +36,10 @@ def run_two(config: fastseg.Config, folder: Path) -> Ended:
     return run_ranks(2, "-m", "fastseg", "train", "--config", folder / "two.json")
 
 
-@pytest.mark.parametrize("micro_batch", [0, 1])
-def test_two_processes_compute_what_one_does(pairs_dir, tmp_path, micro_batch):
+@pytest.mark.parametrize(("micro_batch", "optimizer"), [(0, "adamw"), (1, "adamw"), (0, "muon")])
+def test_two_processes_compute_what_one_does(pairs_dir, tmp_path, micro_batch, optimizer):
     folders = {"train_img_dir": str(pairs_dir / "images"), "train_mask_dir": str(pairs_dir / "masks")}
-    config = fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path), name="one")
+    config = fastseg.Config(**FIELDS, **folders, out_dir=str(tmp_path), name="one", optimizer=optimizer)
     one = fastseg.train(config.replace(micro_batch=2 * micro_batch))  # one pair from each process
     finished = run_two(config.replace(name="two", micro_batch=micro_batch), tmp_path)
     assert finished.returncode == 0, finished.stderr

@@ -9,6 +9,7 @@ import torch
 import fastseg
 from fastseg.training.loop import train_step
 from fastseg.training.recipe import learning_rate, make_optimizer, set_learning_rate, training_size
+from fastseg.training.step.muon import MUON, orthogonalise
 from tests.test_training import config, same, weights
 
 
@@ -85,6 +86,46 @@ def test_the_optimizer_equals_torch(recipe):
     assert torch.equal(models[0].weight, models[1].weight)
     assert torch.equal(models[0].bias, models[1].bias)
     assert str(ours.state_dict()) == str(theirs.state_dict())
+
+
+def test_muon_equals_torch():
+    """On filters as matrices, which torch.optim.Muon takes; its arithmetic is bfloat16. AdamW has the rest."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("needs torch 2.9")
+    torch.manual_seed(0)
+    settings = fastseg.Config(optimizer="muon", weight_decay=0.1, encoder_lr=0.5)
+    model = fastseg.UNet(8, 2).to(memory_format=torch.channels_last)
+    other = copy.deepcopy(model)
+    filters = [name for name, p in model.named_parameters() if p.ndim == 4 and p.shape[2] == 3]
+    matrices = {name: torch.nn.Parameter(other.get_parameter(name).detach().flatten(1).clone()) for name in filters}
+    ours = make_optimizer(settings, model)
+    assert sum(len(group["params"]) for group in ours.param_groups if group.get(MUON)) == len(filters) == 10
+    set_learning_rate(ours, 0.01)
+    rates = {id(p): group["lr"] for group in ours.param_groups for p in group["params"]}
+    theirs = [
+        torch.optim.Muon([matrices[name]], lr=rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+        for name, rate in ((name, rates[id(model.get_parameter(name))]) for name in filters)
+    ]
+    assert {optimizer.param_groups[0]["lr"] for optimizer in theirs} == {0.01, 0.02}
+    for step in range(3):
+        torch.manual_seed(step)
+        gradients = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        for name, gradient in gradients.items():
+            model.get_parameter(name).grad = gradient
+            if name in matrices:
+                matrices[name].grad = gradient.flatten(1)
+        for optimizer in (ours, *theirs):
+            optimizer.step()
+    for name in filters:
+        found, before = model.get_parameter(name).flatten(1), other.get_parameter(name).flatten(1)
+        assert (found - matrices[name]).norm() < 0.02 * (found - before).norm(), name
+
+
+def test_orthogonalised_matrices_have_singular_values_about_one():
+    torch.manual_seed(0)
+    for shape in ((16, 27), (64, 288), (64, 9)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert 0.6 < values.min() < values.max() < 1.3, shape
 
 
 @pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 17), (0.0, 3)])

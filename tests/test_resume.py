@@ -127,6 +127,7 @@ def test_a_named_checkpoint_gives_the_first_weights(pairs_dir, tmp_path):
         (signal.SIGINT, 2, {}),
         (signal.SIGTERM, 3, {}),
         (signal.SIGINT, 3, {"ema_decay": 0.9}),
+        (signal.SIGINT, 3, {"optimizer": "muon"}),
         (signal.SIGINT, 1, {"freeze_encoder": 2, "encoder_lr": 0.3}),
         (signal.SIGINT, 3, {"freeze_encoder": 2, "encoder_lr": 0.3}),
     ],

@@ -1,7 +1,8 @@
 """The two recipes: loss, optimizer, learning rate, image size and weight averaging.
 
-`fast` is AdamW under a one-cycle schedule on BCE + Dice, with small images in the first steps. `tutorial` is the recipe
-of beginners' UNet projects: Adam at a constant learning rate on BCE. With classes, cross-entropy takes BCE's place.
+`fast` is AdamW or Muon under a one-cycle schedule on BCE + Dice, with small images in the first steps. `tutorial` is
+the recipe of beginners' UNet projects: Adam at a constant learning rate on BCE. With classes, cross-entropy takes BCE's
+place.
 """
 
 import copy
@@ -21,6 +22,7 @@ from fastseg.network.architecture import encoder_parameters
 from fastseg.network.losses import bce_dice_loss, bce_loss, class_loss, cross_entropy_loss
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce
+from fastseg.training.step.muon import MUON, MUON_FACTOR, MuonAdamW, filters_of
 
 __all__ = [
     "drop_frozen_gradients",
@@ -100,13 +102,25 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         groups = [{"params": rest}, slow]
     if config.recipe == "tutorial":
         return _without_dynamo(torch.optim.Adam)(groups, lr=config.learning_rate)
-    decays = (lambda p: p.ndim > 1, config.weight_decay), (lambda p: p.ndim <= 1, 0.0)
-    groups = [
-        {**group, "params": [p for p in group["params"] if chosen(p)], "weight_decay": decay}
-        for group in groups
-        for chosen, decay in decays
+    filters = filters_of(model) if config.optimizer == "muon" else set()
+    kinds = [
+        (lambda p: p.ndim > 1 and p not in filters, {"weight_decay": config.weight_decay}),
+        (lambda p: p.ndim <= 1, {"weight_decay": 0.0}),
     ]
-    return _without_dynamo(torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
+    if not filters:
+        groups = [_part(group, *kind) for group in groups for kind in kinds]
+        return _without_dynamo(torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
+    kinds.append((lambda p: p in filters, {"weight_decay": config.weight_decay, MUON: True}))
+    groups = [_part(group, *kind) for kind in kinds for group in groups]
+    for group in groups:
+        if MUON in group:
+            group[LR_FACTOR] = MUON_FACTOR * group.get(LR_FACTOR, 1.0)
+    return _without_dynamo(MuonAdamW)(groups, lr=config.learning_rate)
+
+
+def _part(group: dict[str, Any], chosen: Callable[[nn.Parameter], bool], options: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group of the chosen parameters of another one."""
+    return {**group, "params": [p for p in group["params"] if chosen(p)], **options}
 
 
 def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

@@ -20,6 +20,7 @@ from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce, barrier
 from fastseg.training.budget import Budget, restore_budget, used_seconds
 from fastseg.training.recipe import training_size
+from fastseg.training.step.muon import MUON
 from fastseg.training.step.pipeline import Augmentation, Loss
 from fastseg.training.writer import CheckpointWriter
 
@@ -285,7 +286,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     optimizer.load_state_dict(state)
     if [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups] != options:
         raise ValueError("its optimizer has other options")
+    filters = {parameter for group in optimizer.param_groups if group.get(MUON) for parameter in group["params"]}
     for parameter, values in optimizer.state.items():
         shapes = {name: value.shape for name, value in values.items()}
-        if shapes != {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}:
+        names = ("momentum",) if parameter in filters else ("exp_avg", "exp_avg_sq")
+        if shapes != {"step": (), **dict.fromkeys(names, parameter.shape)}:
             raise ValueError("its optimizer has other shapes")
