@@ -147,16 +147,34 @@ def test_patience_begins_when_training_sees_the_full_size(
     assert len(result.history) == epochs
 
 
-@pytest.mark.parametrize("recipe", ["fast", "tutorial"])
-def test_the_encoder_learns_at_its_own_rate(recipe):
-    config = fastseg.Config(recipe=recipe, encoder_lr=0.1)
+@pytest.mark.parametrize(("recipe", "optimizer"), [("fast", "adamw"), ("fast", "muon"), ("tutorial", "auto")])
+def test_the_encoder_learns_at_its_own_rate(recipe, optimizer):
     model = fastseg.UNet(4, 2)
-    optimizer = make_optimizer(config, model)
-    set_learning_rate(optimizer, 0.5)
     encoder = {id(p) for part in (model.encoder, model.bottleneck) for p in part.parameters()}
-    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates.keys() == {id(p) for p in model.parameters()}
-    assert all(rate == (0.05 if key in encoder else 0.5) for key, rate in rates.items())
+    rates = []
+    for encoder_lr in (1.0, 0.1):
+        config = fastseg.Config(recipe=recipe, optimizer=optimizer, encoder_lr=encoder_lr)
+        made = make_optimizer(config, model)
+        set_learning_rate(made, 0.5)
+        rates.append({id(p): group["lr"] for group in made.param_groups for p in group["params"]})
+        assert rates[-1].keys() == {id(p) for p in model.parameters()}
+        assert sum(len(group["params"]) for group in made.param_groups) == len(rates[-1])
+    assert set(rates[0].values()) == ({0.5, 1.0, 32.0} if optimizer == "muon" else {0.5})
+    for key, rate in rates[1].items():
+        assert rate == pytest.approx((0.1 if key in encoder else 1) * rates[0][key])
+
+
+def test_a_run_of_an_older_version_keeps_its_optimizer(pairs_dir, tmp_path):
+    """Its last.pt does not say which: there was AdamW alone."""
+    run = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, optimizer="adamw"))
+    state = torch.load(run.run_dir / "last.pt", weights_only=True)
+    del state["config"]["optimizer"]
+    torch.save(state, run.run_dir / "last.pt")
+    resumed = fastseg.train(config(pairs_dir, tmp_path, num_epochs=2))
+    assert len(resumed.history) == 2
+    assert torch.load(run.run_dir / "last.pt", weights_only=True)["config"]["optimizer"] == "adamw"
+    new = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, name="new"))
+    assert torch.load(new.run_dir / "last.pt", weights_only=True)["config"]["optimizer"] == "muon"
 
 
 def test_a_frozen_encoder_does_not_change(pairs_dir, tmp_path):

@@ -28,6 +28,7 @@ from fastseg.training.budget import plan_steps
 from fastseg.training.interval import stop_or_save
 from fastseg.training.outline.fit import fit_refiner
 from fastseg.training.recipe import (
+    choose_optimizer,
     drop_frozen_gradients,
     learning_rate,
     make_class_weights,
@@ -110,6 +111,7 @@ def train(
             config = resolve_sizes(config, runtime.to_device(model))
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
+        config = config.replace(optimizer=choose_optimizer(config, state))
         log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         run.augmentation, run.loss, run.start_time = augmentation, loss, start_time

@@ -22,9 +22,10 @@ from fastseg.network.architecture import encoder_parameters
 from fastseg.network.losses import bce_dice_loss, bce_loss, class_loss, cross_entropy_loss
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce
-from fastseg.training.step.muon import MUON, MUON_FACTOR, MuonAdamW, filters_of
+from fastseg.training.step.muon import BIAS_FACTOR, MUON, MUON_FACTOR, MuonAdamW, filters_of, norm_biases_of
 
 __all__ = [
+    "choose_optimizer",
     "drop_frozen_gradients",
     "learning_rate",
     "make_class_weights",
@@ -39,6 +40,7 @@ __all__ = [
 
 PEAK = 30  # peak of the one-cycle schedule, as a multiple of `Config.learning_rate`, where it starts
 LR_FACTOR = "lr_factor"  # key of a parameter group: factor of the schedule's learning rate
+Kind = tuple[Callable[[Tensor], bool], float, dict[str, Any]]  # which parameters, their weight decay, other options
 WARM_UP = 0.25  # share of the steps in which the learning rate rises
 
 log = logging.getLogger(__name__)
@@ -102,25 +104,47 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         groups = [{"params": rest}, slow]
     if config.recipe == "tutorial":
         return _without_dynamo(torch.optim.Adam)(groups, lr=config.learning_rate)
-    filters = filters_of(model) if config.optimizer == "muon" else set()
-    kinds = [
-        (lambda p: p.ndim > 1 and p not in filters, {"weight_decay": config.weight_decay}),
-        (lambda p: p.ndim <= 1, {"weight_decay": 0.0}),
+    kinds: list[Kind] = [
+        (lambda p: p.ndim > 1, config.weight_decay, {}),
+        (lambda p: p.ndim <= 1, 0.0, {}),
     ]
-    if not filters:
-        groups = [_part(group, *kind) for group in groups for kind in kinds]
-        return _without_dynamo(torch.optim.AdamW)(groups, lr=config.learning_rate, fused=True)
-    kinds.append((lambda p: p in filters, {"weight_decay": config.weight_decay, MUON: True}))
-    groups = [_part(group, *kind) for kind in kinds for group in groups]
-    for group in groups:
-        if MUON in group:
-            group[LR_FACTOR] = MUON_FACTOR * group.get(LR_FACTOR, 1.0)
-    return _without_dynamo(MuonAdamW)(groups, lr=config.learning_rate)
+    if choose_optimizer(config, None) == "adamw":
+        return _without_dynamo(torch.optim.AdamW)(_split(groups, kinds), lr=config.learning_rate, fused=True)
+    filters, biases = filters_of(model), norm_biases_of(model)
+    kinds = [
+        (lambda p: p.ndim > 1 and p not in filters, config.weight_decay, {}),
+        (lambda p: p.ndim <= 1 and p not in biases, 0.0, {}),
+        (lambda p: p in biases, 0.0, {LR_FACTOR: BIAS_FACTOR}),
+        (lambda p: p in filters, config.weight_decay, {LR_FACTOR: MUON_FACTOR, MUON: True}),
+    ]
+    return _without_dynamo(MuonAdamW)(_split(groups, kinds), lr=config.learning_rate)
 
 
-def _part(group: dict[str, Any], chosen: Callable[[nn.Parameter], bool], options: dict[str, Any]) -> dict[str, Any]:
-    """A parameter group of the chosen parameters of another one."""
-    return {**group, "params": [p for p in group["params"] if chosen(p)], **options}
+def choose_optimizer(config: Config, state: dict[str, Any] | None) -> str:
+    """What `optimizer=auto` means for a run: that of the checkpoint to resume from, else Muon for the UNet.
+
+    Args:
+        state: of `last.pt`; None for a new run. Older versions had AdamW alone, and did not say so.
+    """
+    if config.optimizer != "auto":
+        return config.optimizer
+    if state is not None and isinstance(state.get("config"), dict):
+        return str(state["config"].get("optimizer", "adamw"))
+    return "muon" if config.network == "unet" else "adamw"
+
+
+def _split(groups: list[dict[str, Any]], kinds: list[Kind]) -> list[dict[str, Any]]:
+    return [
+        {
+            **group,
+            "params": [p for p in group["params"] if chosen(p)],
+            "weight_decay": decay,
+            **options,
+            **({LR_FACTOR: group.get(LR_FACTOR, 1.0) * options[LR_FACTOR]} if LR_FACTOR in options else {}),
+        }
+        for group in groups
+        for chosen, decay, options in kinds
+    ]
 
 
 def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:

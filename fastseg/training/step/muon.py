@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MUON", "MUON_FACTOR", "MuonAdamW", "filters_of", "orthogonalise"]
+__all__ = ["BIAS_FACTOR", "MUON", "MUON_FACTOR", "MuonAdamW", "filters_of", "norm_biases_of", "orthogonalise"]
 
 MUON = "muon"  # key of a parameter group: whether its parameters are filters
 MUON_FACTOR = 2.0  # of the learning rate: benchmarks/speedrun.py
+BIAS_FACTOR = 64.0  # the same for the biases of batch norms (Jordan 2024, arXiv:2404.00498)
 MOMENTUM = 0.95
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of the Newton-Schulz iteration
 RMS = 0.2  # of AdamW's updates, about
@@ -24,6 +25,11 @@ def filters_of(model: nn.Module) -> set[Tensor]:
     """The weights of convolutions of more than one pixel that connect all channels."""
     modules = (module for module in model.modules() if isinstance(module, nn.Conv2d))
     return {module.weight for module in modules if module.groups == 1 and math.prod(module.kernel_size) > 1}
+
+
+def norm_biases_of(model: nn.Module) -> set[Tensor]:
+    """The biases of the batch norms."""
+    return {module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.affine}
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
