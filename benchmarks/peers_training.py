@@ -83,13 +83,13 @@ def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
                 plus_minus(row["seconds"], row["seconds_spread"]),
                 plus_minus(row["cpu_seconds"], row["cpu_seconds_spread"]) if "cpu_seconds" in row else "-",
                 str(row["epochs"]),
-                "still gains" if row["still_gained"] else seconds,
+                "still improving" if row["still_gained"] else seconds,
                 plus_minus(row["mean_iou"], row["mean_iou_spread"], 3),
                 plus_minus(row["full_mean_iou"], row["full_mean_iou_spread"], 3),
                 str(len(row["runs"])),
             ]
         )
-    header = ["program", "seconds", "CPU s", "epochs", "gains until, s", "mean IoU at 160x240", "at full size", "runs"]
+    header = ["program", "seconds", "CPU s", "epochs", "last improvement, s", "mean IoU at 160x240", "at full size", "runs"]
     print_table(header, table, missing)
 
 

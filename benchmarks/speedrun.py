@@ -1,16 +1,17 @@
-"""A speedrun: seconds of training until the validation Dice reaches 0.97, 0.98 and 0.985, with one thing changed.
+"""A speedrun: seconds of training until the validation Dice reaches 0.97, 0.98 and 0.985.
 
     python benchmarks/speedrun.py --data data,hard --seeds 5 --json speedrun.json
     python benchmarks/speedrun.py --data data,hard --seeds 2 --rows default,muon
     python benchmarks/speedrun.py --rows "" --merge a.json,b.json      the table of several reports
 
-Each run is `fastseg.train` in a process of its own, with its defaults except for the change that its row names; a
-change that is no field of `Config` replaces a function of the recipe. All rows do the same work, counted in training
-pixels, so that a larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps:
-start-up, validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process,
-which other programs change less; with one thread on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are
-the same. Dice counts once images have their full size, and a time between two epochs is interpolated. A row wins where
-it needs less time than `default` by more than twice the standard error of the difference.
+Each run is `fastseg.train` in a process of its own, with AdamW and the other defaults except for the change that its
+row names; `default` is the recipe as it is. A change that is no field of `Config` replaces a function of the recipe.
+All rows do the same work, counted in training pixels, so that a larger number of smaller steps or images is no
+advantage in itself. Seconds are those of the steps: start-up, validation and pictures, which no row changes, are left
+out. On the CPU they are CPU seconds of the process, which other programs change less; with one thread on a core of its
+own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are the same. Dice counts once images have their full size, and a time
+between two epochs is interpolated. A row wins where it needs less time than AdamW by more than twice the standard
+error of the difference.
 """
 
 import json
@@ -30,16 +31,18 @@ from command import folder_fields
 from measure import in_fresh_process
 from recipe import DEFAULT_SHARE
 from report import describe_machine, make_parser, print_table, run, some_of, write_report
-from torch import Tensor, nn
+from torch import nn
 
 import fastseg
 from fastseg.data.loader import Loader
 from fastseg.network.unet import UNet
 from fastseg.runtime.device import choose_device
 from fastseg.training import recipe
+from fastseg.training.step.muon import norm_biases_of
 
 AIMS = (0.97, 0.98, 0.985)
-EPOCHS = 20  # of the default: 240 steps with 192 pairs
+BASE = "adamw"  # the row with which the others are compared
+EPOCHS = 20  # of it: 240 steps with 192 pairs
 SMALL = 80 * 128 / (160 * 240)  # pixels of a small image, as a share of a full one
 THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * SMALL + 0.3  # mean of a step of `three_sizes`
 Patches = dict[str, Any]  # a function as training imports it, and its replacement
@@ -56,68 +59,20 @@ def bias_rate(factor: float, config: fastseg.Config, steps: int) -> Patches:
     """Biases of batch norms learn faster (Jordan 2024, 94% on CIFAR-10 in 3.29 seconds, arXiv:2404.00498)."""
 
     def make(config: fastseg.Config, model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(_groups(config, model, set(), factor), lr=config.learning_rate, fused=True)
+        biases = norm_biases_of(model)
+        groups = [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim <= 1 and p not in biases], "weight_decay": 0.0},
+            {"params": list(biases), "weight_decay": 0.0, recipe.LR_FACTOR: factor},
+        ]
+        return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
     return {"fastseg.training.setup.make_optimizer": make}
 
 
-def _groups(
-    config: fastseg.Config, model: nn.Module, without: set[nn.Parameter], bias_factor: float
-) -> list[dict[str, Any]]:
-    """AdamW's groups of parameters, with one for the biases of batch norms."""
-    norms = [module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    chosen = without | set(norms)
-    rest = [p for p in model.parameters() if p not in chosen]
-    return [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-        {"params": norms, "weight_decay": 0.0, recipe.LR_FACTOR: bias_factor},
-    ]
-
-
-class MuonAndAdamW:
-    """Muon on the filters of 3x3 convolutions as matrices (out, in * 9), AdamW on the rest.
-
-    Args:
-        factor: of the learning rate, for Muon.
-        bias_factor: of the learning rate, for the biases of batch norms.
-    """
-
-    def __init__(self, config: fastseg.Config, model: nn.Module, factor: float, bias_factor: float) -> None:
-        self.filters = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        self.matrices = [nn.Parameter(_as_matrix(weight.data)) for weight in self.filters]
-        groups = _groups(config, model, set(self.filters), bias_factor)
-        # RMS-matched updates take AdamW's learning rate (Liu et al. 2025, arXiv:2502.16982).
-        self.muon = torch.optim.Muon(
-            self.matrices, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        self.muon.param_groups[0][recipe.LR_FACTOR] = factor
-        self.adam = torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
-        self.param_groups = self.adam.param_groups + self.muon.param_groups
-
-    def step(self) -> None:
-        for weight, matrix in zip(self.filters, self.matrices, strict=True):
-            matrix.grad = _as_matrix(weight.grad)
-        self.muon.step()
-        self.adam.step()
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for weight in self.filters:
-            weight.grad = None
-        self.adam.zero_grad(set_to_none=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"adam": self.adam.state_dict(), "muon": self.muon.state_dict()}
-
-
-def _as_matrix(weight: Tensor) -> Tensor:
-    """(out, 9 * in): a view of a channels-last filter."""
-    rows = weight.permute(0, 2, 3, 1)
-    return rows.view(len(rows), -1) if rows.is_contiguous() else rows.reshape(len(rows), -1)
-
-
 def muon(factor: float, bias_factor: float, config: fastseg.Config, steps: int) -> Patches:
-    return {"fastseg.training.setup.make_optimizer": partial(MuonAndAdamW, factor=factor, bias_factor=bias_factor)}
+    """Muon and the biases of batch norms at multiples of the learning rate."""
+    return {"fastseg.training.recipe.MUON_FACTOR": factor, "fastseg.training.recipe.BIAS_FACTOR": bias_factor}
 
 
 def muon_at_three_sizes(config: fastseg.Config, steps: int) -> Patches:
@@ -212,21 +167,20 @@ def fresh_unet(config: fastseg.Config, steps: int) -> Patches:
     return {"fastseg.network.checkpoint.init_weights": initialise}
 
 
+MUON = {"optimizer": "muon"}
 ROWS = {
-    "default": Row("the recipe"),
+    "default": Row("the recipe", {"optimizer": "auto"}),
+    BASE: Row("AdamW"),
     "bias_16": Row("BatchNorm biases at 16 times the learning rate", patch=partial(bias_rate, 16)),
     "bias_64": Row("BatchNorm biases at 64 times the learning rate", patch=partial(bias_rate, 64)),
-    "muon": Row("Muon on 3x3 filters, AdamW on the rest", patch=partial(muon, 1.0, 1.0)),
-    "muon_2": Row("the same, Muon at twice the learning rate", patch=partial(muon, 2.0, 1.0)),
-    "muon_bias": Row("Muon, and BatchNorm biases at 64 times the learning rate", patch=partial(muon, 1.0, 64.0)),
-    "muon_2_bias": Row("the same, Muon at twice the learning rate", patch=partial(muon, 2.0, 64.0)),
-    "muon_bias_16": Row("Muon, and BatchNorm biases at 16 times the learning rate", patch=partial(muon, 1.0, 16.0)),
-    "muon_three": Row("the former at three sizes", patch=muon_at_three_sizes, work=THREE),
-    "three_sizes": Row(
-        "three sizes: a quarter, a half, full",
-        patch=three_sizes,
-        work=THREE,
-    ),
+    "muon": Row("Muon for 3x3 filters", MUON, partial(muon, 1.0, 1.0)),
+    "muon_2": Row("Muon at twice the learning rate", MUON, partial(muon, 2.0, 1.0)),
+    "muon_bias_16": Row("Muon, BatchNorm biases at 16 times", MUON, partial(muon, 1.0, 16.0)),
+    "muon_bias": Row("Muon, BatchNorm biases at 64 times", MUON, partial(muon, 1.0, 64.0)),
+    "muon_2_bias_16": Row("Muon at twice, BatchNorm biases at 16 times", MUON, partial(muon, 2.0, 16.0)),
+    "muon_2_bias": Row("Muon at twice, BatchNorm biases at 64 times", MUON, partial(muon, 2.0, 64.0)),
+    "muon_three": Row("Muon, biases at 64 times, three sizes", MUON, muon_at_three_sizes, THREE),
+    "three_sizes": Row("three sizes: a quarter, a half, full", patch=three_sizes, work=THREE),
     "small_85": Row("small images in 85 % of the steps", {"progressive_resizing": 0.85}, work=0.85 * SMALL + 0.15),
     "freeze": Row("the first block frozen in the last fifth", patch=freeze_first_block),
     "alternate": Row("alternating instead of random flips", {"flip": 0.0}, alternating_flips),
@@ -247,13 +201,13 @@ def run_once(name: str, data: str, channels: int, seed: int, share: float) -> di
     """Train a row with one seed; the seconds of its steps until each Dice.
 
     Args:
-        share: of the default's work.
+        share: of the work of the default number of epochs.
     """
     row = ROWS[name]
-    fields = {"base_channels": channels, "refiner_steps": 0, "seed": seed, **folder_fields(Path(data)), **row.fields}
+    fields = {"base_channels": channels, "refiner_steps": 0, "seed": seed, "optimizer": "adamw", **row.fields}
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
-        epochs = max(2, round(EPOCHS * share * ROWS["default"].work / row.work))
-        config = fastseg.Config(**fields, num_epochs=epochs, out_dir=out)
+        epochs = max(2, round(EPOCHS * share * ROWS[BASE].work / row.work))
+        config = fastseg.Config(**folder_fields(Path(data)), **fields, num_epochs=epochs, out_dir=out)
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))
         if choose_device(config.device).type == "cpu":
             stack.enter_context(mock.patch("time.perf_counter", time.process_time))
@@ -293,10 +247,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return mean, math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def compare(runs: list[dict[str, Any]], default: list[dict[str, Any]], field: str) -> float | None:
-    """The difference from the default in standard errors, negative where it is less; None without both."""
-    ours, theirs = ([run[field] for run in some if run[field] is not None] for some in (runs, default))
-    if len(ours) < max(2, len(runs)) or len(theirs) < max(2, len(default)):
+def compare(runs: list[dict[str, Any]], base: list[dict[str, Any]], field: str) -> float | None:
+    """The difference from AdamW in standard errors, negative where it is less; None without both."""
+    ours, theirs = ([run[field] for run in some if run[field] is not None] for some in (runs, base))
+    if len(ours) < max(2, len(runs)) or len(theirs) < max(2, len(base)):
         return None
     (mean, error), (other, other_error) = mean_and_error(ours), mean_and_error(theirs)
     return (mean - other) / max(math.hypot(error, other_error), 1e-12)
@@ -317,8 +271,8 @@ def print_rows(sets: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
                     cell = f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
                     cell += f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
                 cells.append(cell)
-            errors = [compare(runs, rows.get("default", []), field) for field in ("0.98", "dice")]
-            cells += ["-" if value is None or name == "default" else f"{value:+.1f}" for value in errors]
+            errors = [compare(runs, rows.get(BASE, []), field) for field in ("0.98", "dice")]
+            cells += ["-" if value is None or name == BASE else f"{value:+.1f}" for value in errors]
             table.append(cells)
         print(f"\n{data}; {describe_machine()}\n")
         aims = [f"s to {aim}" for aim in AIMS]
@@ -332,7 +286,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--channels", type=int, default=16)
-    parser.add_argument("--work", type=float, default=1.0, help="share of the default's number of epochs")
+    parser.add_argument("--work", type=float, default=1.0, help="share of the default's 20 epochs")
     parser.add_argument("--merge", metavar="FILES", default="", help="reports whose runs are added")
     options = parser.parse_args()
     names = some_of(ROWS)(options.rows) if options.rows else []
