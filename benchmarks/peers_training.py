@@ -89,8 +89,8 @@ def print_rows(rows: list[dict[str, Any]], missing: dict[str, str]) -> None:
                 str(len(row["runs"])),
             ]
         )
-    header = ["program", "seconds", "CPU s", "epochs", "last improvement, s", "mean IoU at 160x240", "at full size", "runs"]
-    print_table(header, table, missing)
+    columns = ["seconds", "CPU s", "epochs", "last improvement, s", "mean IoU at 160x240", "at full size", "runs"]
+    print_table(["program", *columns], table, missing)
 
 
 def read_runs(paths: list[str]) -> dict[str, list[dict[str, Any]]]:

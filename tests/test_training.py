@@ -81,7 +81,9 @@ def test_a_run_writes_its_files(pairs_dir, tmp_path):
     assert summary["val_dice"] == best["val_dice"] == result.val_dice
     assert summary["best_epoch"] == best["epoch"]
     assert {"val_iou", "pairs_per_s", "seconds", "device", "versions"} <= summary.keys()
-    assert fastseg.Config.from_json(result.run_dir / "config.json") == config(pairs_dir, tmp_path, name="full")
+    assert fastseg.Config.from_json(result.run_dir / "config.json") == config(
+        pairs_dir, tmp_path, name="full", optimizer="muon"
+    )
     for name in ("curves.png", "overlay.png"):
         assert np.asarray(Image.open(result.run_dir / name).convert("L")).std() > 10
 

@@ -15,7 +15,7 @@ __all__ = ["BIAS_FACTOR", "MUON", "MUON_FACTOR", "MuonAdamW", "filters_of", "nor
 
 MUON = "muon"  # key of a parameter group: whether its parameters are filters
 MUON_FACTOR = 2.0  # of the learning rate: benchmarks/speedrun.py
-BIAS_FACTOR = 64.0  # the same for the biases of batch norms (Jordan 2024, arXiv:2404.00498)
+BIAS_FACTOR = 16.0  # the same for the biases of batch norms (Jordan 2024, arXiv:2404.00498)
 MOMENTUM = 0.95
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5  # of the Newton-Schulz iteration
 RMS = 0.2  # of AdamW's updates, about
