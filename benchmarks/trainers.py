@@ -35,7 +35,7 @@ WATERFALL = {
     "channels_last": "+ channels-last",
     "autocast": "+ autocast",
     "augmentation": "+ our augmentation",
-    "fastseg": "+ fused AdamW, one cycle, BCE + Dice, freed memory retained: fastseg.train, eager",
+    "fastseg": "+ Muon and fused AdamW, one cycle, BCE + Dice, freed memory retained: fastseg.train, eager",
     "graphs": "+ CUDA graphs: fastseg.train, captured",
     "compile": "+ torch.compile instead: fastseg.train, compiled",
     "compile_graphs": '+ both: mode="reduce-overhead"',
