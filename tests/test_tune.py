@@ -173,7 +173,7 @@ def test_whole_study(pairs_dir, tmp_path):
 
 def test_pruning_ends_a_run_early(pairs_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "NUM_UNPRUNED", 1)
-    config = small_config(pairs_dir, tmp_path, num_epochs=8, seed=2)
+    config = small_config(pairs_dir, tmp_path, num_epochs=8, seed=2, optimizer="adamw")
     result = fastseg.tune(config, {"learning_rate": "3e-4,1e-12"}, trials=2, out_dir=tmp_path / "study")
     assert [row["learning_rate"] for row in result.trials] == [3e-4, 1e-12]  # drawn from the seed
     assert states(result) == ["complete", "ended early"]
