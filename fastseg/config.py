@@ -83,9 +83,7 @@ class Config(BaseModel):
         "auto", "auto: rare classes weigh more in the loss; none; or a number for each class"
     )
     learning_rate: float = _field(1e-4, "start of the cycle, whose peak is 30 times as high; tutorial: constant", gt=0)
-    optimizer: Literal["auto", "muon", "adamw"] = _field(
-        "auto", "of recipe fast; auto: Muon for the UNet, AdamW for other networks"
-    )
+    optimizer: Literal["auto", "muon", "adamw"] = _field("auto", "of recipe fast; auto: Muon for the UNet, else AdamW")
     weight_decay: float = _field(1e-2, "weight decay of AdamW and Muon", ge=0)
     encoder_lr: float = _field(1.0, "learning rate of the network's encoder, as a factor of the others'", gt=0)
     freeze_encoder: int = _field(0, "number of steps, the first, in which the encoder's weights do not change", ge=0)

@@ -79,11 +79,12 @@ def run_import(options: argparse.Namespace) -> int:
     made = import_annotations(
         options.kind, options.annotations, options.out, images=options.images, num_workers=config.num_workers
     )
-    folders = made["folders"]
-    train, val = folders.get("train", folders.get("")), folders.get("val", ("", ""))
-    fields = {"train_img_dir": train[0], "train_mask_dir": train[1], "val_img_dir": val[0], "val_mask_dir": val[1]}
-    words = ["fastseg", "train"]
-    for field, value in {**fields, "classes": made["classes"]}.items():
-        words += [f"--{field.replace('_', '-')}", str(value)]
-    print(f"{made['pairs']} pairs in {options.out}/. Train with:\n{shlex.join(words)}")
+    print(f"{made['pairs']} pairs in {options.out}/.")
+    train, val = made["folders"].get("train", made["folders"].get("")), made["folders"].get("val", ("", ""))
+    if train:  # YOLO's data sets may have a split for validation alone
+        folders = {"train_img_dir": train[0], "train_mask_dir": train[1], "val_img_dir": val[0], "val_mask_dir": val[1]}
+        words = ["fastseg", "train"]
+        for field, value in {**folders, "classes": made["classes"]}.items():
+            words += [f"--{field.replace('_', '-')}", str(value)]
+        print(f"Train with:\n{shlex.join(words)}")
     return 0

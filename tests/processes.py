@@ -83,16 +83,18 @@ def run_ranks(count: int, *words: object, env: Mapping[str, str] | None = None, 
     ranks = [Started(*words, env={**both, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)]
     deadline, running, failed = time.monotonic() + timeout, list(ranks), None
     while running and not failed:
-        wait([rank.process.sentinel for rank in running], timeout=deadline - time.monotonic())
-        if time.monotonic() > deadline:
-            break
+        if not wait([rank.process.sentinel for rank in running], timeout=max(deadline - time.monotonic(), 0)):
+            for rank in running:
+                rank.kill()
+            raise TimeoutError(f"{timeout} s are over: {[rank.read() for rank in ranks]}")
         failed = next((rank for rank in running if rank.returncode), None)
         running = [rank for rank in running if rank.returncode is None]
     for rank in running:
         rank.send_signal(signal.SIGTERM)
     ended = [rank.wait(60) for rank in ranks]
-    code = failed.returncode if failed else max(one.returncode for one in ended)
-    return Ended(code, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended))
+    return Ended(
+        failed.returncode if failed else 0, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended)
+    )
 
 
 def _run(words: Sequence[str], cwd: str, environment: Mapping[str, str], outputs: Sequence[Path]) -> None:

@@ -175,6 +175,8 @@ def test_a_run_of_an_older_version_keeps_its_optimizer(pairs_dir, tmp_path):
     assert torch.load(run.run_dir / "last.pt", weights_only=True)["config"]["optimizer"] == "adamw"
     new = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, name="new"))
     assert torch.load(new.run_dir / "last.pt", weights_only=True)["config"]["optimizer"] == "muon"
+    tutorial = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, name="tutorial", recipe="tutorial"))
+    assert fastseg.Config.from_json(tutorial.run_dir / "config.json").optimizer == "auto"  # it has Adam
 
 
 def test_a_frozen_encoder_does_not_change(pairs_dir, tmp_path):

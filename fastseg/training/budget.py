@@ -156,11 +156,16 @@ def _decide(run: "Run", budget: Budget, step: int, now: float) -> Decision:
     small = max(small_share(run.config) - position, 0.0)
     half, full = (math.prod(training_size(run.config, share, 1.0)) for share in (0.0, 1.0))
     seconds = small * budget.step_seconds(half) + (1 - position - small) * budget.step_seconds(full)
-    for budget.refines in (True, False):
+
+    def steps_left() -> int:
         left = budget.seconds - reserve_seconds(run) - now
-        steps = max(round(left * (1 - position) / seconds), 0) if position < 1 else 0
-        if step + steps >= run.config.min_steps:
-            break
+        return max(round(left * (1 - position) / seconds), 0) if position < 1 else 0
+
+    budget.refines = True
+    steps = steps_left()
+    if step + steps < run.config.min_steps:  # too few for the network: it gets the refiner's share, too
+        budget.refines = False
+        steps = steps_left()
     if not steps:
         return Decision(step, 1.0, math.inf, math.inf)
     until = step + max(round(INTERVAL * budget.seconds / budget.step_seconds(pixels)), 1)

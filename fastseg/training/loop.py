@@ -160,7 +160,7 @@ def _train_epochs(run: Run, trackers: TrackerGroup, after_epoch: Callable[[dict[
 
 
 def train_step(run: Run, images: Tensor, masks: Tensor) -> None:
-    """One step of the optimizer. Nothing here waits for the device.
+    """One step of the optimizer. Nothing here waits for the device, but the gradient scaler of fp16 with Muon.
 
     Args:
         images: (B, H, W, 3) uint8 on the run's device, this rank's slice of the batch.

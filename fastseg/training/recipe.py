@@ -125,8 +125,11 @@ def choose_optimizer(config: Config, state: dict[str, Any] | None) -> str:
 
     Args:
         state: of `last.pt`; None for a new run. Older versions had AdamW alone, and did not say so.
+
+    Returns:
+        "muon" or "adamw"; `config.optimizer` itself in the tutorial recipe, which has Adam.
     """
-    if config.optimizer != "auto":
+    if config.optimizer != "auto" or config.recipe == "tutorial":
         return config.optimizer
     if state is not None and isinstance(state.get("config"), dict):
         return str(state["config"].get("optimizer", "adamw"))
