@@ -6,12 +6,12 @@
 
 Each run is `fastseg.train` in a process of its own, with AdamW and the other defaults except for the change that its
 row names; `default` is the recipe as it is. A change that is no field of `Config` replaces a function of the recipe.
-All rows do the same work, counted in training pixels, so that a larger number of smaller steps or images is no
-advantage in itself. Seconds are those of the steps: start-up, validation and pictures, which no row changes, are left
-out. On the CPU they are CPU seconds of the process, which other programs change less; with one thread on a core of its
-own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are the same. Dice counts once images have their full size, and a time
-between two epochs is interpolated. A row wins where it needs less time than AdamW by more than twice the standard
-error of the difference.
+All rows do the same work, counted in training pixels (times the square of `base_channels`, against 16), so that a
+larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps: start-up,
+validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process, which
+other programs change less; with one thread on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are the
+same. Dice counts once images have their full size, and a time between two epochs is interpolated. A row wins where it
+needs less time than AdamW by more than twice the standard error of the difference.
 """
 
 import json
@@ -29,13 +29,13 @@ from unittest import mock
 import torch
 from command import folder_fields
 from measure import in_fresh_process
-from recipe import DEFAULT_SHARE
+from recipe import DEFAULT_SHARE, work
 from report import describe_machine, make_parser, print_table, run, some_of, write_report
 from torch import nn
 
 import fastseg
 from fastseg.data.loader import Loader
-from fastseg.network.unet import UNet
+from fastseg.network.unet import UNet, init_weights
 from fastseg.runtime.device import choose_device
 from fastseg.training import recipe
 from fastseg.training.step.muon import norm_biases_of
@@ -43,8 +43,8 @@ from fastseg.training.step.muon import norm_biases_of
 AIMS = (0.97, 0.98, 0.985)
 BASE = "adamw"  # the row with which the others are compared
 EPOCHS = 20  # of it: 240 steps with 192 pairs
-SMALL = 80 * 128 / (160 * 240)  # pixels of a small image, as a share of a full one
-THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * SMALL + 0.3  # mean of a step of `three_sizes`
+DEFAULT_WORK = work(1, DEFAULT_SHARE)  # mean of a step, in steps at full size
+THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * work(1, 1) + 0.3  # the same of `three_sizes`
 Patches = dict[str, Any]  # a function as training imports it, and its replacement
 
 
@@ -52,7 +52,7 @@ class Row(NamedTuple):
     what: str
     fields: dict[str, Any] = {}  # noqa: RUF012  that differ from the defaults
     patch: Callable[[fastseg.Config, int], Patches] = lambda config, steps: {}
-    work: float = DEFAULT_SHARE * SMALL + 1 - DEFAULT_SHARE  # mean over steps, in full-size images
+    work: float = DEFAULT_WORK
 
 
 def bias_rate(factor: float, config: fastseg.Config, steps: int) -> Patches:
@@ -157,12 +157,10 @@ def fresh_unet(config: fastseg.Config, steps: int) -> Patches:
     """Convolutions begin at He's scale for ReLU, 2.4 times torch's default (He et al. 2015)."""
 
     def initialise(model: UNet, generator: torch.Generator) -> None:
-        original(model, generator)
+        init_weights(model, generator)
         for module in model.modules():
             if isinstance(module, nn.Conv2d) and module.bias is None:
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-
-    from fastseg.network.unet import init_weights as original
 
     return {"fastseg.network.checkpoint.init_weights": initialise}
 
@@ -181,15 +179,15 @@ ROWS = {
     "muon_2_bias": Row("Muon at twice, BatchNorm biases at 64 times", MUON, partial(muon, 2.0, 64.0)),
     "muon_three": Row("Muon, biases at 64 times, three sizes", MUON, muon_at_three_sizes, THREE),
     "three_sizes": Row("three sizes: a quarter, a half, full", patch=three_sizes, work=THREE),
-    "small_85": Row("small images in 85 % of the steps", {"progressive_resizing": 0.85}, work=0.85 * SMALL + 0.15),
+    "small_85": Row("small images in 85 % of the steps", {"progressive_resizing": 0.85}, work=work(1, 0.85)),
     "freeze": Row("the first block frozen in the last fifth", patch=freeze_first_block),
     "alternate": Row("alternating instead of random flips", {"flip": 0.0}, alternating_flips),
     "average": Row("average of the weights of the last quarter", {"ema_decay": 0.999}, average_of_the_end),
     "clip": Row("gradients clipped to norm 1", patch=clipped),
     "batch_8": Row("batches of 8", {"batch_size": 8}),
     "batch_32": Row("batches of 32", {"batch_size": 32}),
-    "channels_12": Row("12 channels", {"base_channels": 12}, work=0.6 * (DEFAULT_SHARE * SMALL + 1 - DEFAULT_SHARE)),
-    "channels_24": Row("24 channels", {"base_channels": 24}, work=2.1 * (DEFAULT_SHARE * SMALL + 1 - DEFAULT_SHARE)),
+    "channels_12": Row("12 channels", {"base_channels": 12}, work=DEFAULT_WORK * (12 / 16) ** 2),
+    "channels_24": Row("24 channels", {"base_channels": 24}, work=DEFAULT_WORK * (24 / 16) ** 2),
     "peak_2": Row("twice the learning rate", {"learning_rate": 2 * fastseg.Config().learning_rate}),
     "warm_10": Row("the learning rate rises in 10 % of the steps", patch=partial(warm_up, 0.1)),
     "linear": Row("a linear schedule, up in 25 % of the steps", patch=partial(schedule, 0.25)),
