@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_wrapped: list[DistributedDataParallel] = []  # by wrap_ddp, within the block of process_group
+
 
 @contextmanager
 def process_group(device: str = "auto") -> Iterator[None]:
@@ -70,7 +72,19 @@ def process_group(device: str = "auto") -> Iterator[None]:
             raise
         raise FastsegError("torchrun: another process of this run has ended, so this one ends too.") from None
     finally:
+        _release_reducers()
         dist.destroy_process_group()
+
+
+def _release_reducers() -> None:
+    """Let Python hold the last reference to the process group.
+
+    Python releases its lock while it destroys the group. A reducer does not, so that it can wait forever for gloo's
+    thread, which needs Python's lock to free the tensors of the last collective.
+    """
+    for model in _wrapped:
+        model.reducer = model.logger = None
+    _wrapped.clear()
 
 
 def _join_store() -> tuple[dist.Store, int, int]:
@@ -198,7 +212,9 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
             model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
         else:
             module.__class__ = _SyncedBatchNorm2d
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    _wrapped.append(wrapped)
+    return wrapped
 
 
 def _is_usual(norm: nn.BatchNorm2d) -> bool:
