@@ -1,4 +1,4 @@
-"""The command `fastseg train`, for the benchmarks that measure all of it."""
+"""The commands `fastseg train` and `fastseg evaluate`, for the benchmarks that measure all of them."""
 
 import sys
 from pathlib import Path
@@ -18,6 +18,12 @@ def train_command(**fields: Any) -> list[str]:
     """The command with fields of `fastseg.Config` as its flags."""
     flags = [text for field, value in fields.items() for text in (f"--{field.replace('_', '-')}", str(value))]
     return [sys.executable, "-m", "fastseg", "train", *flags]
+
+
+def evaluate_command(checkpoint: Path, folder: Path, out: Path) -> list[str]:
+    """The command that scores a checkpoint on FOLDER/val_{images,masks}."""
+    folders = ["--img-dir", str(folder / "val_images"), "--mask-dir", str(folder / "val_masks"), "--out", str(out)]
+    return [sys.executable, "-m", "fastseg", "evaluate", "--checkpoint", str(checkpoint), *folders]
 
 
 def last_line(printed: str) -> str:

@@ -1,9 +1,10 @@
-"""Dice against time: `time_budget` beside fixed numbers of epochs, and the end of each run against its budget.
+"""Masks against time: `time_budget` beside fixed numbers of epochs, and the end of each run against its budget.
 
     python benchmarks/time_budget.py --data data --budgets 60,120,300,600 --epochs 5,20,40,80
     taskset -c 0 python benchmarks/time_budget.py --data data --busy 1      beside another busy process
 
-Each run is the command `fastseg train`; its seconds are those of the process, Python and imports included.
+Each run is the command `fastseg train`; its seconds are those of the process, Python and imports included. Then
+`fastseg evaluate`, which is not timed, scores the masks at the photos' own size.
 """
 
 import json
@@ -14,48 +15,59 @@ import time
 from pathlib import Path
 from typing import Any
 
-from command import folder_fields, last_line, train_command
+from command import evaluate_command, folder_fields, last_line, train_command
 from report import integers, make_parser, print_table, run, write_report
 
 BUSY = "while True: pass"
 
 
 def measure(folder: Path, out: Path, **fields: Any) -> dict[str, Any]:
-    """One run: its Dice, and the seconds of the process and of `fastseg.train`.
+    """One run: its scores, and the seconds of the process and of `fastseg.train`.
 
     Raises:
-        RuntimeError: the command failed; with the last line that it printed.
+        RuntimeError: a command failed; with the last line that it printed.
     """
     name = "-".join(f"{field}-{value}" for field, value in fields.items())
     command = train_command(**folder_fields(folder), out_dir=out, name=name, **fields)
     began = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    _run(command)
     seconds = time.perf_counter() - began
-    if done.returncode:
-        raise RuntimeError(f"fastseg train failed: {last_line(done.stderr)}")
     summary = json.loads((out / name / "summary.json").read_text())
+    _run(evaluate_command(out / name / "best.pt", folder, out / name / "scores"))
+    scores = json.loads((out / name / "scores/summary.json").read_text())
     return {
         **fields,
         "val_dice": round(summary["val_dice"], 5),
+        "full_dice": round(scores["full_dice"], 5),
+        "full_boundary_iou": round(scores["full_boundary_iou"], 4),
+        "refine": scores["refine"],
         "process_s": round(seconds, 2),
         "train_s": round(summary["seconds"], 2),
         "epochs": summary["epochs"],
     }
 
 
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command[1:4])} failed: {last_line(done.stderr)}")
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw Dice against the seconds of the process; a PNG."""
+    """Draw the scores at full size against the minutes of the process; a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for field, label in (("time_budget", "time_budget"), ("num_epochs", "num_epochs")):
-        points = sorted((row["process_s"], row["val_dice"]) for row in rows if field in row)
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=label)
-    axes.set(xlabel="seconds of the command", ylabel="Dice", xscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    scores = (("full_dice", "Dice at full size"), ("full_boundary_iou", "boundary IoU at full size"))
+    for axes, (score, title) in zip(figure.subplots(1, 2), scores, strict=True):
+        for field, label in (("time_budget", "--time-budget"), ("num_epochs", "--num-epochs")):
+            points = sorted((row["process_s"] / 60, row[score]) for row in rows if field in row)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=label)
+        axes.set(xlabel="minutes of the command", title=title, xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -86,8 +98,10 @@ def main() -> None:
         over = f"{100 * (row['train_s'] / budget - 1):+.1f} %" if budget else ""
         setting = f"{budget} s" if budget else f"{row['num_epochs']} epochs"
         times = [f"{row['process_s']:.1f}", f"{row['train_s']:.1f}", over]
-        table.append([setting, f"{row['val_dice']:.4f}", str(row["epochs"]), *times])
-    print_table(["", "Dice", "epochs", "command, s", "train, s", "train - budget"], table)
+        scores = [f"{row['val_dice']:.4f}", f"{row['full_dice']:.4f}", f"{row['full_boundary_iou']:.3f}", row["refine"]]
+        table.append([setting, *scores, str(row["epochs"]), *times])
+    names = ["Dice", "full-size Dice", "boundary IoU", "refined by", "epochs", "command, s", "train, s", "train - budget"]
+    print_table(["", *names], table)
     if options.picture:
         draw(rows, Path(options.picture))
     write_report("time_budget", {"busy": options.busy, "rows": rows}, options.json)
