@@ -100,7 +100,7 @@ def main() -> None:
         times = [f"{row['process_s']:.1f}", f"{row['train_s']:.1f}", over]
         scores = [f"{row['val_dice']:.4f}", f"{row['full_dice']:.4f}", f"{row['full_boundary_iou']:.3f}", row["refine"]]
         table.append([setting, *scores, str(row["epochs"]), *times])
-    names = ["Dice", "full-size Dice", "boundary IoU", "refined by", "epochs", "command, s", "train, s", "train - budget"]
+    names = ["Dice", "full-size Dice", "boundary IoU", "refined by", "epochs", "command, s", "train, s", "over"]
     print_table(["", *names], table)
     if options.picture:
         draw(rows, Path(options.picture))

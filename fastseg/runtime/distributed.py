@@ -83,7 +83,7 @@ def _release_reducers() -> None:
     thread, which needs Python's lock to free the tensors of the last collective.
     """
     for model in _wrapped:
-        model.reducer = model.logger = None
+        del model.reducer, model.logger
     _wrapped.clear()
 
 
