@@ -4,8 +4,9 @@
     python benchmarks/refine.py --checkpoint area-0.pt --checkpoint area-1.pt --checkpoint nearest-0.pt ... --json FILE
 
 Checkpoints trained on the same kind of target (`mask_resize`: "area" is soft, "nearest" is hard) form a group; its
-seeds give the mean and the range. The time is that of one photo, from the network's logits and the photo's file to the
-mask at full size. The picture shows the crops in which the methods differ most.
+seeds give the mean and the range. With classes, scores are means over those that occur in a photo. The time is that of
+one photo, from the network's logits and the photo's file to the mask at full size. The picture shows the crops in which
+the methods differ most.
 """
 
 import time
@@ -23,15 +24,18 @@ from torch.nn.functional import avg_pool2d
 
 import fastseg
 from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
-from fastseg.data.host import HostDecoder, decode_file, load_photo
+from fastseg.data.host import decode_file, load_photo
+from fastseg.data.labels.decode import decode_full_classes
+from fastseg.data.labels.encoding import ClassEncoding
 from fastseg.data.pairs import group_of
 from fastseg.masks.refine import METHODS, load_guide
+from fastseg.masks.score import mean_of
 from fastseg.network.checkpoint import load_model
-from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
+from fastseg.network.metrics import BOUNDARY_PIXELS, ClassScores, Scores, boundary_iou, class_boundary_iou
 from fastseg.network.normalise import normalise
 from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.refiner import Refiner, read_refiner, refine_outline
-from fastseg.network.outline.upsample import threshold_logits
+from fastseg.network.outline.upsample import label_logits, threshold_logits
 from fastseg.runtime.device import choose_device
 from fastseg.runtime.progress import progress_bar
 
@@ -47,7 +51,7 @@ class Crop(NamedTuple):
     differing: float  # share of its pixels
     name: str
     photo: NDArray[np.uint8]  # (h, w, 3)
-    masks: dict[str, NDArray[np.bool_]]  # (h, w), the true one and one per method
+    masks: dict[str, NDArray[Any]]  # (h, w), the true one and one per method
 
 
 def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) -> tuple[dict[str, Any], list[Crop]]:
@@ -55,17 +59,18 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) ->
     model, config = load_model(path)
     model, refiner = model.to(device), read_refiner(path)
     methods = METHODS if refiner else METHODS[:-1]
-    decoder = HostDecoder(pairs, config.image_height, config.image_width, mask_resize=config.mask_resize)
+    encoding = ClassEncoding(config.classes, config.ignore_value) if config.classes else None
     dice: dict[str, list[float]] = {method: [] for method in methods}
     band: dict[str, list[float]] = {method: [] for method in methods}
     seconds: dict[str, list[float]] = {method: [] for method in methods}
     crops = []
     with torch.inference_mode(), progress_bar() as bar:
         task = bar.add_task(Path(path).parent.name, total=len(pairs))
-        for index, (image, _, _) in enumerate(decoder.decode(np.arange(len(pairs))[:, None])):
-            logits = model(normalise(image.to(device))).float().cpu()  # as `fastseg.predict` refines, on the CPU
+        for index, name in enumerate(pairs.images):
             path = pairs.image_path(index)
-            true = torch.from_numpy(decode_file(pairs.mask_path(index), decode_full_mask))[None]
+            image = torch.from_numpy(load_photo(path, (config.image_height, config.image_width)))[None]
+            logits = model(normalise(image.to(device))).float().cpu()  # as `fastseg.predict` refines, on the CPU
+            true = read_mask(pairs.mask_path(index), encoding)
             size, masks = (true.shape[1], true.shape[2]), {"true": true}
             for method in methods:
                 if index == 0:  # warm-up
@@ -73,9 +78,11 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) ->
                 started = time.perf_counter()
                 masks[method] = cut_mask(logits, path, size, method, config, refiner)
                 seconds[method].append(time.perf_counter() - started)
-                dice[method].append(Scores("cpu").update(masks[method], true).item())
-                band[method].append(boundary_iou(masks[method], true).item())
-            crops.append(most_differing(pairs.images[index], decode_file(path, decode_full_photo), masks))
+                for scores, score in zip(
+                    (dice, band), score_mask(masks[method], true, len(config.classes)), strict=True
+                ):
+                    scores[method].append(score)
+            crops.append(most_differing(name, decode_file(path, decode_full_photo), masks))
             bar.advance(task)
     methods = {
         method: {
@@ -89,23 +96,41 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) ->
     return {"mask_resize": config.mask_resize, "seed": config.seed, "methods": methods}, crops
 
 
+def read_mask(path: str, encoding: ClassEncoding | None) -> Tensor:
+    """(1, H, W) at the photo's own size: bool, or with classes uint8."""
+    mask: NDArray[Any] = (
+        decode_file(path, decode_full_classes, encoding) if encoding else decode_file(path, decode_full_mask)
+    )
+    return torch.from_numpy(mask)[None]
+
+
+def score_mask(predicted: Tensor, true: Tensor, num_classes: int) -> tuple[float, float]:
+    """Dice and boundary IoU; with classes (not 0) their means over the classes that occur."""
+    if not num_classes:
+        return Scores("cpu").update(predicted, true).item(), boundary_iou(predicted, true).item()
+    scores = ClassScores(num_classes)
+    scores.update(predicted, true)
+    return scores.means()[0], mean_of(class_boundary_iou(predicted[0], true[0], num_classes))
+
+
 def cut_mask(
     logits: Tensor, path: str, size: Size, method: str, config: fastseg.Config, refiner: Refiner | None
 ) -> Tensor:
-    """(1, H, W) bool, the mask of a photo at its own size, as in `fastseg.predict`."""
+    """(1, H, W), the mask of a photo at its own size, as in `fastseg.predict`: bool, or with classes uint8."""
     if method == "crf":
         photos = torch.from_numpy(load_photo(path, guide_size(logits.shape[2], logits.shape[3])))[None]
         logits = refine_with_crf(logits, photos, size)
     elif method == "learned":
         assert refiner is not None
         logits = refine_outline(refiner, logits[0], torch.from_numpy(load_guide(path, config, refiner)[1]), size)[None]
-    return torch.from_numpy(threshold_logits(logits[0, 0].numpy(), *size))[None]
+    mask = label_logits(logits[0].numpy(), *size) if config.classes else threshold_logits(logits[0, 0].numpy(), *size)
+    return torch.from_numpy(mask)[None]
 
 
 def most_differing(name: str, photo: NDArray[np.uint8], masks: dict[str, Tensor]) -> Crop:
     """The crop of a photo with most pixels on which the methods disagree."""
     predicted = torch.stack([mask for kind, mask in masks.items() if kind != "true"])
-    differs = (predicted.any(0) & ~predicted.all(0)).float()
+    differs = (predicted != predicted[0]).any(0).float()
     window = (min(CROP_HEIGHT, photo.shape[0]), min(CROP_WIDTH, photo.shape[1]))
     shares = avg_pool2d(differs, window, stride=8)[0]
     top, left = (8 * int(place) for place in np.unravel_index(int(shares.argmax()), shares.shape))
@@ -143,9 +168,9 @@ def draw(crops: list[Crop], path: Path) -> None:
             axes.imshow(crop.photo)
             axes.axis("off")
             for outline, width in (("true", 1.6), (kind, 1.6)):
-                values = crop.masks[outline]
-                if values.any() and not values.all():
-                    axes.contour(values, levels=[0.5], colors=[COLOURS[outline]], linewidths=width)
+                for value in np.unique(crop.masks[outline])[1:]:
+                    inside = crop.masks[outline] == value
+                    axes.contour(inside, levels=[0.5], colors=[COLOURS[outline]], linewidths=width)
             wrong = (crop.masks[kind] != crop.masks["true"]).mean()
             axes.set_title(crop.name if kind == "true" else f"{kind}: {wrong:.1%} of the pixels wrong", fontsize=10)
     handles = [figure.axes[0].plot([], [], color=COLOURS[kind])[0] for kind in kinds]

@@ -43,7 +43,8 @@ def compile_kernels(folder: Path) -> None:
     compile_class_kernels(images, masks)
     config = fastseg.Config(image_height=HEIGHT, image_width=WIDTH)
     augment(batch.images, batch.masks, sample_params(config, len(pairs), torch.Generator()))
-    mean_field_crf(torch.zeros(1, 1, HEIGHT, WIDTH), batch.images[:1])
+    for labels in (1, 2):
+        mean_field_crf(torch.zeros(1, labels, HEIGHT, WIDTH), batch.images[:1])
 
 
 def compile_class_kernels(images: Path, masks: Path) -> None:

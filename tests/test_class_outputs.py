@@ -13,9 +13,12 @@ from PIL import Image
 import fastseg
 from fastseg.classes import SegClass, default_colours
 from fastseg.data.decode import decode_image
+from fastseg.data.host import load_photo
 from fastseg.masks.encode import encode_class_overlay, encode_png
+from fastseg.masks.refine import choose_refinement
 from fastseg.network.checkpoint import build_model, load_model, save_checkpoint
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.upsample import label_logits, upsample_logits
 from fastseg.plots import tint_classes
 from tests.conftest import write_pair
@@ -58,13 +61,15 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "images"
 
 
-def full_logits(checkpoint: Path, photo: Path) -> np.ndarray:
+def full_logits(checkpoint: Path, photo: Path, refine: str = "none") -> np.ndarray:
     """(C, H, W) at the photo's size."""
     model, config = load_model(checkpoint)
     cells = np.empty((config.image_height, config.image_width, 3), np.uint8)
     size = decode_image(photo.read_bytes(), cells)
     with torch.inference_mode():
         logits = model(normalise(torch.from_numpy(cells)[None]))
+    if refine == "crf":
+        logits = refine_with_crf(logits, torch.from_numpy(load_photo(str(photo), guide_size(32, 48)))[None], size)
     return upsample_logits(logits.double(), *size)[0].numpy()
 
 
@@ -125,7 +130,7 @@ def test_label_logits_is_upsampling_and_argmax(num_classes, height, width):
 )
 def test_masks_are_palette_pngs_of_the_classes_values(classes, values, tta, photos, tmp_path):
     checkpoint, table = write_network(tmp_path / "best.pt", classes), tmp_path / "table.csv"
-    result = fastseg.predict(checkpoint, photos, tmp_path / "out", csv=table, tta=tta, **CPU)
+    result = fastseg.predict(checkpoint, photos, tmp_path / "out", csv=table, tta=tta, refine="none", **CPU)
     assert (result.images, result.masks, result.broken) == (3, 3, ())
     rows = list(csv.DictReader(table.read_text().splitlines()))
     assert list(rows[0])[4:] == [*(f"share_{name}" for name in NAMES), "error"]
@@ -140,6 +145,21 @@ def test_masks_are_palette_pngs_of_the_classes_values(classes, values, tta, phot
         shares = [float(row[f"share_{name}"]) for name in NAMES]
         assert shares == pytest.approx([(labels == number).mean() for number in range(4)], abs=1e-6)
         assert min(shares) > 0 or name == "c"
+
+
+@pytest.mark.parametrize("refine", ["crf", "auto"])
+def test_masks_are_refined_by_the_photo(refine, checkpoint, photos, tmp_path):
+    fastseg.predict(checkpoint, photos, tmp_path, refine=refine, **CPU)
+    for name in "abc":
+        with Image.open(tmp_path / f"{name}_mask.png") as image:
+            assert_is_largest(np.asarray(image), full_logits(checkpoint, photos / f"{name}.jpg", "crf"))
+
+
+def test_many_classes_are_refined_only_on_demand(tmp_path):
+    many = fastseg.Config(**FIELDS, classes=[f"class {number}" for number in range(40)])
+    checkpoint = write_network(tmp_path / "best.pt", many.classes)
+    assert choose_refinement("auto", checkpoint, many) == ("none", None)
+    assert choose_refinement("crf", checkpoint, many) == ("crf", None)
 
 
 @pytest.mark.parametrize("classes", [NUMBERED, VALUED])
@@ -182,7 +202,6 @@ def test_masks_read_back_as_they_were_written():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"refine": "crf"}, "^refine: .*classes.*Use auto"),
         ({"mask_format": "gif"}, "^mask_format: .*png.*classes"),
         ({"probabilities": True}, r"^probabilities: .*classes.*fastseg\.load"),
     ],

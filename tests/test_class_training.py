@@ -15,10 +15,12 @@ from torchmetrics.classification import MulticlassF1Score, MulticlassJaccardInde
 
 import fastseg
 from fastseg.classes import IGNORED
+from fastseg.data.host import load_photo
 from fastseg.data.loader import make_loader
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import boundary_iou
 from fastseg.network.normalise import normalise
+from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.device import choose_runtime
 from fastseg.training.recipe import make_class_weights
@@ -97,7 +99,7 @@ def test_the_pictures_have_the_classes_colours(trained):
             assert (np.abs(shown - item.colour).max(1) < 12).sum() > 20, (name, item.name)
 
 
-def reference_scores(checkpoint: Path, data: Path) -> dict[str, float]:
+def reference_scores(checkpoint: Path, data: Path, refine: str) -> dict[str, float]:
     """Scores at full size by Pillow, torch and torchmetrics."""
     model, config = load_model(checkpoint)
     arguments = {"num_classes": 3, "average": "macro", "ignore_index": IGNORED}
@@ -110,7 +112,11 @@ def reference_scores(checkpoint: Path, data: Path) -> dict[str, float]:
             values = np.asarray(file)
         true = np.select([values == value for value in VALUES], range(3), IGNORED)
         with torch.no_grad():
-            predicted = upsample_logits(model(normalise(images)), *true.shape)[0].argmax(0)
+            logits = model(normalise(images))
+            if refine == "crf":
+                photo = load_photo(pairs.image_path(index), guide_size(32, 48))
+                logits = refine_with_crf(logits, torch.from_numpy(photo)[None], true.shape)
+            predicted = upsample_logits(logits, *true.shape)[0].argmax(0)
         true = torch.from_numpy(true)
         iou.update(predicted[None], true[None])
         dice.update(predicted[None], true[None])
@@ -124,11 +130,12 @@ def reference_scores(checkpoint: Path, data: Path) -> dict[str, float]:
     }
 
 
-def test_evaluate_scores_each_class(trained, class_pairs, tmp_path):
+@pytest.mark.parametrize("refine", ["none", "crf"])
+def test_evaluate_scores_each_class(refine, trained, class_pairs, tmp_path):
     best = trained.run_dir / "best.pt"
     folders = class_pairs / "images", class_pairs / "masks"
-    scores = fastseg.evaluate(best, *folders, out=tmp_path, device="cpu", precision="fp32")
-    for name, expected in reference_scores(best, class_pairs).items():
+    scores = fastseg.evaluate(best, *folders, out=tmp_path, refine=refine, device="cpu", precision="fp32")
+    for name, expected in reference_scores(best, class_pairs, refine).items():
         assert scores[name] == pytest.approx(expected, abs=2e-4), name  # ties fall either way
     for kind in ("iou", "dice"):
         for size in ("", "full_"):
@@ -141,7 +148,7 @@ def test_evaluate_scores_each_class(trained, class_pairs, tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 12
     assert all(0.5 < float(row["full_dice"]) <= 1 for row in rows)
-    assert json.loads((tmp_path / "summary.json").read_text())["refine"] == "none"
+    assert json.loads((tmp_path / "summary.json").read_text())["refine"] == refine
     for name in ("worst.png", "confusion.png"):
         assert np.asarray(Image.open(tmp_path / name).convert("L")).std() > 10
 
@@ -310,7 +317,7 @@ def test_commands_name_the_classes(cli, class_pairs, tmp_path):
     scores = json.loads(last)
     for line, size in ((small, ""), (full, "full_")):
         assert f"pixel accuracy {scores[f'{size}pixel_accuracy']:.4f}; IoU of wall " in line
-    assert "(refine none)" in full
+    assert "(refine crf)" in full
     assert where.startswith("scores.csv, summary.json, confusion.png and worst.png are in ")
 
 

@@ -35,11 +35,11 @@ def dense_mean_field(
     appearance_sigma: float,
     colour_sigma: float,
 ) -> np.ndarray:
-    """Probability of foreground (H, W), by the paper's algorithm with all pairs of pixels and both labels.
+    """Probabilities of the labels (C, H, W), by the paper's algorithm with all pairs of pixels and all labels.
 
-    The photo is (H, W, 3) uint8.
+    The logits are (C, H, W), of two labels (1, H, W) as is then the result; the photo is (H, W, 3) uint8.
     """
-    height, width = logits.shape
+    labels, height, width = logits.shape
     places = np.stack(np.mgrid[:height, :width], axis=-1).reshape(-1, 2).astype(np.float64)
     colours = photo.reshape(-1, 3) / 255
     steps = np.abs(places[:, None] - places[None])
@@ -49,8 +49,10 @@ def dense_mean_field(
         -squared / (2 * appearance_sigma**2) - colour / (2 * colour_sigma**2)
     )
     kernel *= (steps.max(-1) <= radius) & (squared > 0)
-    unary = np.stack([np.zeros(logits.size), -logits.ravel().astype(np.float64)], axis=1)  # energy of 0 and of 1
-    compatibility = np.array([[0.0, 1.0], [1.0, 0.0]])  # Potts
+    unary = -logits.reshape(labels, -1).T.astype(np.float64)  # energy of each label
+    if labels == 1:
+        unary = np.concatenate([np.zeros_like(unary), unary], axis=1)
+    compatibility = 1 - np.eye(unary.shape[1])  # Potts
 
     def normalised(energy: np.ndarray) -> np.ndarray:
         values = np.exp(-(energy - energy.min(1, keepdims=True)))
@@ -59,36 +61,42 @@ def dense_mean_field(
     q = normalised(unary)
     for _ in range(iterations):
         q = normalised(unary + kernel @ q @ compatibility)
-    return q[:, 1].reshape(height, width)
+    return q.T[1 if labels == 1 else 0 :].reshape(labels, height, width)
+
+
+def probabilities(refined: torch.Tensor) -> np.ndarray:
+    return (refined.sigmoid() if refined.shape[1] == 1 else refined.softmax(1)).numpy()
 
 
 def pixels(*shape: int, seed: int = 1) -> torch.Tensor:
     return (255 * noise(*shape, 3, seed=seed)).to(torch.uint8)
 
 
+@pytest.mark.parametrize("labels", [1, 2, 3, 7])
 @pytest.mark.parametrize(
     "changes", [{}, {"radius": 1}, {"radius": 40}, {"appearance": 0.0}, {"smoothness": 0.0}, {"iterations": 0}], ids=str
 )
-def test_crf_equals_the_dense_one(changes):
+def test_crf_equals_the_dense_one(changes, labels):
     settings = {**CRF, **changes}
-    logits, photos = 4 * noise(2, 1, 13, 17) - 2, pixels(2, 13, 17) // 3
+    logits, photos = 4 * noise(2, labels, 13, 17) - 2, pixels(2, 13, 17) // 3
     photos[:, :, 8:] += 128  # two colours, so that the window matters and so does the colour
-    found = mean_field_crf(logits, photos, **settings).sigmoid()
+    found = probabilities(mean_field_crf(logits, photos, **settings))
     for i in range(2):
-        expected = dense_mean_field(logits[i, 0].numpy(), photos[i].numpy(), **settings)
-        assert np.abs(found[i, 0].numpy() - expected).max() < 1e-4
+        expected = dense_mean_field(logits[i].numpy(), photos[i].numpy(), **settings)
+        assert np.abs(found[i] - expected).max() < 1e-4
         if settings["iterations"]:  # it did something
-            assert np.abs(logits[i, 0].sigmoid().numpy() - expected).max() > 0.05
+            assert np.abs(probabilities(logits)[i] - expected).max() > 0.02
 
 
 def test_crf_defaults_equal_the_dense_one():
     logits, photos = 4 * noise(1, 1, 11, 14) - 2, pixels(1, 11, 14) // 10
-    expected = dense_mean_field(logits[0, 0].numpy(), photos[0].numpy(), **mean_field_crf.__kwdefaults__)
-    assert np.abs(mean_field_crf(logits, photos).sigmoid()[0, 0].numpy() - expected).max() < 1e-4
+    expected = dense_mean_field(logits[0].numpy(), photos[0].numpy(), **mean_field_crf.__kwdefaults__)
+    assert np.abs(mean_field_crf(logits, photos).sigmoid()[0].numpy() - expected).max() < 1e-4
 
 
+@pytest.mark.parametrize("labels", [1, 3])
 @pytest.mark.parametrize("certainty", [1.0, 3.5])
-def test_crf_equals_the_dense_one_where_few_labels_change(certainty):
+def test_crf_equals_the_dense_one_where_few_labels_change(certainty, labels):
     """Most of a picture has decided after a few steps; what goes on is along the outline and at the picture's edge."""
     y, x = np.mgrid[:26, :40]
     depth = 8 - np.hypot(y - 15, 0.7 * (x - 32))  # in a blob that the right edge cuts
@@ -96,15 +104,16 @@ def test_crf_equals_the_dense_one_where_few_labels_change(certainty):
     photo = (130 - 40 * (depth / 3 + 0.5).clip(0, 1)[..., None] + grain).clip(0, 255).astype(np.uint8)
     seen = np.roll(depth > 0, (3, -2), (0, 1)).astype(np.float32)
     logits = torch.from_numpy(certainty * (2 * seen - 1))[None, None] + 0.2 * noise(1, 1, 26, 40)
+    if labels == 3:  # the third is nowhere
+        logits = torch.cat([-logits / 2, logits / 2, logits.abs().neg() - 12], dim=1)
     settings = mean_field_crf.__kwdefaults__
-    after = {
-        steps: dense_mean_field(logits[0, 0].numpy(), photo, **{**settings, "iterations": steps})
-        for steps in (4, 5, 9, 10)
-    }
+    after = {}
+    for steps in (4, 5, 9, 10):
+        after[steps] = dense_mean_field(logits[0].numpy(), photo, **{**settings, "iterations": steps})
     assert (2 * np.abs(after[5] - after[4]) > 1e-6).mean() < 0.19
     assert np.abs(after[10] - after[9]).max() > 0.01  # it has not come to rest
-    found = mean_field_crf(logits, torch.from_numpy(photo)[None]).sigmoid()[0, 0].numpy()
-    assert np.abs(found - after[10]).max() < 1e-4
+    found = probabilities(mean_field_crf(logits, torch.from_numpy(photo)[None]))[0]
+    assert np.abs(found - after[10]).max() < (1e-4 if labels == 1 else 1e-3)
 
 
 def test_constant_stays_constant():
@@ -115,6 +124,18 @@ def test_constant_stays_constant():
 def test_crf_gives_the_other_label_its_mirror_image():
     logits, photos = 4 * noise(1, 1, 13, 17) - 2, pixels(1, 13, 17)
     assert torch.allclose(mean_field_crf(-logits, photos, **CRF), -mean_field_crf(logits, photos, **CRF), atol=1e-5)
+
+
+def test_two_labels_are_the_binary_case():
+    logits, photos = 4 * noise(2, 1, 13, 17) - 2, pixels(2, 13, 17)
+    both = mean_field_crf(torch.cat([torch.zeros_like(logits), logits], dim=1), photos, **CRF)
+    assert torch.allclose(both[:, 1:] - both[:, :1], mean_field_crf(logits, photos, **CRF), atol=1e-3)
+
+
+def test_the_order_of_labels_does_not_matter():
+    logits, photos, order = 4 * noise(1, 4, 13, 17) - 2, pixels(1, 13, 17), [2, 0, 3, 1]
+    refined = mean_field_crf(logits, photos, **CRF)
+    assert torch.allclose(mean_field_crf(logits[:, order], photos, **CRF), refined[:, order], atol=1e-3)
 
 
 def car(width: int, height: int, centre: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,7 +104,8 @@ def predict(
         csv: a table to write, one line per image in the order given: image, mask, width, height, share of foreground
             (with classes, `share_<name>` of each), and the error of a broken one.
         refine: how the photo refines the outline: "learned" (the checkpoint's outline refiner), "crf" (a conditional
-            random field, for masks of two values), "none", or "auto": the first of these that there is.
+            random field), "none", or "auto": "learned" if the checkpoint has it, else "crf", with more than 32 classes
+            "none".
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
         resume: skip photos whose results all exist, and leave to other processes that `resume` into `out` what they
             are working on. When this returns, all results exist.

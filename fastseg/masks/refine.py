@@ -19,7 +19,8 @@ METHODS = ("none", "crf", "learned")
 def choose_refinement(method: str, checkpoint: str | os.PathLike[str], config: Config) -> tuple[str, Refiner | None]:
     """One of METHODS, and for "learned" the checkpoint's outline refiner.
 
-    "auto" is "learned" for a checkpoint with a refiner, else "crf" for masks of two values and "none" for classes.
+    "auto" is "learned" for a checkpoint with a refiner, else "crf", whose time grows with the number of classes: "none"
+    for more than 32.
 
     Args:
         config: that of the network's training.
@@ -29,11 +30,6 @@ def choose_refinement(method: str, checkpoint: str | os.PathLike[str], config: C
         CheckpointError: the refiner's weights do not fit.
     """
     check_method(method)
-    if method == "crf" and config.classes:
-        raise ConfigError(
-            f"refine: must be learned or none for a network of classes (crf separates two values); got crf with "
-            f"{len(config.classes)} classes. Use auto."
-        )
     refiner = read_refiner(checkpoint) if method in ("auto", "learned") else None
     if method == "learned" and refiner is None:
         raise ConfigError(
@@ -41,7 +37,7 @@ def choose_refinement(method: str, checkpoint: str | os.PathLike[str], config: C
             f"refiner_steps above 0 and at most {MAX_CLASSES} classes; this one has none. Use auto."
         )
     if method == "auto":
-        method = "learned" if refiner else "none" if config.classes else "crf"
+        method = "learned" if refiner else "crf" if len(config.classes) <= MAX_CLASSES else "none"
     return method, refiner
 
 

@@ -12,26 +12,19 @@ a hundred after the ninth, all of them along the outline, so ten iterations take
 chosen on training photos of 1918x1280 and a network of 240x160: `python benchmarks/refine.py`.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from fastseg.data.decode import Size
+from fastseg.network.outline.mean_field import ROOT, mean_field
+from fastseg.network.outline.potts import potts_mean_field
 from fastseg.network.outline.upsample import upsample_logits
-from fastseg.runtime.kernels import njit
 
 __all__ = ["guide_size", "mean_field_crf", "refine_with_crf"]
 
 GRID = 480  # pixels on the longer side of the grid, at least half of them: 4 x 4 pixels of a Carvana photo are one
-
-# A label, in [-1, 1], is sent again when it is further than this from what its neighbours know of it. A message is then
-# never further than this times the sum of its kernel (37 with the defaults) from its exact value.
-MIN_CHANGE = np.float32(1e-6)
-ROOT, MAX_SQUARED = 64, np.float32(0.25)  # of _likeness, which stays constant beyond that, at 1e-7
-MAX_SENDERS = 0.2  # share of changed labels above which all are sent row by row, in a quarter of the time for each
 
 
 def guide_size(height: int, width: int) -> Size:
@@ -48,23 +41,23 @@ def guide_size(height: int, width: int) -> Size:
 
 @torch.no_grad()
 def refine_with_crf(logits: Tensor, photos: Tensor, size: Size) -> Tensor:
-    """Refine logits by the photos; the threshold stays 0.
+    """Refine logits by the photos; the threshold stays 0, and of classes the largest is the label.
 
     Args:
-        logits: (B, 1, h, w), any float dtype, on any device.
+        logits: (B, C, h, w), any float dtype, on any device; C is 1 for two labels.
         photos: (B, H, W, 3) uint8, decoded onto a grid of `guide_size` by `decode_image`.
         size: height and width of the photos themselves, which determine what both grids cover.
 
     Returns:
-        (B, 1, H, W) float32 on the logits' device, for `upsample_logits` or `threshold_logits`. Images do not influence
-        each other.
+        (B, C, H, W) float32 on the logits' device, for `upsample_logits`, `threshold_logits` or `label_logits`. Images
+        do not influence each other.
 
     Raises:
         ValueError: shapes or dtype differ, or the photos are coarser than the logits.
     """
     shapes = f"{tuple(logits.shape)} and {photos.dtype} {tuple(photos.shape)}"
-    if logits.ndim != 4 or logits.shape[1] != 1 or photos.dtype != torch.uint8 or photos.shape[3:] != (3,):
-        raise ValueError(f"logits must be (B, 1, h, w) and photos uint8 (B, H, W, 3); got {shapes}")
+    if logits.ndim != 4 or photos.ndim != 4 or photos.dtype != torch.uint8 or photos.shape[3:] != (3,):
+        raise ValueError(f"logits must be (B, C, h, w) and photos uint8 (B, H, W, 3); got {shapes}")
     grid = (photos.shape[1], photos.shape[2])
     if len(photos) != len(logits) or grid[0] < logits.shape[2] or grid[1] < logits.shape[3]:
         raise ValueError(f"photos must be as many as logits, and no coarser; got {shapes}")
@@ -97,8 +90,12 @@ def mean_field_crf(
 
         logit q_i = u_i + sum_j k_ij (q_j - (1 - q_j)) = u_i + sum_j k_ij tanh(logit q_j / 2)
 
+    With C labels, whose logits are u_i(l) = -psi_i(l), one message a label is left:
+
+        Q_i(l) = softmax over l of u_i(l) + sum_j k_ij Q_j(l)
+
     Args:
-        logits: (B, 1, H, W) float32, u.
+        logits: (B, 1, H, W) float32, u of two labels; or (B, C, H, W), u of C labels.
         photos: (B, H, W, 3) uint8.
         radius, smoothness_sigma, appearance_sigma: in pixels.
         iterations: all pixels are updated at once; it begins with u.
@@ -106,8 +103,9 @@ def mean_field_crf(
         colour_sigma: where colours lie in [0, 1].
 
     Returns:
-        (B, 1, H, W) float32, logit of q. Memory: a few copies of the photo, whatever the radius. One thread
-        does it, and q is within 1e-4 of the exact one.
+        The shape of the logits, float32: logit of q, or what the last softmax would be taken of. Memory: a few copies
+        of the photo and of the logits, whatever the radius. One thread does it. Probabilities are within 1e-4 of the
+        exact ones, with C labels within 1e-3.
 
     Source: Kraehenbuehl & Koltun 2011, Efficient inference in fully connected CRFs (arXiv:1210.5644), algorithm 1.
     """
@@ -129,7 +127,7 @@ def _refine_images(
     """`mean_field_crf` in the calling thread, image after image. Releases the GIL.
 
     Args:
-        logits: (B, 1, H, W) float32.
+        logits: (B, C, H, W) float32.
         photos: (B, H, W, 3) uint8.
         smoothness, appearance: (2 radius + 1, 2 radius + 1), kernel weights by offset, the latter for equal colours;
             0 in the middle.
@@ -137,108 +135,17 @@ def _refine_images(
         iterations: all labels are updated at once.
 
     Returns:
-        (B, 1, H, W) float32, the refined logits.
+        (B, C, H, W) float32, the refined logits.
     """
     (height, width), radius = logits.shape[2:], len(smoothness) // 2
     colours = np.zeros((3, height + 2 * radius, width + 2 * radius), np.float32)
     scale = np.float32(1 / (np.sqrt(2 * ROOT) * colour_sigma))
     refined = torch.empty(logits.shape)
-    for one, photo, out in zip(logits[:, 0], photos, refined[:, 0], strict=True):
+    infer = mean_field if logits.shape[1] == 1 else potts_mean_field
+    for one, photo, out in zip(logits, photos, refined, strict=True):
         inside = colours[:, radius : radius + height, radius : radius + width]
         np.multiply(photo.permute(2, 0, 1).numpy(), scale, out=inside)
-        _mean_field(one.contiguous().numpy(), colours, smoothness, appearance, iterations, out.numpy())
+        if logits.shape[1] == 1:
+            one, out = one[0], out[0]
+        infer(one.contiguous().numpy(), colours, smoothness, appearance, iterations, out.numpy())
     return refined
-
-
-@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _likeness(red: Any, green: Any, blue: Any) -> Any:
-    """exp(-ROOT x) within 1e-6, x the squared distance of two colours. numba does not vectorise exp."""
-    x = min(red * red + green * green + blue * blue, MAX_SQUARED)
-    power = np.float32(1) - x * (np.float32(1) - x * (np.float32(1 / 2) - x * np.float32(1 / 6)))
-    for _ in range(6):  # 2**6 = ROOT
-        power *= power
-    return power
-
-
-@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _mean_field(logits: Any, colours: Any, smoothness: Any, appearance: Any, iterations: int, out: Any) -> None:
-    """All planes but `logits` and `out` have a border of `radius`, where labels are 0 and messages are ignored."""
-    (height, width), radius = logits.shape, smoothness.shape[0] // 2
-    red, green, blue = colours[0], colours[1], colours[2]
-    sent, changes, messages = np.zeros_like(red), np.zeros_like(red), np.zeros_like(red)
-    touched = np.ones(red.shape, np.bool_)  # whether a message changed since its label was computed
-    rows, columns = np.empty(logits.size, np.int32), np.empty(logits.size, np.int32)
-    for _ in range(iterations):
-        changed = 0
-        for y in range(height):
-            for x in range(width):
-                at = (y + radius, x + radius)
-                changes[at] = 0
-                if touched[at]:
-                    touched[at] = False
-                    change = np.tanh(np.float32(0.5) * (logits[y, x] + messages[at])) - sent[at]
-                    if abs(change) > MIN_CHANGE:
-                        rows[changed], columns[changed] = at
-                        changed += 1
-                        changes[at] = change
-                        sent[at] += change
-        if changed > MAX_SENDERS * logits.size:
-            _send_all(red, green, blue, changes, smoothness, appearance, messages)
-            touched[:] = True
-        else:
-            for i in range(changed):
-                _send(red, green, blue, changes, smoothness, appearance, messages, rows[i], columns[i])
-                for y in range(rows[i] - radius, rows[i] + radius + 1):
-                    touched[y, columns[i] - radius : columns[i] + radius + 1] = True
-    for y in range(height):
-        for x in range(width):
-            out[y, x] = logits[y, x] + messages[y + radius, x + radius]
-
-
-@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _send_all(red: Any, green: Any, blue: Any, changes: Any, smoothness: Any, appearance: Any, messages: Any) -> None:
-    """Add all changes to the messages around them: each pair of pixels once, for k_ij = k_ji."""
-    radius = smoothness.shape[0] // 2
-    width = red.shape[1] - 2 * radius
-    kernel = np.empty(width, np.float32)
-    for y in range(radius, red.shape[0] - radius):
-        for down in range(radius + 1):
-            for right in range(-radius if down else 1, radius + 1):
-                place, colour = smoothness[radius + down, radius + right], appearance[radius + down, radius + right]
-                here, there = slice(radius, radius + width), slice(radius + right, radius + right + width)
-                red_0, green_0, blue_0 = red[y, here], green[y, here], blue[y, here]
-                red_1, green_1, blue_1 = red[y + down, there], green[y + down, there], blue[y + down, there]
-                for x in range(width):
-                    likeness = _likeness(red_0[x] - red_1[x], green_0[x] - green_1[x], blue_0[x] - blue_1[x])
-                    kernel[x] = place + colour * likeness
-                to, change = messages[y, here], changes[y + down, there]
-                for x in range(width):
-                    to[x] += kernel[x] * change[x]
-                to, change = messages[y + down, there], changes[y, here]
-                for x in range(width):
-                    to[x] += kernel[x] * change[x]
-
-
-@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _send(
-    red: Any,
-    green: Any,
-    blue: Any,
-    changes: Any,
-    smoothness: Any,
-    appearance: Any,
-    messages: Any,
-    row: int,
-    column: int,
-) -> None:
-    """Add one pixel's change to the messages around it."""
-    side = smoothness.shape[0]
-    left, change = column - side // 2, changes[row, column]
-    own_red, own_green, own_blue = red[row, column], green[row, column], blue[row, column]
-    for down in range(side):
-        y = row - side // 2 + down
-        reds, greens, blues = red[y, left : left + side], green[y, left : left + side], blue[y, left : left + side]
-        to, place, colour = messages[y, left : left + side], smoothness[down], appearance[down]
-        for x in range(side):
-            likeness = _likeness(own_red - reds[x], own_green - greens[x], own_blue - blues[x])
-            to[x] += change * (place[x] + colour[x] * likeness)

@@ -211,9 +211,9 @@ def refiner_loss(refined: Tensor, logits: Tensor, masks: Tensor, config: Config)
 
 @torch.inference_mode()
 def _score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any]:
-    """Dice of validation pairs on the refiner's grid: upsampled, after the CRF (for two values), and refined."""
+    """Dice of validation pairs on the refiner's grid: upsampled, after the CRF, and refined."""
     config, scale = run.config, int(refiner.scale)
-    methods = ("none", "learned") if config.classes else ("none", "crf", "learned")
+    methods = ("none", "crf", "learned")
     scores = {method: ClassScores(len(config.classes)) if config.classes else Scores() for method in methods}
     for example in read_examples(pairs, run.model, scale, config, run.runtime):
         for method in methods:
