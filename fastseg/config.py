@@ -101,7 +101,7 @@ class Config(BaseModel):
     compile: Literal["auto", "on", "graphs", "off"] = _field(
         "auto", "on: torch.compile; graphs: CUDA graphs; auto: by the device and the run's length"
     )
-    refiner_steps: int = _field(600, "steps that train the outline refiner, after the network; 0: none", ge=0)
+    refiner_steps: int = _field(1200, "steps that train the outline refiner, after the network; 0: none", ge=0)
     seed: int = _field(0, "seed of order, augmentation, split and initial weights", ge=0, lt=2**63)
 
     # Augmentation; 0 disables each

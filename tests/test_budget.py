@@ -184,8 +184,9 @@ def test_decision_gives_the_steps_that_fit_in_the_time():
 def test_reserve_scales_the_last_validation_to_full_size():
     entry = {"epoch_seconds": 7.0, "seconds": 5.0, "val_size": 80}
     run = make_run(history=[entry])
-    share = budget_module.REFINER_SHARE * run.budget.seconds
-    assert budget_module.reserve_seconds(run) == pytest.approx(2.0 * 4 + share + budget_module.PICTURES_S)
+    assert budget_module.reserve_seconds(run) == pytest.approx(2.0 * 4 + budget_module.PICTURES_S)
+    run.budget.refiner_seconds = 20.0
+    assert budget_module.reserve_seconds(run) == pytest.approx(2.0 * 4 + 20 + budget_module.PICTURES_S)
 
 
 @pytest.mark.parametrize(

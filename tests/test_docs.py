@@ -44,7 +44,7 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_examples_of_page(page: Path, example_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(example_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastseg.training.outline.fit.BATCH", 2)  # 600 steps of the default 32 take a minute
+    monkeypatch.setattr("fastseg.training.outline.fit.BATCH", 1)  # 1200 steps of the default 16 take a minute
     parser = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     examples = list(Sybil([parser]).parse(page).examples())
     assert examples

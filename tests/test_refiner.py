@@ -2,6 +2,7 @@
 
 import json
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fastseg.errors import CheckpointError, ConfigError
 from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpoint
 from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, read_refiner, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
+from fastseg.training.budget import Budget
 from fastseg.training.outline import fit
 from fastseg.training.outline.fit import refiner_loss
 from tests.conftest import fields, write_checkpoint
@@ -160,7 +162,7 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
 
     def train(refiner, patches, run, steps):
         lengths.append(steps)
-        if len(lengths) == 3 and not stopped:  # after two that are timed
+        if len(lengths) == 5 and not stopped:  # after twice two that are timed
             stopped.append(run)
             run.stop_requested = True
 
@@ -172,17 +174,34 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
     result = fastseg.train(settings)
     assert result.interrupted
     plan = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
-    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[2]]
-    assert lengths[2] > 10**5
+    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[4]]
+    assert lengths[4] > 10**5
     assert not fastseg.train(settings).interrupted
-    assert lengths[3:] == [lengths[2]]
+    assert lengths[5:] == [lengths[4]]
 
 
-def test_a_time_budget_that_is_short_for_the_network_leaves_it_out(pairs_dir, tmp_path, monkeypatch, caplog):
-    """`min_steps` do not fit into the time, so that all of it is the network's."""
+@pytest.mark.parametrize(("step_s", "seconds"), [(0.1, 100 / 3), (0.4, 50), (0.6, 0)])
+def test_a_time_budget_reserves_the_time_of_its_steps(step_s, seconds, pairs_dir, monkeypatch):
+    """At least a third; nothing where they would take more than 60 % of the budget."""
+    monkeypatch.setattr(fit, "_time_steps", lambda *_: step_s)
+    pairs = fastseg.find_pairs(pairs_dir / "images", pairs_dir / "masks")
+    run = SimpleNamespace(
+        config=fastseg.Config(refiner_steps=100),
+        budget=Budget(100.0),
+        runtime=SimpleNamespace(rank=0),
+        train_loader=SimpleNamespace(pairs=pairs),
+    )
+    fit.reserve_refiner_seconds(run)
+    assert run.budget.refiner_seconds == pytest.approx(seconds)
+    monkeypatch.setattr(fit, "_time_steps", None)  # it is decided once
+    fit.reserve_refiner_seconds(run)
+
+
+def test_a_time_budget_that_is_too_short_leaves_it_out(pairs_dir, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
+    monkeypatch.setattr(fit, "_time_steps", lambda *_: 1.0)
     monkeypatch.setattr(fit, "train_refiner", None)
-    settings = fields(pairs_dir, tmp_path, refiner_steps=300, min_steps=10**9, time_budget=4)
+    settings = fields(pairs_dir, tmp_path, refiner_steps=300, time_budget=4)
     del settings["num_epochs"]
     result = fastseg.train(settings)
     assert "outline refiner: left out" in caplog.text

@@ -35,7 +35,6 @@ FIRST_STEPS = 3  # of an image size, after which the next decision knows how lon
 INTERVAL = 0.01  # of the budget between decisions
 KEPT = 0.9  # weight of older steps' seconds after each decision
 VALIDATION_COST = 0.5  # of a batch, relative to a training step's, until one has been timed
-REFINER_SHARE = 0.2  # of the budget, for the outline refiner; none if the network gets fewer steps than `min_steps`
 FIRST_PICTURES_S, PICTURES_S = 2.0, 1.0  # curves and overlay, with and without the import of matplotlib
 
 log = logging.getLogger(__name__)
@@ -64,7 +63,7 @@ class Budget:
     decisions: list[Decision] = field(default_factory=lambda: [Decision(0, 0.0, math.inf, 0)])
     timed: dict[int, tuple[float, float]] = field(default_factory=dict)  # pixels of an image: recent seconds, steps
     mark: tuple[float, int] = (0.0, 0)  # seconds and steps of the run at the last decision
-    refines: bool = True  # whether an outline refiner has its share of the time, so far as is known
+    refiner_seconds: float | None = None  # reserved for the outline refiner; None: not decided
 
     def position_at(self, step: int) -> float:
         """The position before a step of this call."""
@@ -95,10 +94,11 @@ def restore_budget(budget: Budget, state: dict[str, Any] | None) -> None:
     if state is None:
         return
     budget.spent, budget.timed, budget.mark = state["spent"], state["timed"], tuple(state["mark"])
-    budget.refines = state.get("refines", True)
     budget.decisions = [Decision(*values) for values in state["decisions"]]
     last = budget.decisions[-1]
-    if budget.seconds != state["seconds"]:
+    if budget.seconds == state["seconds"]:
+        budget.refiner_seconds = state.get("refiner_seconds")
+    else:
         step = budget.mark[1]
         position = last.position_at(step) * min(state["seconds"] / budget.seconds, 1)
         budget.decisions.append(Decision(step, position, math.inf, step))
@@ -121,8 +121,8 @@ def reserve_seconds(run: "Run") -> float:
         validation = VALIDATION_COST * budget.step_seconds(full) * len(run.val_loader)
     else:
         validation = 0.0
-    refiner = REFINER_SHARE * budget.seconds if budget and budget.refines and config.refiner_steps else 0.0
-    return validation + refiner + (PICTURES_S if run.seconds["pictures"] else FIRST_PICTURES_S)
+    refiner = budget.refiner_seconds if budget else None
+    return validation + (refiner or 0.0) + (PICTURES_S if run.seconds["pictures"] else FIRST_PICTURES_S)
 
 
 def seconds_left(run: "Run") -> float:
@@ -156,16 +156,8 @@ def _decide(run: "Run", budget: Budget, step: int, now: float) -> Decision:
     small = max(small_share(run.config) - position, 0.0)
     half, full = (math.prod(training_size(run.config, share, 1.0)) for share in (0.0, 1.0))
     seconds = small * budget.step_seconds(half) + (1 - position - small) * budget.step_seconds(full)
-
-    def steps_left() -> int:
-        left = budget.seconds - reserve_seconds(run) - now
-        return max(round(left * (1 - position) / seconds), 0) if position < 1 else 0
-
-    budget.refines = True
-    steps = steps_left()
-    if step + steps < run.config.min_steps:  # too few for the network: it gets the refiner's share, too
-        budget.refines = False
-        steps = steps_left()
+    left = budget.seconds - reserve_seconds(run) - now
+    steps = max(round(left * (1 - position) / seconds), 0) if position < 1 else 0
     if not steps:
         return Decision(step, 1.0, math.inf, math.inf)
     until = step + max(round(INTERVAL * budget.seconds / budget.step_seconds(pixels)), 1)

@@ -26,7 +26,7 @@ from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
 from fastseg.training.budget import plan_steps
 from fastseg.training.interval import stop_or_save
-from fastseg.training.outline.fit import fit_refiner
+from fastseg.training.outline.fit import fit_refiner, reserve_refiner_seconds
 from fastseg.training.recipe import (
     choose_optimizer,
     drop_frozen_gradients,
@@ -119,6 +119,7 @@ def train(
         run.first_step = run.steps_done
         compile_model(run)
         run.class_weights = make_class_weights(config, run.train_loader, runtime)
+        reserve_refiner_seconds(run)
         warn_of_training_masks(run)
         active = runtime.rank == 0 and not run.is_finished
         trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)

@@ -1,5 +1,6 @@
 """The end of a training: fit an outline refiner to the best network, and add it to `best.pt` if it helps."""
 
+import copy
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from fastseg.config import Config
 from fastseg.data.decode import image_size
 from fastseg.data.host import decode_file
 from fastseg.data.pairs import Pairs
+from fastseg.durations import format_duration
 from fastseg.errors import DataError
 from fastseg.network.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from fastseg.network.metrics import ClassScores, Scores
@@ -24,16 +26,19 @@ from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, choose_scale, 
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.budget import seconds_left
-from fastseg.training.outline.patches import Example, Patches, cut_patches, read_examples
+from fastseg.training.outline.patches import PATCH, Example, Patches, cut_patches, read_examples
 from fastseg.training.state import Run
+from fastseg.training.step.muon import MUON, MUON_FACTOR, MuonAdamW, filters_of
 
-__all__ = ["fit_refiner", "train_refiner"]
+__all__ = ["fit_refiner", "reserve_refiner_seconds", "train_refiner"]
 
 MAX_TRAIN, MAX_VAL = 256, 32  # photos
-TRAIN_SHARE, VAL_SHARE = 0.3, 0.1  # of the time that is left, to prepare and to score them
-TIMED_PHOTOS, TIMED_STEPS = 4, 4
-BATCH = 32  # patches per step
-LEARNING_RATE, WARM_UP = 3e-3, 0.2  # peak of AdamW's one cycle, and the share of the steps in which it rises
+# Of a time budget, for the refiner: at least, and at most. With half of its steps, the CRF is better than it.
+MIN_SHARE, MAX_SHARE = 1 / 3, 0.6
+TRAIN_SHARE, VAL_SHARE = 0.3, 0.1  # of the refiner's time, to prepare and to score photos
+TIMED_PHOTOS, TIMED_STEPS = 3, 5
+BATCH = 16  # patches per step
+LEARNING_RATE, WARM_UP = 1e-2, 0.2  # peak of the one cycle, and the share of the steps in which it rises
 MAX_NORM = 1.0  # of the gradients
 UNCERTAIN = 5.0  # |logit|, or the distance of the two largest, below which a point has the full weight in the loss
 CERTAIN_WEIGHT = 0.05  # of the others
@@ -49,19 +54,14 @@ def fit_refiner(run: Run) -> None:
 
     It depends on that network, the data and the seed alone: a run that is killed or interrupted meanwhile fits it from
     the beginning. With a time budget its length follows from the time that is left; it is decided once and stored in
-    `best.pt`, as is that a refiner does not help. A budget too short for `min_steps` leaves it out. Only rank 0 does
-    this. `run.model` may have the weights of `best.pt` afterwards.
+    `best.pt`, as is that a refiner does not help. Only rank 0 does this. `run.model` may have the weights of `best.pt`
+    afterwards.
 
     Raises:
         OutputError: `best.pt` cannot be written; it is as before.
     """
     began, config, path = time.perf_counter(), run.config, run.config.run_dir / "best.pt"
-    if not config.refiner_steps or not run.history or len(config.classes) > MAX_CLASSES or run.runtime.rank > 0:
-        return
-    if run.budget and not run.budget.refines:
-        log.info(
-            "outline refiner: left out, because the network needed all of the time_budget for %d steps", run.steps_done
-        )
+    if not _may_refine(run) or not run.history or (run.budget and not run.budget.refiner_seconds):
         return
     state = load_checkpoint(path)
     if "refiner" in state:
@@ -73,21 +73,24 @@ def fit_refiner(run: Run) -> None:
     val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
     refiner, scores = _new_refiner(train_pairs, config), None
     try:
-        num_train, num_val, steps = state.get("refiner_plan") or _plan(run, train_pairs)
-        if run.budget:
-            state["refiner_plan"] = [num_train, num_val, steps]
-            save_checkpoint(path, state)
+        num_train, num_val, steps = state.get("refiner_plan") or [*_plan_photos(run, refiner, train_pairs), 0]
         train_pairs, val_pairs = _sample(train_pairs, num_train, rng), _sample(val_pairs, num_val, rng)
         patches = _cut_patches(refiner, train_pairs, run, rng)
         if patches is None:
             log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
         else:
+            if not steps:
+                steps = _plan_steps(run, refiner, patches, val_pairs)
+                if run.budget:
+                    state["refiner_plan"] = [num_train, num_val, steps]
+                    save_checkpoint(path, state)
             train_refiner(refiner, patches, run, steps)
             if run.stop_requested:
                 run.interrupted = True
                 log.info("interrupted while the outline refiner was trained; the same command trains it")
                 return
             scores = _score_refiner(refiner.eval(), val_pairs, run)
+            _log_scores(scores, int(refiner.scale), config)
     except DataError as error:  # the network is trained, which is worth more than its refiner
         log.warning("no outline refiner: %s", error)
     weights = {key: value.cpu() for key, value in refiner.state_dict().items()}
@@ -96,28 +99,71 @@ def fit_refiner(run: Run) -> None:
     run.seconds["outline refiner"] += time.perf_counter() - began
 
 
-def _plan(run: Run, pairs: Pairs) -> tuple[int, int, int]:
-    """Number of training photos, of validation photos, and of steps: as configured, or as the time budget permits."""
+def _may_refine(run: Run) -> bool:
+    """Whether this process fits a refiner, if there is time."""
+    return run.config.refiner_steps > 0 and len(run.config.classes) <= MAX_CLASSES and run.runtime.rank == 0
+
+
+def reserve_refiner_seconds(run: Run) -> None:
+    """Decide how much of a time budget the refiner gets, before the first step; a decision that is stored stays.
+
+    It gets a third, or the time of `refiner_steps` if that is more, as some steps on blank patches tell. Where that
+    leaves the network too little, it gets nothing: a longer network and the CRF are better than a short refiner.
+    """
+    budget = run.budget
+    if budget is None or budget.refiner_seconds is not None or not _may_refine(run):
+        return
+    try:
+        refiner = _new_refiner(run.train_loader.pairs, run.config)
+    except DataError:  # training will report it
+        return
+    whole = run.config.refiner_steps * _time_steps(refiner, _blank_patches(refiner, run.config), run)
+    whole *= 1.25  # photos are prepared before the steps, and scored after them
+    fits = whole <= MAX_SHARE * budget.seconds
+    budget.refiner_seconds = max(whole, MIN_SHARE * budget.seconds) if fits else 0.0
+    if not budget.refiner_seconds:
+        log.info("outline refiner: left out, because it needs %s of the time_budget", format_duration(whole))
+
+
+def _blank_patches(refiner: Refiner, config: Config) -> Patches:
+    size = PATCH + 2 * refiner.halo
+    photos, logits = torch.zeros(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, config.num_outputs, size, size)
+    return Patches(photos, logits.half(), torch.zeros(1, PATCH, PATCH, dtype=torch.uint8))
+
+
+def _time_steps(refiner: Refiner, patches: Patches, run: Run) -> float:
+    """Seconds of a training step. The refiner itself stays as it is."""
+    for number in (1, TIMED_STEPS):  # the first is slower
+        began, trained = time.perf_counter(), copy.deepcopy(refiner)
+        train_refiner(trained, patches, run, number)
+        trained.head.weight.sum().item()  # waits for a GPU
+    return (time.perf_counter() - began) / TIMED_STEPS
+
+
+def _plan_photos(run: Run, refiner: Refiner, pairs: Pairs) -> tuple[int, int]:
+    """Number of training photos and of validation photos: with a time budget so many as its parts permit."""
     if run.budget is None:
-        return MAX_TRAIN, MAX_VAL, run.config.refiner_steps
-    refiner, rng = _new_refiner(pairs, run.config), np.random.default_rng(0)
-    for number in (1, TIMED_PHOTOS):  # the first are slower
-        began = time.perf_counter()
-        patches = _cut_patches(refiner, pairs.subset(range(min(number, len(pairs)))), run, rng)
-    photo_s = (time.perf_counter() - began) / min(TIMED_PHOTOS, len(pairs))
-    step_s = 0.0
-    if patches is not None:
-        for number in (1, TIMED_STEPS):
-            began = time.perf_counter()
-            train_refiner(refiner, patches, run, number)
-        step_s = (time.perf_counter() - began) / TIMED_STEPS
-    left = max(seconds_left(run), 0.0)
-    num_train, num_val = (
-        min(max(int(share * left / photo_s), 1), most)
-        for share, most in ((TRAIN_SHARE, MAX_TRAIN), (VAL_SHARE, MAX_VAL))
-    )
-    left -= (min(num_train, len(pairs)) + min(num_val, len(run.val_loader.pairs))) * photo_s
-    return num_train, num_val, max(int(left / step_s), 1) if step_s else 1
+        return MAX_TRAIN, MAX_VAL
+    for number in (1, TIMED_PHOTOS):  # the first is slower
+        began, some = time.perf_counter(), pairs.subset(range(min(number, len(pairs))))
+        examples = read_examples(some, run.model, int(refiner.scale), run.config, run.runtime)
+        cut_patches(examples, len(pairs), refiner, np.random.default_rng(0))
+    photo_s, left = (time.perf_counter() - began) / len(some), max(seconds_left(run), 0.0)
+    limits = ((TRAIN_SHARE, MAX_TRAIN), (VAL_SHARE, MAX_VAL))
+    num_train, num_val = (min(max(int(share * left / photo_s), 1), most) for share, most in limits)
+    return num_train, num_val
+
+
+def _plan_steps(run: Run, refiner: Refiner, patches: Patches, val_pairs: Pairs) -> int:
+    """Number of steps: as configured, or so many as the time budget permits before validation photos are scored."""
+    if run.budget is None:
+        return run.config.refiner_steps
+    step_s = _time_steps(refiner, patches, run)
+    for number in (1, TIMED_PHOTOS):
+        began, some = time.perf_counter(), val_pairs.subset(range(min(number, len(val_pairs))))
+        _score_refiner(copy.deepcopy(refiner).eval(), some, run)
+    score_s = (time.perf_counter() - began) / len(some)
+    return max(int((seconds_left(run) - len(val_pairs) * score_s) / step_s), 1)
 
 
 def _sample(pairs: Pairs, count: int, rng: np.random.Generator) -> Pairs:
@@ -141,14 +187,19 @@ def train_refiner(refiner: Refiner, patches: Patches, run: Run, steps: int) -> N
     """Train on random patches; for fewer steps if a signal interrupts the run."""
     config, runtime = run.config, run.runtime
     refiner = runtime.to_device(refiner).train()
-    optimizer = torch.optim.AdamW(refiner.parameters(), lr=LEARNING_RATE, fused=runtime.device.type != "mps")
+    filters, parameters = filters_of(refiner), list(refiner.parameters())
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p not in filters]},
+        {"params": [p for p in parameters if p in filters], MUON: True},
+    ]
+    optimizer = MuonAdamW(groups, lr=LEARNING_RATE)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     generator = torch.Generator().manual_seed(config.seed)
     with progress_bar() as bar:
         bar_task = bar.add_task("outline refiner", total=steps, note="")
         for step in range(steps):
             for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * _cycle(step / steps)
+                group["lr"] = LEARNING_RATE * _cycle(step / steps) * (MUON_FACTOR if group.get(MUON) else 1)
             chosen = torch.randint(len(patches.photos), (BATCH,), generator=generator)
             photos, logits, masks = _augment(patches, chosen, config, generator)
             photos, logits, masks = (values.to(runtime.device) for values in (photos, logits, masks))
@@ -225,13 +276,16 @@ def _score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any]:
     dice = {method: float(score.compute()["dice"]) for method, score in scores.items()}
     others = {method: value for method, value in dice.items() if method != "learned"}
     used = math.isfinite(dice["learned"]) and dice["learned"] > max(others.values())
-    log.info(
-        "outline refiner: Dice on a grid of %dx%d is %.4f with it, %s; it is %s",
-        *(config.image_width * scale, config.image_height * scale, dice["learned"]),
-        ", ".join(f"{value:.4f} with refine={method}" for method, value in others.items()),
-        "in best.pt" if used else "not used",
-    )
     return {"dice": dice, "images": len(pairs), "used": used}
+
+
+def _log_scores(scores: dict[str, Any], scale: int, config: Config) -> None:
+    log.info(
+        "outline refiner: Dice on a grid of %dx%d is %s; it is %s",
+        *(config.image_width * scale, config.image_height * scale),
+        ", ".join(f"{dice:.4f} with refine={method}" for method, dice in scores["dice"].items()),
+        "in best.pt" if scores["used"] else "not used",
+    )
 
 
 def _refine_example(example: Example, method: str, refiner: Refiner) -> Tensor:

@@ -19,7 +19,7 @@ from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.threads import count_threads
 
-__all__ = ["Example", "Patches", "cut_patches", "read_examples"]
+__all__ = ["PATCH", "Example", "Patches", "cut_patches", "read_examples"]
 
 PATCH = 64  # points of the grid on each side of a patch
 MAX_PATCHES = 8192
