@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 import fastseg
+from fastseg.classes import IGNORED
 from fastseg.data.decode import Size, decode_full_mask, decode_full_photo
 from fastseg.data.host import decode_file, load_photo
 from fastseg.data.labels.decode import decode_full_classes
@@ -168,10 +169,11 @@ def draw(crops: list[Crop], path: Path) -> None:
             axes.imshow(crop.photo)
             axes.axis("off")
             for outline, width in (("true", 1.6), (kind, 1.6)):
-                for value in np.unique(crop.masks[outline])[1:]:
+                for value in np.unique(crop.masks[outline][crop.masks["true"] != IGNORED])[1:]:
                     inside = crop.masks[outline] == value
                     axes.contour(inside, levels=[0.5], colors=[COLOURS[outline]], linewidths=width)
-            wrong = (crop.masks[kind] != crop.masks["true"]).mean()
+            true = crop.masks["true"]
+            wrong = (crop.masks[kind] != true)[true != IGNORED].mean()
             axes.set_title(crop.name if kind == "true" else f"{kind}: {wrong:.1%} of the pixels wrong", fontsize=10)
     handles = [figure.axes[0].plot([], [], color=COLOURS[kind])[0] for kind in kinds]
     labels = ["true outline", *kinds[1:]]

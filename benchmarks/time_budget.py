@@ -50,7 +50,7 @@ def measure(folder: Path, out: Path, **fields: Any) -> dict[str, Any]:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command[1:4])} failed: {last_line(done.stderr)}")
+        raise RuntimeError(f"{' '.join(command[2:4])} failed: {last_line(done.stderr)}")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

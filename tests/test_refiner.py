@@ -160,7 +160,7 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
     """An interrupted refiner repeats the steps that were decided, however much time is left."""
     lengths, stopped = [], []
 
-    def train(refiner, patches, run, steps):
+    def train(refiner, patches, run, steps, **_):
         lengths.append(steps)
         if len(lengths) == 5 and not stopped:  # after twice two that are timed
             stopped.append(run)
@@ -174,7 +174,7 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
     result = fastseg.train(settings)
     assert result.interrupted
     plan = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
-    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[4]]
+    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[4], 5]
     assert lengths[4] > 10**5
     assert not fastseg.train(settings).interrupted
     assert lengths[5:] == [lengths[4]]
@@ -182,12 +182,14 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
 
 @pytest.mark.parametrize(("step_s", "seconds"), [(0.1, 100 / 3), (0.4, 50), (0.6, 0)])
 def test_a_time_budget_reserves_the_time_of_its_steps(step_s, seconds, pairs_dir, monkeypatch):
-    """At least a third; nothing where they would take more than 60 % of the budget."""
+    """At least a third of what is left; nothing where they would take more than 60 % of it."""
     monkeypatch.setattr(fit, "_time_steps", lambda *_: step_s)
     pairs = fastseg.find_pairs(pairs_dir / "images", pairs_dir / "masks")
+    monkeypatch.setattr(fit, "used_seconds", lambda run: 20.0)
     run = SimpleNamespace(
         config=fastseg.Config(refiner_steps=100),
-        budget=Budget(100.0),
+        budget=Budget(120.0),
+        is_finished=False,
         runtime=SimpleNamespace(rank=0),
         train_loader=SimpleNamespace(pairs=pairs),
     )
@@ -195,6 +197,37 @@ def test_a_time_budget_reserves_the_time_of_its_steps(step_s, seconds, pairs_dir
     assert run.budget.refiner_seconds == pytest.approx(seconds)
     monkeypatch.setattr(fit, "_time_steps", None)  # it is decided once
     fit.reserve_refiner_seconds(run)
+
+
+def test_a_time_budget_plans_it_by_its_own_times(trained, pairs_dir, tmp_path):
+    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 12}
+    settings = fields(pairs_dir, tmp_path, refiner_steps=5) | start
+    del settings["num_epochs"]
+    result = fastseg.train(settings)
+    num_train, num_val, steps, seconds = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
+    assert 1 <= num_train <= fit.MAX_TRAIN
+    assert 1 <= num_val <= fit.MAX_VAL
+    assert steps >= 1
+    assert seconds == 12
+
+
+def test_a_signal_while_patches_are_cut_stores_no_plan(pairs_dir, tmp_path, monkeypatch):
+    """The steps that are timed would be cut short."""
+    cut = fit._cut_patches
+
+    def stop(refiner, pairs, run, rng):
+        run.stop_requested = True
+        return cut(refiner, pairs, run, rng)
+
+    settings = fields(pairs_dir, tmp_path, refiner_steps=5, time_budget=5)
+    del settings["num_epochs"]
+    with monkeypatch.context() as patch:
+        patch.setattr(fit, "_cut_patches", stop)
+        result = fastseg.train(settings)
+    assert result.interrupted
+    state = load_checkpoint(result.run_dir / "best.pt")
+    assert "refiner_plan" not in state
+    assert "refiner" not in state
 
 
 def test_a_time_budget_that_is_too_short_leaves_it_out(pairs_dir, tmp_path, monkeypatch, caplog):

@@ -55,8 +55,12 @@ def process_group(device: str = "auto") -> Iterator[None]:
     Raises:
         FastsegError: another rank has ended within the block.
     """
+    wrapped_before = len(_wrapped)
     if get_world_size() == 1 or dist.is_initialized():
-        yield
+        try:
+            yield
+        finally:
+            _release_reducers(wrapped_before)
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
@@ -72,19 +76,19 @@ def process_group(device: str = "auto") -> Iterator[None]:
             raise
         raise FastsegError("torchrun: another process of this run has ended, so this one ends too.") from None
     finally:
-        _release_reducers()
+        _release_reducers(wrapped_before)
         dist.destroy_process_group()
 
 
-def _release_reducers() -> None:
-    """Let Python hold the last reference to the process group.
+def _release_reducers(start: int) -> None:
+    """Let Python hold the last reference to the process group; `start` counts the models of blocks around this one.
 
     Python releases its lock while it destroys the group. A reducer does not, so that it can wait forever for gloo's
     thread, which needs Python's lock to free the tensors of the last collective.
     """
-    for model in _wrapped:
+    for model in _wrapped[start:]:
         del model.reducer, model.logger
-    _wrapped.clear()
+    del _wrapped[start:]
 
 
 def _join_store() -> tuple[dist.Store, int, int]:

@@ -121,7 +121,7 @@ def reserve_seconds(run: "Run") -> float:
         validation = VALIDATION_COST * budget.step_seconds(full) * len(run.val_loader)
     else:
         validation = 0.0
-    refiner = budget.refiner_seconds if budget else None
+    refiner = budget.refiner_seconds if budget and config.refiner_steps else None
     return validation + (refiner or 0.0) + (PICTURES_S if run.seconds["pictures"] else FIRST_PICTURES_S)
 
 

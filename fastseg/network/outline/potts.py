@@ -65,7 +65,7 @@ def potts_mean_field(logits: Any, colours: Any, smoothness: Any, appearance: Any
 
 @njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
 def _softmax(logits: Any, messages: Any, out: Any) -> None:
-    largest = np.float32(-np.inf)
+    largest = logits[0] + messages[0]
     for label in range(len(out)):
         out[label] = logits[label] + messages[label]
         largest = max(largest, out[label])

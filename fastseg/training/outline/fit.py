@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import time
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, choose_scale, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.progress import progress_bar
-from fastseg.training.budget import seconds_left
+from fastseg.training.budget import seconds_left, used_seconds
 from fastseg.training.outline.patches import PATCH, Example, Patches, cut_patches, read_examples
 from fastseg.training.state import Run
 from fastseg.training.step.muon import MUON, MUON_FACTOR, MuonAdamW, filters_of
@@ -35,7 +36,7 @@ __all__ = ["fit_refiner", "reserve_refiner_seconds", "train_refiner"]
 MAX_TRAIN, MAX_VAL = 256, 32  # photos
 # Of a time budget, for the refiner: at least, and at most. With half of its steps, the CRF is better than it.
 MIN_SHARE, MAX_SHARE = 1 / 3, 0.6
-TRAIN_SHARE, VAL_SHARE = 0.3, 0.1  # of the refiner's time, to prepare and to score photos
+TRAIN_SHARE, VAL_SHARE = 0.3, 0.15  # of the refiner's time, to prepare and to score photos
 TIMED_PHOTOS, TIMED_STEPS = 3, 5
 BATCH = 16  # patches per step
 LEARNING_RATE, WARM_UP = 1e-2, 0.2  # peak of the one cycle, and the share of the steps in which it rises
@@ -73,16 +74,24 @@ def fit_refiner(run: Run) -> None:
     val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
     refiner, scores = _new_refiner(train_pairs, config), None
     try:
-        num_train, num_val, steps = state.get("refiner_plan") or [*_plan_photos(run, refiner, train_pairs), 0]
+        plan = state.get("refiner_plan", [])
+        if not run.budget:
+            num_train, num_val, steps = MAX_TRAIN, MAX_VAL, config.refiner_steps
+        elif plan[3:] == [run.budget.seconds]:
+            num_train, num_val, steps = plan[:3]
+        else:
+            num_train, num_val, score_s = _plan_photos(run, refiner, train_pairs, val_pairs)
+            steps = 0
         train_pairs, val_pairs = _sample(train_pairs, num_train, rng), _sample(val_pairs, num_val, rng)
         patches = _cut_patches(refiner, train_pairs, run, rng)
         if patches is None:
             log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
         else:
             if not steps:
-                steps = _plan_steps(run, refiner, patches, val_pairs)
-                if run.budget:
-                    state["refiner_plan"] = [num_train, num_val, steps]
+                left = seconds_left(run) - len(val_pairs) * score_s
+                steps = max(int(left / _time_steps(refiner, patches, run)), 1)
+                if run.budget and not run.stop_requested:  # a signal cuts the timing short
+                    state["refiner_plan"] = [num_train, num_val, steps, run.budget.seconds]
                     save_checkpoint(path, state)
             train_refiner(refiner, patches, run, steps)
             if run.stop_requested:
@@ -111,18 +120,21 @@ def reserve_refiner_seconds(run: Run) -> None:
     leaves the network too little, it gets nothing: a longer network and the CRF are better than a short refiner.
     """
     budget = run.budget
-    if budget is None or budget.refiner_seconds is not None or not _may_refine(run):
+    if budget is None or budget.refiner_seconds is not None or run.is_finished or not _may_refine(run):
         return
+    left = budget.seconds - used_seconds(run)
     try:
         refiner = _new_refiner(run.train_loader.pairs, run.config)
-    except DataError:  # training will report it
-        return
-    whole = run.config.refiner_steps * _time_steps(refiner, _blank_patches(refiner, run.config), run)
+        whole = run.config.refiner_steps * _time_steps(refiner, _blank_patches(refiner, run.config), run)
+    except DataError:  # of the first photo, which the training reports or skips
+        whole = 0.0
     whole *= 1.25  # photos are prepared before the steps, and scored after them
-    fits = whole <= MAX_SHARE * budget.seconds
-    budget.refiner_seconds = max(whole, MIN_SHARE * budget.seconds) if fits else 0.0
+    budget.refiner_seconds = max(whole, MIN_SHARE * left) if whole <= MAX_SHARE * left else 0.0
     if not budget.refiner_seconds:
-        log.info("outline refiner: left out, because it needs %s of the time_budget", format_duration(whole))
+        log.info(
+            "outline refiner: left out; it would take %s, more than %.0f %% of the time_budget",
+            *(format_duration(whole), 100 * MAX_SHARE),
+        )
 
 
 def _blank_patches(refiner: Refiner, config: Config) -> Patches:
@@ -135,35 +147,27 @@ def _time_steps(refiner: Refiner, patches: Patches, run: Run) -> float:
     """Seconds of a training step. The refiner itself stays as it is."""
     for number in (1, TIMED_STEPS):  # the first is slower
         began, trained = time.perf_counter(), copy.deepcopy(refiner)
-        train_refiner(trained, patches, run, number)
+        train_refiner(trained, patches, run, number, shown=False)
         trained.head.weight.sum().item()  # waits for a GPU
     return (time.perf_counter() - began) / TIMED_STEPS
 
 
-def _plan_photos(run: Run, refiner: Refiner, pairs: Pairs) -> tuple[int, int]:
-    """Number of training photos and of validation photos: with a time budget so many as its parts permit."""
-    if run.budget is None:
-        return MAX_TRAIN, MAX_VAL
+def _plan_photos(run: Run, refiner: Refiner, train_pairs: Pairs, val_pairs: Pairs) -> tuple[int, int, float]:
+    """Numbers of training and validation photos that fit into their parts of the time, and seconds to score a photo."""
     for number in (1, TIMED_PHOTOS):  # the first is slower
-        began, some = time.perf_counter(), pairs.subset(range(min(number, len(pairs))))
+        began, some = time.perf_counter(), train_pairs.subset(range(min(number, len(train_pairs))))
         examples = read_examples(some, run.model, int(refiner.scale), run.config, run.runtime)
-        cut_patches(examples, len(pairs), refiner, np.random.default_rng(0))
-    photo_s, left = (time.perf_counter() - began) / len(some), max(seconds_left(run), 0.0)
-    limits = ((TRAIN_SHARE, MAX_TRAIN), (VAL_SHARE, MAX_VAL))
-    num_train, num_val = (min(max(int(share * left / photo_s), 1), most) for share, most in limits)
-    return num_train, num_val
-
-
-def _plan_steps(run: Run, refiner: Refiner, patches: Patches, val_pairs: Pairs) -> int:
-    """Number of steps: as configured, or so many as the time budget permits before validation photos are scored."""
-    if run.budget is None:
-        return run.config.refiner_steps
-    step_s = _time_steps(refiner, patches, run)
+        cut_patches(examples, len(train_pairs), refiner, np.random.default_rng(0))
+    photo_s = (time.perf_counter() - began) / len(some)
+    untrained = run.runtime.to_device(copy.deepcopy(refiner)).eval()
     for number in (1, TIMED_PHOTOS):
         began, some = time.perf_counter(), val_pairs.subset(range(min(number, len(val_pairs))))
-        _score_refiner(copy.deepcopy(refiner).eval(), some, run)
+        with suppress(DataError):  # these few may have no pixel to score
+            _score_refiner(untrained, some, run)
     score_s = (time.perf_counter() - began) / len(some)
-    return max(int((seconds_left(run) - len(val_pairs) * score_s) / step_s), 1)
+    left = max(seconds_left(run), 0.0)
+    num_train, num_val = int(TRAIN_SHARE * left / photo_s), int(VAL_SHARE * left / score_s)
+    return min(max(num_train, 1), MAX_TRAIN), min(max(num_val, 1), MAX_VAL), score_s
 
 
 def _sample(pairs: Pairs, count: int, rng: np.random.Generator) -> Pairs:
@@ -183,7 +187,7 @@ def _cut_patches(refiner: Refiner, pairs: Pairs, run: Run, rng: np.random.Genera
     return cut_patches(examples, len(pairs), refiner, rng)
 
 
-def train_refiner(refiner: Refiner, patches: Patches, run: Run, steps: int) -> None:
+def train_refiner(refiner: Refiner, patches: Patches, run: Run, steps: int, *, shown: bool = True) -> None:
     """Train on random patches; for fewer steps if a signal interrupts the run."""
     config, runtime = run.config, run.runtime
     refiner = runtime.to_device(refiner).train()
@@ -195,7 +199,7 @@ def train_refiner(refiner: Refiner, patches: Patches, run: Run, steps: int) -> N
     optimizer = MuonAdamW(groups, lr=LEARNING_RATE)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     generator = torch.Generator().manual_seed(config.seed)
-    with progress_bar() as bar:
+    with progress_bar(shown=shown) as bar:
         bar_task = bar.add_task("outline refiner", total=steps, note="")
         for step in range(steps):
             for group in optimizer.param_groups:
