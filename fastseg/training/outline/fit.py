@@ -37,7 +37,7 @@ MAX_TRAIN, MAX_VAL = 256, 32  # photos
 # Of a time budget, for the refiner: at least, and at most. With half of its steps, the CRF is better than it.
 MIN_SHARE, MAX_SHARE = 1 / 3, 0.6
 TRAIN_SHARE, VAL_SHARE = 0.3, 0.15  # of the refiner's time, to prepare and to score photos
-TIMED_PHOTOS, TIMED_STEPS = 3, 5
+TIMED_PHOTOS, TIMED_STEPS = 3, 16
 BATCH = 16  # patches per step
 LEARNING_RATE, WARM_UP = 1e-2, 0.2  # peak of the one cycle, and the share of the steps in which it rises
 MAX_NORM = 1.0  # of the gradients
