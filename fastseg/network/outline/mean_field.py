@@ -6,7 +6,7 @@ import numpy as np
 
 from fastseg.runtime.kernels import njit
 
-__all__ = ["MAX_SENDERS", "MIN_CHANGE", "ROOT", "likeness", "mean_field"]
+__all__ = ["MAX_SENDERS", "ROOT", "kernel_of_row", "likeness", "mean_field"]
 
 # A label, in [-1, 1], is sent again when it is further than this from what its neighbours know of it. A message is then
 # never further than this times the sum of its kernel (37 with the defaults) from its exact value.
@@ -48,7 +48,7 @@ def mean_field(logits: Any, colours: Any, smoothness: Any, appearance: Any, iter
                         changes[at] = change
                         sent[at] += change
         if changed > MAX_SENDERS * logits.size:
-            _send_all(red, green, blue, changes, smoothness, appearance, messages)
+            _send_all(colours, changes, smoothness, appearance, messages)
             touched[:] = True
         else:
             for i in range(changed):
@@ -61,21 +61,29 @@ def mean_field(logits: Any, colours: Any, smoothness: Any, appearance: Any, iter
 
 
 @njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
-def _send_all(red: Any, green: Any, blue: Any, changes: Any, smoothness: Any, appearance: Any, messages: Any) -> None:
+def kernel_of_row(colours: Any, smoothness: Any, appearance: Any, y: int, down: int, right: int, kernel: Any) -> None:
+    """k_ij of all pixels i of row y, and the pixels j that are `down` rows below and `right` columns right of them."""
+    radius, width = smoothness.shape[0] // 2, len(kernel)
+    place, colour = smoothness[radius + down, radius + right], appearance[radius + down, radius + right]
+    here, there = slice(radius, radius + width), slice(radius + right, radius + right + width)
+    red_0, green_0, blue_0 = colours[0, y, here], colours[1, y, here], colours[2, y, here]
+    red_1, green_1, blue_1 = colours[0, y + down, there], colours[1, y + down, there], colours[2, y + down, there]
+    for x in range(width):
+        like = likeness(red_0[x] - red_1[x], green_0[x] - green_1[x], blue_0[x] - blue_1[x])
+        kernel[x] = place + colour * like
+
+
+@njit(nogil=True, cache=True, fastmath=True, error_model="numpy")
+def _send_all(colours: Any, changes: Any, smoothness: Any, appearance: Any, messages: Any) -> None:
     """Add all changes to the messages around them: each pair of pixels once, for k_ij = k_ji."""
     radius = smoothness.shape[0] // 2
-    width = red.shape[1] - 2 * radius
+    width = colours.shape[2] - 2 * radius
     kernel = np.empty(width, np.float32)
-    for y in range(radius, red.shape[0] - radius):
+    for y in range(radius, colours.shape[1] - radius):
         for down in range(radius + 1):
             for right in range(-radius if down else 1, radius + 1):
-                place, colour = smoothness[radius + down, radius + right], appearance[radius + down, radius + right]
+                kernel_of_row(colours, smoothness, appearance, y, down, right, kernel)
                 here, there = slice(radius, radius + width), slice(radius + right, radius + right + width)
-                red_0, green_0, blue_0 = red[y, here], green[y, here], blue[y, here]
-                red_1, green_1, blue_1 = red[y + down, there], green[y + down, there], blue[y + down, there]
-                for x in range(width):
-                    like = likeness(red_0[x] - red_1[x], green_0[x] - green_1[x], blue_0[x] - blue_1[x])
-                    kernel[x] = place + colour * like
                 to, change = messages[y, here], changes[y + down, there]
                 for x in range(width):
                     to[x] += kernel[x] * change[x]

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from fastseg.network.outline.mean_field import MAX_SENDERS, likeness
+from fastseg.network.outline.mean_field import MAX_SENDERS, kernel_of_row, likeness
 from fastseg.runtime.kernels import njit
 
 __all__ = ["potts_mean_field"]
@@ -82,18 +82,12 @@ def _send_all(colours: Any, changes: Any, occurs: Any, smoothness: Any, appearan
     """Add all changes to the messages around them: each pair of pixels once, for k_ij = k_ji."""
     radius = smoothness.shape[0] // 2
     width = colours.shape[2] - 2 * radius
-    red, green, blue = colours[0], colours[1], colours[2]
     kernel = np.empty(width, np.float32)
     for y in range(radius, colours.shape[1] - radius):
         for down in range(radius + 1):
             for right in range(-radius if down else 1, radius + 1):
-                place, colour = smoothness[radius + down, radius + right], appearance[radius + down, radius + right]
+                kernel_of_row(colours, smoothness, appearance, y, down, right, kernel)
                 here, there = slice(radius, radius + width), slice(radius + right, radius + right + width)
-                red_0, green_0, blue_0 = red[y, here], green[y, here], blue[y, here]
-                red_1, green_1, blue_1 = red[y + down, there], green[y + down, there], blue[y + down, there]
-                for x in range(width):
-                    like = likeness(red_0[x] - red_1[x], green_0[x] - green_1[x], blue_0[x] - blue_1[x])
-                    kernel[x] = place + colour * like
                 for label in range(len(changes)):
                     if occurs[label, y + down]:
                         to, change = messages[label, y, here], changes[label, y + down, there]
