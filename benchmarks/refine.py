@@ -29,12 +29,11 @@ from fastseg.data.host import decode_file, load_photo
 from fastseg.data.labels.decode import decode_full_classes
 from fastseg.data.labels.encoding import ClassEncoding
 from fastseg.data.pairs import group_of
-from fastseg.masks.refine import METHODS, load_guide
+from fastseg.masks.refine import METHODS, load_guide, refine_by_crf
 from fastseg.masks.score import mean_of
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, ClassScores, Scores, boundary_iou, class_boundary_iou
 from fastseg.network.normalise import normalise
-from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.refiner import Refiner, read_refiner, refine_outline
 from fastseg.network.outline.upsample import label_logits, threshold_logits
 from fastseg.runtime.device import choose_device
@@ -79,10 +78,9 @@ def measure_checkpoint(path: str, pairs: fastseg.Pairs, device: torch.device) ->
                 started = time.perf_counter()
                 masks[method] = cut_mask(logits, path, size, method, config, refiner)
                 seconds[method].append(time.perf_counter() - started)
-                for scores, score in zip(
-                    (dice, band), score_mask(masks[method], true, len(config.classes)), strict=True
-                ):
-                    scores[method].append(score)
+                scores = score_mask(masks[method], true, len(config.classes))
+                dice[method].append(scores[0])
+                band[method].append(scores[1])
             crops.append(most_differing(name, decode_file(path, decode_full_photo), masks))
             bar.advance(task)
     methods = {
@@ -119,8 +117,7 @@ def cut_mask(
 ) -> Tensor:
     """(1, H, W), the mask of a photo at its own size, as in `fastseg.predict`: bool, or with classes uint8."""
     if method == "crf":
-        photos = torch.from_numpy(load_photo(path, guide_size(logits.shape[2], logits.shape[3])))[None]
-        logits = refine_with_crf(logits, photos, size)
+        logits = refine_by_crf(logits[0], path, size)[None]
     elif method == "learned":
         assert refiner is not None
         logits = refine_outline(refiner, logits[0], torch.from_numpy(load_guide(path, config, refiner)[1]), size)[None]

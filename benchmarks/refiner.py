@@ -22,11 +22,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, interpolate, p
 
 import fastseg
 from fastseg.data.decode import decode_full_mask
-from fastseg.data.host import HostDecoder, decode_file, load_photo
+from fastseg.data.host import HostDecoder, decode_file
+from fastseg.masks.refine import refine_by_crf
 from fastseg.network.checkpoint import load_model
 from fastseg.network.metrics import BOUNDARY_PIXELS, Scores, boundary_iou
 from fastseg.network.normalise import normalise
-from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.refiner import find_outline
 from fastseg.network.outline.upsample import threshold_logits, upsample_logits
 from fastseg.runtime.device import seeded
@@ -274,12 +274,6 @@ def apply(network: nn.Module, photo: Photo) -> Tensor:
     return logits + network(inputs.contiguous(memory_format=torch.channels_last)).float()
 
 
-def apply_crf(photo: Photo, path: str) -> Tensor:
-    cells = (photo.outputs.shape[1], photo.outputs.shape[2])
-    guide = torch.from_numpy(load_photo(path, guide_size(*cells)))[None]
-    return refine_with_crf(photo.outputs[None, :1], guide, photo.size)
-
-
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--checkpoint", required=True, metavar="FILE", help="a network of two values")
@@ -300,7 +294,7 @@ def main() -> None:
     paths = {id(photo): splits["val"].image_path(i) for i, photo in enumerate(photos)}
     for name, refine in (
         ("none", lambda photo: photo.outputs[None]),
-        ("crf", lambda photo: apply_crf(photo, paths[id(photo)])),
+        ("crf", lambda photo: refine_by_crf(photo.outputs[:1], paths[id(photo)], photo.size)[None]),
     ):
         rows.append({"row": name, "about": "", "steps": 0, "runs": [score(refine, photos)]})
     for name in options.rows:

@@ -22,7 +22,7 @@ from fastseg.data.resample import mask_from_array
 from fastseg.errors import DataError
 from fastseg.masks.encode import encode_class_overlay, encode_overlay, encode_png
 from fastseg.masks.inputs import MASK, OVERLAY, PROBABILITY, Photo
-from fastseg.network.outline.crf import guide_size, refine_with_crf
+from fastseg.masks.refine import refine_by_crf
 from fastseg.network.outline.upsample import label_logits, threshold_logits, upsample_logits
 from fastseg.runtime.files import MAX_NAME_BYTES, atomic_write
 
@@ -115,8 +115,7 @@ def write_results(photo: Photo, size: Size, logits: Tensor, options: OutputOptio
         return failed_row(photo, DataError(f"its results have names that are too long (over {MAX_NAME_BYTES} bytes)"))
     try:
         if options.refine == "crf":  # "learned" has already happened, beside the network
-            guide = torch.from_numpy(load_photo(photo.path, guide_size(*options.cells)))
-            logits = refine_with_crf(logits[None], guide[None], size)[0]
+            logits = refine_by_crf(logits, photo.path, size)
         mask, probability = _at_full_size(logits, size, options)
         if options.classes:
             files = {MASK["png"]: _encode_classes(mask, options)}

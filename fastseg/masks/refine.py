@@ -3,15 +3,18 @@
 import os
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fastseg.config import Config
 from fastseg.data.decode import Size, decode_image
-from fastseg.data.host import decode_file
+from fastseg.data.host import decode_file, load_photo
 from fastseg.errors import ConfigError
+from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.refiner import MAX_CLASSES, Refiner, read_refiner
 
-__all__ = ["METHODS", "check_method", "choose_refinement", "load_guide"]
+__all__ = ["METHODS", "check_method", "choose_refinement", "load_guide", "refine_by_crf"]
 
 METHODS = ("none", "crf", "learned")
 
@@ -45,6 +48,23 @@ def check_method(method: str) -> None:
     """Raise a ConfigError for a method that is unknown."""
     if method not in ("auto", *METHODS):
         raise ConfigError(f"refine: must be one of auto, {', '.join(METHODS)}; got {method!r}. Use auto.")
+
+
+def refine_by_crf(logits: Tensor, path: str, size: Size) -> Tensor:
+    """The logits of one photo, refined by its file on the CRF's grid.
+
+    Args:
+        logits: (C, h, w), of the network's cells.
+        size: height and width of the photo itself.
+
+    Returns:
+        (C, H, W) float32.
+
+    Raises:
+        DataError: the file cannot be decoded.
+    """
+    photo = torch.from_numpy(load_photo(path, guide_size(logits.shape[1], logits.shape[2])))
+    return refine_with_crf(logits[None], photo[None], size)[0]
 
 
 def load_guide(path: str, config: Config, refiner: Refiner) -> tuple[Size, NDArray[np.uint8]]:

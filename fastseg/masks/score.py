@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastseg.config import Config
-from fastseg.data.decode import Size, decode_full_mask
-from fastseg.data.host import decode_file, load_photo
+from fastseg.data.decode import decode_full_mask
+from fastseg.data.host import decode_file
 from fastseg.data.labels.decode import decode_full_classes
 from fastseg.data.labels.encoding import ClassEncoding
 from fastseg.data.pairs import Pairs
+from fastseg.masks.refine import refine_by_crf
 from fastseg.network.losses import bce_dice_loss, class_loss
 from fastseg.network.metrics import ClassScores, Scores, boundary_iou, class_boundary_iou
 from fastseg.network.normalise import to_targets
-from fastseg.network.outline.crf import guide_size, refine_with_crf
 from fastseg.network.outline.upsample import label_logits, threshold_logits
 from fastseg.plots import Outlined
 from fastseg.runtime.distributed import all_gather
@@ -114,12 +114,12 @@ def choose_score(pairs: Pairs, config: Config, *, full_size: bool, refine: str) 
     """The function that scores a pair; called in threads. It raises a DataError if a file cannot be decoded."""
     if config.classes:
         encoding = ClassEncoding(config.classes, config.ignore_value)
-        return partial(_score_classes, pairs, config, encoding, full_size=full_size, refine=refine)
-    return partial(_score, pairs, config, full_size=full_size, refine=refine)
+        return partial(_score_classes, pairs, encoding, full_size=full_size, refine=refine)
+    return partial(_score, pairs, full_size=full_size, refine=refine)
 
 
 @torch.inference_mode()
-def _score(pairs: Pairs, config: Config, output: Output, *, full_size: bool, refine: str) -> Scored:
+def _score(pairs: Pairs, output: Output, *, full_size: bool, refine: str) -> Scored:
     """Score one pair of two values."""
     pair, logits, masks, refined = output
     small, full, name = Scores(), Scores(), pairs.images[pair]
@@ -131,7 +131,7 @@ def _score(pairs: Pairs, config: Config, output: Output, *, full_size: bool, ref
     true = decode_file(pairs.mask_path(pair), decode_full_mask)
     height, width = true.shape
     if refine == "crf":
-        refined = _refine_with_crf(logits, pairs.image_path(pair), config, (height, width))
+        refined = refine_by_crf(logits[0], pairs.image_path(pair), (height, width))
     predicted = threshold_logits((logits[0] if refined is None else refined)[0].numpy(), height, width)
     both = torch.from_numpy(predicted)[None], torch.from_numpy(true)[None]
     dice, band = full.update(*both).item(), boundary_iou(*both).item()
@@ -140,9 +140,7 @@ def _score(pairs: Pairs, config: Config, output: Output, *, full_size: bool, ref
 
 
 @torch.inference_mode()
-def _score_classes(
-    pairs: Pairs, config: Config, encoding: ClassEncoding, output: Output, *, full_size: bool, refine: str
-) -> Scored:
+def _score_classes(pairs: Pairs, encoding: ClassEncoding, output: Output, *, full_size: bool, refine: str) -> Scored:
     """Score one pair of classes."""
     pair, logits, masks, refined = output
     num_classes = logits.shape[1]
@@ -155,19 +153,13 @@ def _score_classes(
     true = decode_file(pairs.mask_path(pair), decode_full_classes, encoding)
     height, width = true.shape
     if refine == "crf":
-        refined = _refine_with_crf(logits, pairs.image_path(pair), config, (height, width))
+        refined = refine_by_crf(logits[0], pairs.image_path(pair), (height, width))
     predicted = label_logits((logits[0] if refined is None else refined).numpy(), height, width)
     both = torch.from_numpy(predicted)[None], torch.from_numpy(true)[None]
     full.update(*both)
     bands = class_boundary_iou(both[0][0], both[1][0], num_classes)
     row = Row(name, row.dice, row.iou, *full.means(), mean_of(bands))
     return Scored(row, loss, small.sums, full.sums, (true, predicted), bands)
-
-
-def _refine_with_crf(logits: Tensor, path: str, config: Config, size: Size) -> Tensor:
-    """The logits (C, H, W) of one photo on the CRF's grid."""
-    guide = load_photo(path, guide_size(config.image_height, config.image_width))
-    return refine_with_crf(logits, torch.from_numpy(guide)[None], size)[0]
 
 
 def mean_of(scores: Iterable[float | None]) -> float:
