@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from measure import median
 from report import make_parser, print_table, run, write_report
 
 import fastseg
@@ -77,8 +78,8 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for cache in ("memory", "disk"):
-        found = {n: sorted(measure(cache, n, options.pairs) for _ in range(options.repeats)) for n in (1, 2)}
-        one, two = (found[n][options.repeats // 2] for n in (1, 2))
+        found = {n: [measure(cache, n, options.pairs) for _ in range(options.repeats)] for n in (1, 2)}
+        one, two = median(found[1]), median(found[2])
         rows.append({"cache": cache, "one_mib": one, "two_mib": two, "ratio": two / one, "mib": found})
     table = [[row["cache"], f"{row['one_mib']:.0f}", f"{row['two_mib']:.0f}", f"{row['ratio']:.2f}"] for row in rows]
     print_table(["cache", "one process, MiB", "two processes, MiB", "ratio"], table)

@@ -85,7 +85,7 @@ def test_crf_equals_the_dense_one(changes, labels):
         expected = dense_mean_field(logits[i].numpy(), photos[i].numpy(), **settings)
         assert np.abs(found[i] - expected).max() < 1e-4
         if settings["iterations"]:  # it did something
-            assert np.abs(probabilities(logits)[i] - expected).max() > 0.02
+            assert np.abs(probabilities(logits)[i] - expected).max() > (0.05 if labels < 7 else 0.02)
 
 
 def test_crf_defaults_equal_the_dense_one():
