@@ -17,13 +17,16 @@ def parse_duration(value: Any) -> Any:
     (90.0, 600.0, 5400.0, '600')
 
     Raises:
-        ValueError: it has a unit that is none of h, m and s.
+        ValueError: the text is neither a number nor a time with the units h, m and s.
     """
     text = value.strip().lower() if isinstance(value, str) else ""
     if match := PATTERN.fullmatch(text):
         return sum(float(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True))
-    if re.match(r"\d[\d.]*\s*[^\d.\se]", text):
-        raise ValueError("must be seconds, or a time such as 90s, 10m or 1h")
+    if isinstance(value, str):
+        try:
+            float(text)
+        except ValueError:
+            raise ValueError("must be seconds, or a time such as 90s, 10m or 1h") from None
     return value
 
 

@@ -216,7 +216,7 @@ def test_command_line_reads_a_duration(pairs_dir, tmp_path, cli):
     assert done.status == 0, done.err
     saved = json.loads((tmp_path / "carvana" / "config.json").read_text())
     assert saved["time_budget"] == 5
-    cli("train", "--time-budget", "soon").assert_refused("time_budget", "must be", "soon")
+    cli("train", "--time-budget", "soon").assert_refused("time_budget", "must be", "10m", "soon")
 
 
 def test_removed_time_limit_is_still_read(caplog):
