@@ -5,6 +5,7 @@ import logging
 import os
 import textwrap
 import threading
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pair
+from filelock import FileLock
 from test_decoders import BROKEN, breaks, copy_pairs, remove_image, run_within
 
 from fastseg import Loader, Pairs, find_pairs
@@ -21,6 +23,7 @@ from fastseg.data import cache as cache_module
 from fastseg.data import host, verify
 from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
+from fastseg.data.caches.rows import TemporaryRows
 from fastseg.errors import ConfigError, FastsegError, OutputError
 from fastseg.runtime.memory import free_host_memory
 from tests.processes import run
@@ -523,6 +526,17 @@ def test_orphan_is_removed_and_a_temporary_file_in_use_is_not(make: Callable[...
     pixels_of(in_use)
     pixels_of(other)
     assert len(list(folder.glob("*.fastseg"))) == 2
+
+
+def test_a_temporary_file_is_not_one_whose_lock_is_held(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that removes orphans holds each lock for a moment, also one that has just been created."""
+    names = [uuid.UUID(int=number) for number in (1, 2)]
+    monkeypatch.setattr(uuid, "uuid4", iter(names).__next__)
+    folder.mkdir()
+    with FileLock(folder / f"x.fastseg.{names[0].hex}.part.lock"):
+        rows = TemporaryRows(folder / "x.fastseg", (1, 2, 3))
+    assert rows.path.name == f"x.fastseg.{names[1].hex}.part"
+    rows.close()
 
 
 def test_other_files_stay_as_they_are(make: Callable[..., Loader], folder: Path, own_pairs: Pairs) -> None:

@@ -92,9 +92,8 @@ class TemporaryRows:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int]) -> None:
-        self.target, self.path = path, Path(f"{path}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
-        self._lock = _lock(self.path)
-        self._lock.acquire(timeout=0)
+        self.target = path
+        self.path, self._lock = _lock_new_name(path)
         try:
             with open(self.path, "x+b") as file:
                 _write_header(file, shape)
@@ -130,6 +129,16 @@ def remove_orphans(folder: Path) -> None:
         with suppress(Timeout, OSError):  # locked, or deleted by another process
             lock.acquire(timeout=0)
             _remove(path, lock)
+
+
+def _lock_new_name(path: Path) -> tuple[Path, FileLock]:
+    """A name for a temporary file, and its lock, which is held."""
+    while True:
+        name = Path(f"{path}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+        lock = _lock(name)
+        with suppress(Timeout):  # `remove_orphans` of another process took the lock between its creation and this
+            lock.acquire(timeout=0)
+            return name, lock
 
 
 def _lock(path: Path) -> FileLock:
