@@ -2,16 +2,18 @@
 
     python benchmarks/speedrun.py --data data,hard --seeds 5 --json speedrun.json
     python benchmarks/speedrun.py --data data,hard --seeds 2 --rows default,muon
+    python benchmarks/speedrun.py --base default --rows default,clip,batch_8   one change from the recipe as it is
     python benchmarks/speedrun.py --rows "" --merge a.json,b.json      the table of several reports
 
-Each run is `fastseg.train` in a process of its own, with AdamW and the other defaults except for the change that its
-row names; `default` is the recipe as it is. A change that is no field of `Config` replaces a function of the recipe.
+Each run is `fastseg.train` in a process of its own, with AdamW (`--base default`: the recipe's own optimizer) and the
+other defaults except for the change that its row names; `default` is the recipe as it is. A change that is no field of
+`Config` replaces a function of the recipe.
 All rows do the same work, counted in training pixels (times the square of `base_channels`, against 16), so that a
 larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps: start-up,
 validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process, which
 other programs change less; with one thread on a core of its own (`OMP_NUM_THREADS=1 taskset -c 0`) the two are the
 same. Dice counts once images have their full size, and a time between two epochs is interpolated. A row wins where it
-needs less time than AdamW by more than twice the standard error of the difference.
+needs less time than the base by more than twice the standard error of the difference.
 """
 
 import json
@@ -41,8 +43,8 @@ from fastseg.training import recipe
 from fastseg.training.step.muon import norm_biases_of
 
 AIMS = (0.97, 0.98, 0.985)
-BASE = "adamw"  # the row with which the others are compared
-EPOCHS = 20  # of it: 240 steps with 192 pairs
+BASES = {"adamw": "adamw", "default": "auto"}  # rows with which the others are compared, and their optimizers
+EPOCHS = 20  # of the recipe: 240 steps with 192 pairs
 DEFAULT_WORK = work(1, DEFAULT_SHARE)  # mean of a step, in steps at full size
 THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * work(1, 1) + 0.3  # the same of `three_sizes`
 Patches = dict[str, Any]  # a function as training imports it, and its replacement
@@ -53,6 +55,7 @@ class Row(NamedTuple):
     fields: dict[str, Any] = {}  # noqa: RUF012  that differ from the defaults
     patch: Callable[[fastseg.Config, int], Patches] = lambda config, steps: {}
     work: float = DEFAULT_WORK
+    channels: float = 1.0  # times `--channels`
 
 
 def bias_rate(factor: float, config: fastseg.Config, steps: int) -> Patches:
@@ -165,12 +168,12 @@ def fresh_unet(config: fastseg.Config, steps: int) -> Patches:
     return {"fastseg.network.checkpoint.init_weights": initialise}
 
 
-MUON = {"optimizer": "muon"}
+ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
 ROWS = {
     "default": Row("the recipe", {"optimizer": "auto"}),
-    BASE: Row("AdamW"),
-    "bias_16": Row("BatchNorm biases at 16 times the learning rate", patch=partial(bias_rate, 16)),
-    "bias_64": Row("BatchNorm biases at 64 times the learning rate", patch=partial(bias_rate, 64)),
+    "adamw": Row("AdamW", ADAMW),
+    "bias_16": Row("AdamW, BatchNorm biases at 16 times the learning rate", ADAMW, partial(bias_rate, 16)),
+    "bias_64": Row("AdamW, BatchNorm biases at 64 times the learning rate", ADAMW, partial(bias_rate, 64)),
     "muon": Row("Muon for 3x3 filters", MUON, partial(muon, 1.0, 1.0)),
     "muon_2": Row("Muon at twice the learning rate", MUON, partial(muon, 2.0, 1.0)),
     "muon_bias_16": Row("Muon, BatchNorm biases at 16 times", MUON, partial(muon, 1.0, 16.0)),
@@ -186,8 +189,8 @@ ROWS = {
     "clip": Row("gradients clipped to norm 1", patch=clipped),
     "batch_8": Row("batches of 8", {"batch_size": 8}),
     "batch_32": Row("batches of 32", {"batch_size": 32}),
-    "channels_12": Row("12 channels", {"base_channels": 12}, work=DEFAULT_WORK * (12 / 16) ** 2),
-    "channels_24": Row("24 channels", {"base_channels": 24}, work=DEFAULT_WORK * (24 / 16) ** 2),
+    "channels_12": Row("12 channels instead of 16", work=DEFAULT_WORK * 0.75**2, channels=0.75),
+    "channels_24": Row("24 channels instead of 16", work=DEFAULT_WORK * 1.5**2, channels=1.5),
     "peak_2": Row("twice the learning rate", {"learning_rate": 2 * fastseg.Config().learning_rate}),
     "warm_10": Row("the learning rate rises in 10 % of the steps", patch=partial(warm_up, 0.1)),
     "linear": Row("a linear schedule, up in 25 % of the steps", patch=partial(schedule, 0.25)),
@@ -195,16 +198,18 @@ ROWS = {
 }
 
 
-def run_once(name: str, data: str, channels: int, seed: int, share: float) -> dict[str, Any]:
+def run_once(name: str, data: str, channels: int, seed: int, share: float, optimizer: str) -> dict[str, Any]:
     """Train a row with one seed; the seconds of its steps until each Dice.
 
     Args:
         share: of the work of the default number of epochs.
+        optimizer: of a row that names none.
     """
     row = ROWS[name]
-    fields = {"base_channels": channels, "refiner_steps": 0, "seed": seed, "optimizer": "adamw", **row.fields}
+    channels = round(channels * row.channels)
+    fields = {"base_channels": channels, "refiner_steps": 0, "seed": seed, "optimizer": optimizer, **row.fields}
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
-        epochs = max(2, round(EPOCHS * share * ROWS[BASE].work / row.work))
+        epochs = max(2, round(EPOCHS * share * DEFAULT_WORK / row.work))
         config = fastseg.Config(**folder_fields(Path(data)), **fields, num_epochs=epochs, out_dir=out)
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))
         if choose_device(config.device).type == "cpu":
@@ -246,7 +251,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 
 
 def compare(runs: list[dict[str, Any]], base: list[dict[str, Any]], field: str) -> float | None:
-    """The difference from AdamW in standard errors, negative where it is less; None without both."""
+    """The difference from `base` in standard errors, negative where it is less; None without both."""
     ours, theirs = ([run[field] for run in some if run[field] is not None] for some in (runs, base))
     if len(ours) < max(2, len(runs)) or len(theirs) < max(2, len(base)):
         return None
@@ -254,8 +259,8 @@ def compare(runs: list[dict[str, Any]], base: list[dict[str, Any]], field: str) 
     return (mean - other) / max(math.hypot(error, other_error), 1e-12)
 
 
-def print_rows(sets: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
-    """A table for each data set."""
+def print_rows(sets: dict[str, dict[str, list[dict[str, Any]]]], base: str) -> None:
+    """A table for each data set; `base` is the row with which the others are compared."""
     for data, rows in sets.items():
         table = []
         for name, runs in rows.items():
@@ -269,8 +274,8 @@ def print_rows(sets: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
                     cell = f"{mean:.{digits}f}" + ("" if math.isnan(error) else f" ± {error:.{digits}f}")
                     cell += f" ({len(values)} of {len(runs)})" if len(values) < len(runs) else ""
                 cells.append(cell)
-            errors = [compare(runs, rows.get(BASE, []), field) for field in ("0.98", "dice")]
-            cells += ["-" if value is None or name == BASE else f"{value:+.1f}" for value in errors]
+            errors = [compare(runs, rows.get(base, []), field) for field in ("0.98", "dice")]
+            cells += ["-" if value is None or name == base else f"{value:+.1f}" for value in errors]
             table.append(cells)
         print(f"\n{data}; {describe_machine()}\n")
         aims = [f"s to {aim}" for aim in AIMS]
@@ -281,6 +286,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR,DIR", help="folders of `fastseg synth`")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of them, separated by commas")
+    parser.add_argument("--base", choices=BASES, default="adamw", help="row with which the others are compared")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--channels", type=int, default=16)
@@ -295,17 +301,17 @@ def main() -> None:
                 sets.setdefault(data, {}).setdefault(name, []).extend(runs)
 
     def save(finished: bool) -> None:
-        content = {"channels": options.channels, "work": options.work, "sets": sets}
+        content = {"channels": options.channels, "work": options.work, "base": options.base, "sets": sets}
         write_report("speedrun", content, options.json, finished=finished)
 
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for name in names:
             for data in options.data.split(","):
                 print(f"{name}, {Path(data).name}, seed {seed}", file=sys.stderr)
-                done = in_fresh_process(run_once, name, data, options.channels, seed, options.work)
+                done = in_fresh_process(run_once, name, data, options.channels, seed, options.work, BASES[options.base])
                 sets.setdefault(Path(data).name, {}).setdefault(name, []).append(done)
                 save(finished=False)
-    print_rows(sets)
+    print_rows(sets, options.base)
     save(finished=True)
 
 

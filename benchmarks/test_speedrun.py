@@ -4,7 +4,7 @@ import pkgutil
 
 import numpy as np
 import pytest
-from speedrun import BASE, ROWS, compare, mean_and_error, time_to
+from speedrun import BASES, ROWS, compare, mean_and_error, time_to
 
 import fastseg
 
@@ -27,6 +27,6 @@ def test_a_difference_is_counted_in_its_standard_errors():
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_change_what_exists(name):
     row = ROWS[name]
-    config = fastseg.Config(**{"optimizer": BASE, **row.fields})
+    config = fastseg.Config(**{"optimizer": BASES["default"], **row.fields})
     for target in row.patch(config, 10):
         assert callable(pkgutil.resolve_name(target)) or isinstance(pkgutil.resolve_name(target), float)
