@@ -125,8 +125,11 @@ def alternating_flips(config: fastseg.Config, steps: int) -> Patches:
 
 def clipped(config: fastseg.Config, steps: int) -> Patches:
     def make(config: fastseg.Config, model: nn.Module) -> torch.optim.Optimizer:
+        def clip(*_: Any) -> None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
         optimizer = original(config, model)
-        optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        optimizer.register_step_pre_hook(clip)
         return optimizer
 
     original = recipe.make_optimizer
