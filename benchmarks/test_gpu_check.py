@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,16 @@ def test_without_a_gpu_it_passes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, (_, command) in gpu_check.STEPS.items() if "pytest" not in command])
-def test_every_flag_of_a_step_exists(name: str) -> None:
+def test_every_flag_of_a_step_exists(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     _, (script, *arguments) = gpu_check.STEPS[name]
-    usage = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, cwd=ROOT).stdout
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
     flags = {argument for argument in arguments if argument.startswith("--")}
     assert flags
-    assert flags <= set(re.findall(r"--[a-z-]+", usage))
+    assert flags <= set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
 
 
 @pytest.mark.parametrize(

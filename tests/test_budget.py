@@ -212,10 +212,10 @@ def test_command_line_reads_a_duration(pairs_dir, tmp_path, cli):
     from tests.conftest import flags
 
     settings = config(pairs_dir, tmp_path, **SETTINGS).model_dump(exclude_unset=True)
-    done = cli("train", *flags({**settings, "time_budget": "5s"}))
+    done = cli("train", *flags({**settings, "time_budget": "3s"}))
     assert done.status == 0, done.err
     saved = json.loads((tmp_path / "carvana" / "config.json").read_text())
-    assert saved["time_budget"] == 5
+    assert saved["time_budget"] == 3
     cli("train", "--time-budget", "soon").assert_refused("time_budget", "must be", "10m", "soon")
 
 

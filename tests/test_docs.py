@@ -15,6 +15,11 @@ from sybil import Sybil
 from sybil.parsers.myst import PythonCodeBlockParser
 
 import fastseg
+from fastseg.network.outline.refiner import Refiner
+from fastseg.training.outline import fit
+from fastseg.training.outline.fit import train_refiner
+from fastseg.training.outline.patches import Patches
+from fastseg.training.state import Run
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -39,12 +44,16 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def train_refiner_briefly(refiner: Refiner, patches: Patches, run: Run, steps: int) -> None:
+    train_refiner(refiner, patches, run, min(steps, 20))
+
+
 @pytest.mark.usefixtures("pictures")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_examples_of_page(page: Path, example_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(example_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fastseg.training.outline.fit.BATCH", 1)  # 1200 steps of the default 16 take a minute
+    monkeypatch.setattr(fit, "train_refiner", train_refiner_briefly)  # the default's 1200 steps take a minute
     parser = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     examples = list(Sybil([parser]).parse(page).examples())
     assert examples

@@ -168,13 +168,13 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
 
     monkeypatch.setattr(fit, "train_refiner", train)
     monkeypatch.setattr(fit, "seconds_left", lambda run: 1e9 if not stopped else 2e9)
-    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 5}
+    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 3}
     settings = fields(pairs_dir, tmp_path, refiner_steps=300, min_steps=1) | start
     del settings["num_epochs"]
     result = fastseg.train(settings)
     assert result.interrupted
     plan = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
-    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[4], 5]
+    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[4], 3]
     assert lengths[4] > 10**5
     assert not fastseg.train(settings).interrupted
     assert lengths[5:] == [lengths[4]]
@@ -200,7 +200,7 @@ def test_a_time_budget_reserves_the_time_of_its_steps(step_s, seconds, pairs_dir
 
 
 def test_a_time_budget_plans_it_by_its_own_times(trained, pairs_dir, tmp_path):
-    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 12}
+    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 8}
     settings = fields(pairs_dir, tmp_path, refiner_steps=5) | start
     del settings["num_epochs"]
     result = fastseg.train(settings)
@@ -208,7 +208,7 @@ def test_a_time_budget_plans_it_by_its_own_times(trained, pairs_dir, tmp_path):
     assert 1 <= num_train <= fit.MAX_TRAIN
     assert 1 <= num_val <= fit.MAX_VAL
     assert steps >= 1
-    assert seconds == 12
+    assert seconds == 8
 
 
 def test_a_signal_while_patches_are_cut_stores_no_plan(pairs_dir, tmp_path, monkeypatch):
@@ -219,10 +219,11 @@ def test_a_signal_while_patches_are_cut_stores_no_plan(pairs_dir, tmp_path, monk
         run.stop_requested = True
         return cut(refiner, pairs, run, rng)
 
-    settings = fields(pairs_dir, tmp_path, refiner_steps=5, time_budget=5)
+    settings = fields(pairs_dir, tmp_path, refiner_steps=5, time_budget=3)
     del settings["num_epochs"]
     with monkeypatch.context() as patch:
         patch.setattr(fit, "_cut_patches", stop)
+        patch.setattr(fit, "_time_steps", lambda *_: 0.01)
         result = fastseg.train(settings)
     assert result.interrupted
     state = load_checkpoint(result.run_dir / "best.pt")
@@ -234,12 +235,12 @@ def test_a_time_budget_that_is_too_short_leaves_it_out(pairs_dir, tmp_path, monk
     caplog.set_level("INFO")
     monkeypatch.setattr(fit, "_time_steps", lambda *_: 1.0)
     monkeypatch.setattr(fit, "train_refiner", None)
-    settings = fields(pairs_dir, tmp_path, refiner_steps=300, time_budget=4)
+    settings = fields(pairs_dir, tmp_path, refiner_steps=300, time_budget=3)
     del settings["num_epochs"]
     result = fastseg.train(settings)
     assert "outline refiner: left out" in caplog.text
     assert read_refiner(result.run_dir / "best.pt") is None
-    assert result.seconds > 0.8 * 4 - 2  # without the reserve for pictures
+    assert result.seconds > 0.8 * 3 - 2  # without the reserve for pictures
 
 
 def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):
