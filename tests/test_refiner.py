@@ -211,7 +211,7 @@ def test_a_time_budget_plans_it_by_its_own_times(trained, pairs_dir, tmp_path):
     assert seconds == 8
 
 
-def test_a_signal_while_patches_are_cut_stores_no_plan(pairs_dir, tmp_path, monkeypatch):
+def test_a_signal_while_patches_are_cut_stores_no_plan(trained, pairs_dir, tmp_path, monkeypatch):
     """The steps that are timed would be cut short."""
     cut = fit._cut_patches
 
@@ -219,11 +219,11 @@ def test_a_signal_while_patches_are_cut_stores_no_plan(pairs_dir, tmp_path, monk
         run.stop_requested = True
         return cut(refiner, pairs, run, rng)
 
-    settings = fields(pairs_dir, tmp_path, refiner_steps=5, time_budget=3)
+    start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 5}
+    settings = fields(pairs_dir, tmp_path, refiner_steps=5) | start
     del settings["num_epochs"]
     with monkeypatch.context() as patch:
         patch.setattr(fit, "_cut_patches", stop)
-        patch.setattr(fit, "_time_steps", lambda *_: 0.01)
         result = fastseg.train(settings)
     assert result.interrupted
     state = load_checkpoint(result.run_dir / "best.pt")
