@@ -17,8 +17,8 @@ from sybil.parsers.myst import PythonCodeBlockParser
 import fastseg
 from fastseg.network.outline.refiner import Refiner
 from fastseg.training.outline import fit
-from fastseg.training.outline.fit import train_refiner
 from fastseg.training.outline.patches import Patches
+from fastseg.training.outline.train import train_refiner
 from fastseg.training.state import Run
 
 ROOT = Path(__file__).parents[1]

@@ -16,8 +16,8 @@ from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpo
 from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, read_refiner, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.training.budget import Budget
-from fastseg.training.outline import fit
-from fastseg.training.outline.fit import refiner_loss
+from fastseg.training.outline import fit, plan, train
+from fastseg.training.outline.train import refiner_loss
 from tests.conftest import fields, write_checkpoint
 from tests.outlines import dense_refinement, near_outline, random_refiner
 
@@ -94,7 +94,7 @@ def test_loss_is_cross_entropy_where_the_network_is_uncertain():
 @pytest.fixture(autouse=True, scope="module")
 def small_batches():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "BATCH", 8)
+        patch.setattr(train, "BATCH", 8)
         yield
 
 
@@ -144,9 +144,9 @@ def test_an_interrupted_refiner_is_trained_again_to_the_same_weights(trained, pa
         signal.raise_signal(signal.SIGTERM)
         return augment(*arguments)
 
-    augment, config = fit._augment, fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=40)
+    augment, config = train._augment, fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=40)
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "_augment", interrupt)
+        patch.setattr(train, "_augment", interrupt)
         result = fastseg.train(config)
     assert (result.interrupted, len(result.history)) == (True, 6)
     assert read_refiner(result.run_dir / "best.pt") is None
@@ -160,21 +160,22 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
     """An interrupted refiner repeats the steps that were decided, however much time is left."""
     lengths, stopped = [], []
 
-    def train(refiner, patches, run, steps, **_):
+    def train_refiner(refiner, patches, run, steps, **_):
         lengths.append(steps)
         if len(lengths) == 5 and not stopped:  # after twice two that are timed
             stopped.append(run)
             run.stop_requested = True
 
-    monkeypatch.setattr(fit, "train_refiner", train)
-    monkeypatch.setattr(fit, "seconds_left", lambda run: 1e9 if not stopped else 2e9)
+    monkeypatch.setattr(fit, "train_refiner", train_refiner)
+    monkeypatch.setattr(plan, "train_refiner", train_refiner)
+    monkeypatch.setattr(plan, "seconds_left", lambda run: 1e9 if not stopped else 2e9)
     start = {"checkpoint": trained.run_dir / "best.pt", "learning_rate": 1e-6, "time_budget": 3}
     settings = fields(pairs_dir, tmp_path, refiner_steps=300, min_steps=1) | start
     del settings["num_epochs"]
     result = fastseg.train(settings)
     assert result.interrupted
-    plan = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
-    assert plan == [fit.MAX_TRAIN, fit.MAX_VAL, lengths[4], 3]
+    stored = plan.Plan(**load_checkpoint(result.run_dir / "best.pt")["refiner_plan"])
+    assert stored == plan.Plan(plan.MAX_TRAIN, plan.MAX_VAL, 3, lengths[4], stored.score_s)
     assert lengths[4] > 10**5
     assert not fastseg.train(settings).interrupted
     assert lengths[5:] == [lengths[4]]
@@ -183,9 +184,9 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
 @pytest.mark.parametrize(("step_s", "seconds"), [(0.1, 100 / 3), (0.4, 50), (0.6, 0)])
 def test_a_time_budget_reserves_the_time_of_its_steps(step_s, seconds, pairs_dir, monkeypatch):
     """At least a third of what is left; nothing where they would take more than 60 % of it."""
-    monkeypatch.setattr(fit, "_time_steps", lambda *_: step_s)
+    monkeypatch.setattr(plan, "_time_steps", lambda *_: step_s)
     pairs = fastseg.find_pairs(pairs_dir / "images", pairs_dir / "masks")
-    monkeypatch.setattr(fit, "used_seconds", lambda run: 20.0)
+    monkeypatch.setattr(plan, "used_seconds", lambda run: 20.0)
     run = SimpleNamespace(
         config=fastseg.Config(refiner_steps=100),
         budget=Budget(120.0),
@@ -193,10 +194,10 @@ def test_a_time_budget_reserves_the_time_of_its_steps(step_s, seconds, pairs_dir
         runtime=SimpleNamespace(rank=0),
         train_loader=SimpleNamespace(pairs=pairs),
     )
-    fit.reserve_refiner_seconds(run)
+    plan.reserve_refiner_seconds(run)
     assert run.budget.refiner_seconds == pytest.approx(seconds)
-    monkeypatch.setattr(fit, "_time_steps", None)  # it is decided once
-    fit.reserve_refiner_seconds(run)
+    monkeypatch.setattr(plan, "_time_steps", None)  # it is decided once
+    plan.reserve_refiner_seconds(run)
 
 
 def test_a_time_budget_plans_it_by_its_own_times(trained, pairs_dir, tmp_path):
@@ -204,11 +205,11 @@ def test_a_time_budget_plans_it_by_its_own_times(trained, pairs_dir, tmp_path):
     settings = fields(pairs_dir, tmp_path, refiner_steps=5) | start
     del settings["num_epochs"]
     result = fastseg.train(settings)
-    num_train, num_val, steps, seconds = load_checkpoint(result.run_dir / "best.pt")["refiner_plan"]
-    assert 1 <= num_train <= fit.MAX_TRAIN
-    assert 1 <= num_val <= fit.MAX_VAL
-    assert steps >= 1
-    assert seconds == 8
+    stored = plan.Plan(**load_checkpoint(result.run_dir / "best.pt")["refiner_plan"])
+    assert 1 <= stored.num_train <= plan.MAX_TRAIN
+    assert 1 <= stored.num_val <= plan.MAX_VAL
+    assert stored.steps >= 1
+    assert stored.budget == 8
 
 
 def test_a_signal_while_patches_are_cut_stores_no_plan(trained, pairs_dir, tmp_path, monkeypatch):
@@ -233,7 +234,7 @@ def test_a_signal_while_patches_are_cut_stores_no_plan(trained, pairs_dir, tmp_p
 
 def test_a_time_budget_that_is_too_short_leaves_it_out(pairs_dir, tmp_path, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(fit, "_time_steps", lambda *_: 1.0)
+    monkeypatch.setattr(plan, "_time_steps", lambda *_: 1.0)
     monkeypatch.setattr(fit, "train_refiner", None)
     settings = fields(pairs_dir, tmp_path, refiner_steps=300, time_budget=3)
     del settings["num_epochs"]

@@ -26,7 +26,8 @@ from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
 from fastseg.training.budget import plan_steps
 from fastseg.training.interval import stop_or_save
-from fastseg.training.outline.fit import fit_refiner, reserve_refiner_seconds
+from fastseg.training.outline.fit import fit_refiner
+from fastseg.training.outline.plan import reserve_refiner_seconds
 from fastseg.training.recipe import (
     choose_optimizer,
     drop_frozen_gradients,
