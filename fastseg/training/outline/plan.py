@@ -104,8 +104,10 @@ def read_plan(state: dict[str, Any], run: Run) -> Plan | None:
     if not run.budget:
         return Plan(MAX_TRAIN, MAX_VAL, steps=run.config.refiner_steps)
     stored = state.get("refiner_plan")
-    known = isinstance(stored, dict) and stored.keys() == {field.name for field in fields(Plan)}
-    return Plan(**stored) if known and stored["budget"] == run.budget.seconds else None
+    if not isinstance(stored, dict) or stored.keys() != {field.name for field in fields(Plan)}:
+        return None
+    plan = Plan(**stored)
+    return plan if plan.budget == run.budget.seconds else None
 
 
 def plan_photos(run: Run, refiner: Refiner, train_pairs: Pairs, val_pairs: Pairs) -> Plan:
