@@ -190,6 +190,8 @@ ROWS = {
     "alternate": Row("alternating instead of random flips", {"flip": 0.0}, alternating_flips),
     "average": Row("average of the weights of the last quarter", {"ema_decay": 0.999}, average_of_the_end),
     "clip": Row("gradients clipped to norm 1", patch=clipped),
+    "batch_4": Row("batches of 4", {"batch_size": 4}),
+    "batch_8_clip": Row("batches of 8, gradients clipped to norm 1", {"batch_size": 8}, clipped),
     "batch_8": Row("batches of 8", {"batch_size": 8}),
     "batch_32": Row("batches of 32", {"batch_size": 32}),
     "channels_12": Row("12 channels instead of 16", work=DEFAULT_WORK * 0.75**2, channels=0.75),
