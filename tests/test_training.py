@@ -17,10 +17,11 @@ from PIL import Image
 
 import fastseg
 from fastseg.network.checkpoint import init_model
+from fastseg.runtime.device import Runtime
 from fastseg.training import loop, summary
 from fastseg.training.loop import train_step
-from fastseg.training.setup import find_splits
-from tests.conftest import TINY, write_pair
+from fastseg.training.setup import choose_batch_size, find_splits
+from tests.conftest import TINY, fields, write_pair
 
 SMALL = {**TINY, "precision": "auto"}
 DIRS = {"val_img_dir": "", "val_fraction": 0.34}  # of 12 pairs 8 train: an epoch of 2 steps
@@ -196,6 +197,37 @@ def test_min_steps_applies_only_if_num_epochs_is_not_given(pairs_dir, tmp_path):
     free = fastseg.train(fields)
     assert len(free.history) == 5  # 8 pairs, 2 steps an epoch, at least 9 steps
     assert json.loads((free.run_dir / "config.json").read_text())["num_epochs"] == 5
+
+
+def test_batches_have_8_pairs_on_a_cpu_unless_a_size_is_given(pairs_dir, tmp_path):
+    settings = {name: value for name, value in fields(pairs_dir, tmp_path).items() if name != "batch_size"}
+    result = fastseg.train({**settings, "name": "first"})
+    assert json.loads((result.run_dir / "config.json").read_text())["batch_size"] == 8
+    asked = fastseg.train({**settings, "name": "asked", "batch_size": 5})
+    resumed = fastseg.train({**settings, "name": "asked", "num_epochs": 2})  # keeps that of last.pt
+    for run in (asked, resumed):
+        assert json.loads((run.run_dir / "config.json").read_text())["batch_size"] == 5
+    assert len(resumed.history) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "recipe", "size"),
+    [
+        ("cpu", 1, "fast", 8),
+        ("cpu", 3, "fast", 6),
+        ("cpu", 16, "fast", 16),
+        ("cpu", 1, "tutorial", 16),
+        ("cuda", 2, "fast", 16),
+    ],
+)
+def test_default_batch_size(device, world_size, recipe, size):
+    runtime = Runtime(torch.device(device), torch.float32, world_size=world_size)
+    assert choose_batch_size(fastseg.Config(recipe=recipe), runtime, None) == size
+    assert choose_batch_size(fastseg.Config(batch_size=32), runtime, None) == 32
+    state = {"config": {"batch_size": 3 * world_size}}
+    assert choose_batch_size(fastseg.Config(), runtime, state) == 3 * world_size
+    with pytest.raises(fastseg.ConfigError, match=r"^batch_size: "):
+        choose_batch_size(fastseg.Config(), runtime, {"config": {"batch_size": 0}})
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(pairs_dir, tmp_path):

@@ -37,7 +37,7 @@ from fastseg.training.recipe import (
     training_loss,
     update_ema,
 )
-from fastseg.training.setup import build_run, find_splits, load_or_init_model, resolve_config
+from fastseg.training.setup import build_run, choose_batch_size, find_splits, load_or_init_model, resolve_config
 from fastseg.training.state import Run, check_finite, resume, save_last_and_wait
 from fastseg.training.step.augment import resize
 from fastseg.training.step.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
@@ -110,6 +110,7 @@ def train(
         check_encoder(config, model)
         with runtime.autocast():
             config = resolve_sizes(config, runtime.to_device(model))
+        config = config.replace(batch_size=choose_batch_size(config, runtime, state))
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
         config = config.replace(optimizer=choose_optimizer(config, state))
