@@ -16,7 +16,7 @@ from sybil.parsers.myst import PythonCodeBlockParser
 
 import fastseg
 from fastseg.network.outline.refiner import Refiner
-from fastseg.training.outline import fit
+from fastseg.training.outline import fit, patches
 from fastseg.training.outline.patches import Patches
 from fastseg.training.outline.train import train_refiner
 from fastseg.training.state import Run
@@ -44,8 +44,8 @@ def example_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_refiner_briefly(refiner: Refiner, patches: Patches, run: Run, steps: int) -> None:
-    train_refiner(refiner, patches, run, min(steps, 20))
+def train_refiner_briefly(refiner: Refiner, cut: Patches, run: Run, steps: int) -> None:
+    train_refiner(refiner, cut, run, min(steps, 20))
 
 
 @pytest.mark.usefixtures("pictures")
@@ -53,6 +53,7 @@ def train_refiner_briefly(refiner: Refiner, patches: Patches, run: Run, steps: i
 def test_examples_of_page(page: Path, example_files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shutil.copytree(example_files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(patches, "MAX_PATCHES", 64)
     monkeypatch.setattr(fit, "train_refiner", train_refiner_briefly)  # the default's 1200 steps take a minute
     parser = PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     examples = list(Sybil([parser]).parse(page).examples())

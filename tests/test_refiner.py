@@ -16,7 +16,7 @@ from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpo
 from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, read_refiner, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.training.budget import Budget
-from fastseg.training.outline import fit, plan, train
+from fastseg.training.outline import fit, patches, plan, train
 from fastseg.training.outline.train import refiner_loss
 from tests.conftest import fields, write_checkpoint
 from tests.outlines import dense_refinement, near_outline, random_refiner
@@ -95,6 +95,7 @@ def test_loss_is_cross_entropy_where_the_network_is_uncertain():
 def small_batches():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "BATCH", 8)
+        patch.setattr(patches, "MAX_PATCHES", 1024)
         yield
 
 

@@ -50,7 +50,7 @@ def test_overfits_four_pairs(tmp_path):
             **{f"{split}_{kind}": path for split in ("train", "val") for kind, path in folders.items()},
             "base_channels": 8,
             "batch_size": 4,
-            "num_epochs": 40,
+            "num_epochs": 36,
             "refiner_steps": 0,
             "device": "cpu",
             "out_dir": str(tmp_path / "runs"),
