@@ -44,11 +44,28 @@ def orthogonalise(matrix: Tensor) -> Tensor:
     x = matrix.bfloat16() if matrix.is_cuda else matrix.float()
     x = x.T if len(matrix) > matrix.shape[1] else x
     x = x / x.norm().clamp(min=1e-7)
+    x = _iterate(x) if matrix.is_cuda else _iterate_gram(x)
+    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+
+
+def _iterate(x: Tensor) -> Tensor:
+    """The Newton-Schulz iteration, in the order of products that bfloat16 can do."""
     a, b, c = COEFFICIENTS
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.T if len(matrix) > matrix.shape[1] else x).to(matrix.dtype)
+    return x
+
+
+def _iterate_gram(x: Tensor) -> Tensor:
+    """The same in float32, on the small matrix x @ x.T alone: a third of the arithmetic for the filters of a UNet."""
+    a, b, c = COEFFICIENTS
+    gram, factor = x @ x.T, torch.eye(len(x))  # x after the steps so far is factor @ x
+    for _ in range(ITERATIONS):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        gram, factor = polynomial @ gram @ polynomial, polynomial @ factor
+    return factor @ x
 
 
 class MuonAdamW(torch.optim.AdamW):
