@@ -2,12 +2,12 @@
 
     python benchmarks/speedrun.py --data data,hard --seeds 5 --json speedrun.json
     python benchmarks/speedrun.py --data data,hard --seeds 2 --rows default,muon
-    python benchmarks/speedrun.py --base default --rows default,clip,batch_8   one change from the recipe as it is
+    python benchmarks/speedrun.py --base batch_16 --rows default,batch_16,clip       with Muon instead of AdamW
     python benchmarks/speedrun.py --rows "" --merge a.json,b.json      the table of several reports
 
-Each run is `fastseg.train` in a process of its own, with AdamW (`--base default`: the recipe's own optimizer) and the
-other defaults except for the change that its row names; `default` is the recipe as it is. A change that is no field of
-`Config` replaces a function of the recipe.
+Each run is `fastseg.train` in a process of its own, with AdamW (`--base batch_16`: Muon), batches of 16 and the other
+defaults except for the change that its row names; `default` is the recipe as it is on a CPU. A change that is no field
+of `Config` replaces a function of the recipe.
 All rows do the same work, counted in training pixels (times the square of `base_channels`, against 16), so that a
 larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps: start-up,
 validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process, which
@@ -40,10 +40,11 @@ from fastseg.data.loader import Loader
 from fastseg.network.unet import UNet, init_weights
 from fastseg.runtime.device import choose_device
 from fastseg.training import recipe
+from fastseg.training.setup import CPU_BATCH_SIZE
 from fastseg.training.step.muon import norm_biases_of
 
 AIMS = (0.97, 0.98, 0.985)
-BASES = {"adamw": "adamw", "default": "auto"}  # rows with which the others are compared, and their optimizers
+BASES = {"adamw": "adamw", "batch_16": "auto"}  # rows with which the others are compared, and their optimizers
 EPOCHS = 20  # of the recipe: 240 steps with 192 pairs
 DEFAULT_WORK = work(1, DEFAULT_SHARE)  # mean of a step, in steps at full size
 THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * work(1, 1) + 0.3  # the same of `three_sizes`
@@ -173,7 +174,8 @@ def fresh_unet(config: fastseg.Config, steps: int) -> Patches:
 
 ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
 ROWS = {
-    "default": Row("the recipe", {"optimizer": "auto"}),
+    "default": Row("the recipe: Muon, batches of 8", {"optimizer": "auto", "batch_size": CPU_BATCH_SIZE}),
+    "batch_16": Row("Muon", {"optimizer": "auto"}),
     "adamw": Row("AdamW", ADAMW),
     "bias_16": Row("AdamW, BatchNorm biases at 16 times the learning rate", ADAMW, partial(bias_rate, 16)),
     "bias_64": Row("AdamW, BatchNorm biases at 64 times the learning rate", ADAMW, partial(bias_rate, 64)),
@@ -192,7 +194,6 @@ ROWS = {
     "clip": Row("gradients clipped to norm 1", patch=clipped),
     "batch_4": Row("batches of 4", {"batch_size": 4}),
     "batch_8_clip": Row("batches of 8, gradients clipped to norm 1", {"batch_size": 8}, clipped),
-    "batch_8": Row("batches of 8", {"batch_size": 8}),
     "batch_32": Row("batches of 32", {"batch_size": 32}),
     "channels_12": Row("12 channels instead of 16", work=DEFAULT_WORK * 0.75**2, channels=0.75),
     "channels_24": Row("24 channels instead of 16", work=DEFAULT_WORK * 1.5**2, channels=1.5),
@@ -212,10 +213,10 @@ def run_once(name: str, data: str, channels: int, seed: int, share: float, optim
     """
     row = ROWS[name]
     channels = round(channels * row.channels)
-    fields = {"base_channels": channels, "refiner_steps": 0, "seed": seed, "optimizer": optimizer, **row.fields}
+    fields = {"base_channels": channels, "batch_size": 16, "optimizer": optimizer, "refiner_steps": 0, **row.fields}
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
         epochs = max(2, round(EPOCHS * share * DEFAULT_WORK / row.work))
-        config = fastseg.Config(**folder_fields(Path(data)), **fields, num_epochs=epochs, out_dir=out)
+        config = fastseg.Config(**folder_fields(Path(data)), **fields, seed=seed, num_epochs=epochs, out_dir=out)
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))
         if choose_device(config.device).type == "cpu":
             stack.enter_context(mock.patch("time.perf_counter", time.process_time))
