@@ -88,6 +88,7 @@ def run_row(row: str, data: str, channels: int, seed: int) -> dict[str, Any]:
             seed=seed,
             out_dir=out,
             refiner_steps=0,
+            batch_size=16,
             **FIELDS[row][1],
         )
         pairs = len(fastseg.find_pairs(config.train_img_dir, config.train_mask_dir))

@@ -40,7 +40,6 @@ from fastseg.data.loader import Loader
 from fastseg.network.unet import UNet, init_weights
 from fastseg.runtime.device import choose_device
 from fastseg.training import recipe
-from fastseg.training.setup import CPU_BATCH_SIZE
 from fastseg.training.step.muon import norm_biases_of
 
 AIMS = (0.97, 0.98, 0.985)
@@ -174,7 +173,7 @@ def fresh_unet(config: fastseg.Config, steps: int) -> Patches:
 
 ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
 ROWS = {
-    "default": Row("the recipe: Muon, batches of 8", {"optimizer": "auto", "batch_size": CPU_BATCH_SIZE}),
+    "default": Row("the recipe: Muon, batches of 8", {"optimizer": "auto", "batch_size": 8}),
     "batch_16": Row("Muon", {"optimizer": "auto"}),
     "adamw": Row("AdamW", ADAMW),
     "bias_16": Row("AdamW, BatchNorm biases at 16 times the learning rate", ADAMW, partial(bias_rate, 16)),

@@ -89,7 +89,7 @@ class Config(BaseModel):
     freeze_encoder: int = _field(0, "number of steps, the first, in which the encoder's weights do not change", ge=0)
     ema_decay: float = _field(0.0, "decay per step of the EMA of the weights, which is scored; 0: no EMA", ge=0, lt=1)
     progressive_resizing: float = _field(0.7, "fraction of steps, the first, on images of half the size", ge=0, le=1)
-    batch_size: int = _field(16, "pairs per step, over all processes; by default 8 on a CPU", ge=1)
+    batch_size: int = _field(0, "pairs per step, over all processes; 0: 8 on a CPU, 16 elsewhere", ge=0)
     micro_batch: int = _field(0, "pairs per forward pass and process; 0: halve the batch until it fits", ge=0)
     time_budget: Seconds = _field(0.0, "train for so long: 600 (seconds), 90s, 10m, 1h; 0: for num_epochs", ge=0)
     num_epochs: int = _field(3, "passes over the training pairs; by default more if min_steps needs them", ge=1)

@@ -74,9 +74,10 @@ def test_script_folder_holds_the_old_file():
     assert json.loads(file.read_text()) == OLD_FILE
 
 
-def test_defaults_are_the_old_file_but_for_the_device_and_the_threads():
+def test_defaults_are_the_old_file_but_for_what_depends_on_the_machine():
     config = fastseg.Config()
-    assert {key: getattr(config, key.lower()) for key in OLD_FILE} == {**OLD_FILE, "DEVICE": "auto", "NUM_WORKERS": 0}
+    machine = {"DEVICE": "auto", "NUM_WORKERS": 0, "BATCH_SIZE": 0}
+    assert {key: getattr(config, key.lower()) for key in OLD_FILE} == {**OLD_FILE, **machine}
     assert config.val_fraction == 0.1
 
 
@@ -137,22 +138,22 @@ def test_config_is_frozen():
     config = fastseg.Config()
     with pytest.raises(pydantic.ValidationError, match="frozen"):
         config.batch_size = 5
-    assert config.batch_size == 16
+    assert config.batch_size == 0
 
 
 def test_replace_checks_and_leaves_the_original():
     config = fastseg.Config(image_height=320)
     changed = config.replace(batch_size=5)
-    assert (config.batch_size, changed.batch_size, changed.image_height) == (16, 5, 320)
+    assert (config.batch_size, changed.batch_size, changed.image_height) == (0, 5, 320)
     assert changed.model_fields_set == {"image_height", "batch_size"}
     with refused("batch_size: "):
-        config.replace(batch_size=0)
+        config.replace(batch_size=-1)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "rule"),
     [
-        ("batch_size", 0, "at least 1"),
+        ("batch_size", -1, "at least 0"),
         ("batch_size", "many", "whole number"),
         ("batch_size", [16], "whole number"),
         ("num_epochs", 2.5, "whole number"),
@@ -215,7 +216,7 @@ def test_size_that_the_network_cannot_halve_names_its_neighbours(fields, field, 
 
 def test_all_wrong_fields_are_reported_together():
     with refused("batch_size: ", "num_epochs: "):
-        fastseg.Config(batch_size=0, num_epochs="x")
+        fastseg.Config(batch_size=-1, num_epochs="x")
     with refused("image_height: ", "image_width: "):
         fastseg.Config(image_height=170, image_width=250)
 
@@ -249,7 +250,7 @@ def test_path_objects_are_paths(tmp_path):
         (b"[1, 2]", ["one JSON object", "[1, 2]"]),
         (b"null", ["one JSON object", "null"]),
         (b'{"BATCHSIZE": 1}', ["BATCHSIZE: ", "batch_size?"]),
-        (b'{"BATCH_SIZE": 0}', ["batch_size: ", "at least 1", "16"]),
+        (b'{"BATCH_SIZE": -1}', ["batch_size: ", "at least 0", "-1"]),
         (b'{"BATCH_SIZE": 1, "batch_size": 2}', ["batch_size: ", "twice", "Keep one"]),
         (b'{"BATCH_SIZE": 1, "BATCH_SIZE": 2}', ["batch_size: ", "twice", "Keep one"]),
         (b'{"LEARNING_RATE": NaN}', ["learning_rate: ", "finite"]),
@@ -285,7 +286,7 @@ def test_train_takes_a_config_a_mapping_or_a_file(tmp_path):
 
 def test_error_is_a_value_error():
     with pytest.raises(ValueError, match="batch_size"):
-        fastseg.Config(batch_size=0)
+        fastseg.Config(batch_size=-1)
 
 
 def test_only_the_unet_needs_powers_of_two():

@@ -217,7 +217,7 @@ def test_batches_have_8_pairs_on_a_cpu_unless_a_size_is_given(pairs_dir, tmp_pat
         ("cpu", 3, "fast", 6),
         ("cpu", 16, "fast", 16),
         ("cpu", 1, "tutorial", 16),
-        ("cuda", 2, "fast", 16),
+        ("cuda", 3, "fast", 15),
     ],
 )
 def test_default_batch_size(device, world_size, recipe, size):
@@ -227,7 +227,7 @@ def test_default_batch_size(device, world_size, recipe, size):
     state = {"config": {"batch_size": 3 * world_size}}
     assert choose_batch_size(fastseg.Config(), runtime, state) == 3 * world_size
     with pytest.raises(fastseg.ConfigError, match=r"^batch_size: "):
-        choose_batch_size(fastseg.Config(), runtime, {"config": {"batch_size": 0}})
+        choose_batch_size(fastseg.Config(), runtime, {"config": {"batch_size": -8}})
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(pairs_dir, tmp_path):

@@ -30,7 +30,7 @@ from fastseg.masks.sharing.batches import Batches
 from fastseg.masks.sharing.claims import choose_claims
 from fastseg.masks.stages import Clock, Stages, predict_logits
 from fastseg.network.checkpoint import load_model
-from fastseg.runtime.device import choose_runtime
+from fastseg.runtime.device import choose_runtime, default_batch_size
 from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
@@ -139,6 +139,7 @@ def predict(
         defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": 0}
         config = Config(**{**defaults, **changes})
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
+        config = config.replace(batch_size=config.batch_size or default_batch_size(runtime.device))
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
         cells = (config.image_height, config.image_width)
         options = OutputOptions(

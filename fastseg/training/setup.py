@@ -14,7 +14,7 @@ from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import CheckpointError, ConfigError
 from fastseg.network.checkpoint import has_finite_weights, init_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
-from fastseg.runtime.device import Runtime
+from fastseg.runtime.device import Runtime, default_batch_size
 from fastseg.runtime.distributed import local_batch_size, wrap_ddp
 from fastseg.runtime.files import check_writable
 from fastseg.training.budget import open_budget
@@ -23,7 +23,6 @@ from fastseg.training.state import Run
 
 __all__ = ["build_run", "choose_batch_size", "find_splits", "load_or_init_model", "resolve_config"]
 
-CPU_BATCH_SIZE = 8
 # One core, 192 pairs, 16 channels: the table of docs/train.md, by benchmarks/time_budget.py.
 MORE_TIME = "on generated photos 10 minutes instead of 5 raised boundary IoU at full size from 0.90 to 0.93"
 
@@ -62,10 +61,9 @@ def _has_files(folder: str) -> bool:
 
 
 def choose_batch_size(config: Config, runtime: Runtime, state: dict[str, Any] | None) -> int:
-    """What the default batch size means for a run: that of the checkpoint to resume from, else 8 on a CPU.
+    """What a `batch_size` of 0 means for a run: that of the checkpoint to resume from, else the device's default.
 
-    The same pairs in smaller batches are more steps, which a CPU takes almost as fast. A GPU would wait for their
-    launches. The tutorial recipe has 16 everywhere.
+    The tutorial recipe has 16 everywhere.
 
     Args:
         state: of `last.pt`; None for a new run.
@@ -73,15 +71,14 @@ def choose_batch_size(config: Config, runtime: Runtime, state: dict[str, Any] | 
     Raises:
         ConfigError: the number of processes does not divide the batch size of the checkpoint.
     """
-    if "batch_size" in config.model_fields_set:
+    if config.batch_size:
         return config.batch_size
-    if state is not None and isinstance(state.get("config"), dict):
-        size = config.replace(batch_size=state["config"].get("batch_size", config.batch_size)).batch_size
+    if state is not None and isinstance(state.get("config"), dict) and state["config"].get("batch_size"):
+        size = config.replace(batch_size=state["config"]["batch_size"]).batch_size
         local_batch_size(size, runtime.world_size)
         return size
-    if runtime.device.type == "cpu" and config.recipe == "fast":
-        return max(CPU_BATCH_SIZE // runtime.world_size, 1) * runtime.world_size
-    return config.batch_size
+    size = 16 if config.recipe == "tutorial" else default_batch_size(runtime.device)
+    return max(size // runtime.world_size, 1) * runtime.world_size
 
 
 def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Config:
