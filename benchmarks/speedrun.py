@@ -44,7 +44,7 @@ from fastseg.training.step.muon import norm_biases_of
 
 AIMS = (0.97, 0.98, 0.985)
 BASES = {"adamw": "adamw", "batch_16": "auto"}  # rows with which the others are compared, and their optimizers
-EPOCHS = 20  # of the recipe: 240 steps with 192 pairs
+EPOCHS = 20  # of the recipe with 192 pairs
 DEFAULT_WORK = work(1, DEFAULT_SHARE)  # mean of a step, in steps at full size
 THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * work(1, 1) + 0.3  # the same of `three_sizes`
 Patches = dict[str, Any]  # a function as training imports it, and its replacement
@@ -194,8 +194,8 @@ ROWS = {
     "batch_4": Row("batches of 4", {"batch_size": 4}),
     "batch_8_clip": Row("batches of 8, gradients clipped to norm 1", {"batch_size": 8}, clipped),
     "batch_32": Row("batches of 32", {"batch_size": 32}),
-    "channels_12": Row("12 channels instead of 16", work=DEFAULT_WORK * 0.75**2, channels=0.75),
-    "channels_24": Row("24 channels instead of 16", work=DEFAULT_WORK * 1.5**2, channels=1.5),
+    "channels_12": Row("three quarters of the channels", work=DEFAULT_WORK * 0.75**2, channels=0.75),
+    "channels_24": Row("one and a half times the channels", work=DEFAULT_WORK * 1.5**2, channels=1.5),
     "peak_2": Row("twice the learning rate", {"learning_rate": 2 * fastseg.Config().learning_rate}),
     "warm_10": Row("the learning rate rises in 10 % of the steps", patch=partial(warm_up, 0.1)),
     "linear": Row("a linear schedule, up in 25 % of the steps", patch=partial(schedule, 0.25)),
@@ -291,7 +291,12 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--data", default="data", metavar="DIR,DIR", help="folders of `fastseg synth`")
     parser.add_argument("--rows", default=",".join(ROWS), help="some of them, separated by commas")
-    parser.add_argument("--base", choices=BASES, default="adamw", help="row with which the others are compared")
+    parser.add_argument(
+        "--base",
+        choices=BASES,
+        default="adamw",
+        help="row with which the others are compared, and whose optimizer they have",
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--channels", type=int, default=16)
@@ -301,7 +306,10 @@ def main() -> None:
     names = some_of(ROWS)(options.rows) if options.rows else []
     sets: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in filter(None, options.merge.split(",")):
-        for data, rows in json.loads(Path(path).read_text())["sets"].items():
+        report = json.loads(Path(path).read_text())
+        if report.get("base", "adamw") != options.base:
+            raise fastseg.ConfigError(f"{path}: its base is {report.get('base', 'adamw')}. Pass that as --base.")
+        for data, rows in report["sets"].items():
             for name, runs in rows.items():
                 sets.setdefault(data, {}).setdefault(name, []).extend(runs)
 

@@ -83,14 +83,13 @@ def racer_command(recipe: str, setting: Setting, folder: Path) -> list[str]:
         **folder_fields(folder),
         "recipe": recipe,
         "base_channels": config.base_channels,
-        "batch_size": config.batch_size,
         "num_workers": config.num_workers,
         "device": config.device,
         "out_dir": folder / "runs",
         "name": f"{recipe}-{next(numbers)}",
     }
     if recipe == "tutorial":  # its learning rate does not depend on the number of epochs
-        fields |= {"num_epochs": MAX_EPOCHS, "compile": "off"}
+        fields |= {"num_epochs": MAX_EPOCHS, "compile": "off", "batch_size": config.batch_size}
     return train_command(**fields)
 
 

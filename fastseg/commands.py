@@ -49,7 +49,8 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-EVALUATE_FIELDS = ("device", "precision", "batch_size", "num_workers", "decoder", "bad_samples", "check_data")
+EVALUATE_FIELDS = ("device", "precision", "num_workers", "decoder", "bad_samples", "check_data")
+BATCH_SIZE_HELP = "photos per batch in each process (default: as in training)"
 REFINE_HELP = "how to refine masks with the photo (default: auto: learned if best.pt has a refiner, else crf or none)"
 MAX_NAMED = 3  # images of lowest Dice that `evaluate` prints; its JSON has more
 
@@ -68,6 +69,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--refine", metavar="auto|none|crf|learned", default="auto", help=REFINE_HELP)
     add_fields(parser, EVALUATE_FIELDS)
+    _add_number(parser, "batch_size", BATCH_SIZE_HELP)
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -128,13 +130,15 @@ def _add_predict(parser: argparse.ArgumentParser) -> None:
         "--tta", metavar="none|flip", default="none", help="flip: mean logits of photo and mirror image (default: none)"
     )
     parser.add_argument("--resume", action="store_true", help="skip photos whose results all exist")
-    for name, help in (
-        ("batch_size", "photos per batch in each process (default: as in training)"),
-        ("num_workers", "decoding and writing threads; 0: one per core (default: 0)"),
-    ):
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, dest=f"field_{name}", metavar="N", default=argparse.SUPPRESS, help=help)
+    _add_number(parser, "batch_size", BATCH_SIZE_HELP)
+    _add_number(parser, "num_workers", "decoding and writing threads; 0: one per core (default: 0)")
     add_fields(parser, ("device", "precision"))
+
+
+def _add_number(parser: argparse.ArgumentParser, field: str, help: str) -> None:
+    """A flag for a field whose default is not that of `Config`."""
+    flag = f"--{field.replace('_', '-')}"
+    parser.add_argument(flag, dest=f"field_{field}", metavar="N", default=argparse.SUPPRESS, help=help)
 
 
 def _predict(options: argparse.Namespace) -> int:

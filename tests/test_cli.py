@@ -42,7 +42,7 @@ def test_train_help_shows_every_field_with_its_description_and_choices(cli):
         assert re.search(
             rf"--{name.replace('_', '-')} {re.escape(choices) or '[^ ]+'} {re.escape(field.description)}", text
         )
-    assert re.search(r"--batch-size N [^(]+ \(default: 16\) ", text)
+    assert re.search(r"--batch-size N [^(]+ \(default: 0\) ", text)
     assert "--bad-samples raise|skip " in text
 
 
@@ -120,7 +120,7 @@ def test_an_interrupted_run_tells_how_to_resume(cli, monkeypatch, tmp_path):
         (["train", "a.json"], "a.json: ", "`fastseg train --help`"),
         (["train", "-b"], "-b: ", "`fastseg train --help`"),
         (["train", "--name"], "argument --name: ", "`fastseg train --help`"),
-        (["train", "--batch-size", "0"], "batch_size: ", "at least 1"),
+        (["train", "--batch-size", "-1"], "batch_size: ", "at least 0"),
         (["train", "--learning-rate", "-1"], "learning_rate: ", "above 0"),
         (["train", "--pin-memory", "2"], "pin_memory: ", "true or false"),
         (["train", "--image-height", "170"], "image_height: ", "160 or 176"),

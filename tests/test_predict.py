@@ -339,7 +339,7 @@ def test_broken_files_are_in_the_result(checkpoint, photos, tmp_path):
         ({"mask_format": "bmp"}, "mask_format: "),
         ({"refine": "dense"}, "refine: "),
         ({"tta": "turn"}, "tta: "),
-        ({"batch_size": "0"}, "batch_size: "),
+        ({"batch_size": "-1"}, "batch_size: "),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )

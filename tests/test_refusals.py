@@ -111,8 +111,8 @@ def test_last_checkpoint_of_another_network(cli, data, trained):
         ({"config": {}}, ["version of fastseg"]),
         ({"model": []}, ["version of fastseg"]),
         (
-            {"config": {"base_channels": 4, "depth": 2, "batch_size": 0, "image_height": 32, "image_width": 48}},
-            ["configuration", "batch_size: ", "at least 1", "another checkpoint"],
+            {"config": {"base_channels": 4, "depth": 2, "batch_size": -1, "image_height": 32, "image_width": 48}},
+            ["configuration", "batch_size: ", "at least 0", "another checkpoint"],
         ),
         ({"model": {"head.weight": torch.zeros(1)}}, ["weights", "another checkpoint"]),
     ],
@@ -149,7 +149,7 @@ def test_checkpoint_runs_no_code(cli, data):
         ({"checkpoint": "no.pt"}, "no.pt: ", ["existing checkpoint"]),
         ({"img_dir": "no"}, "no: ", ["folder of images"]),
         ({"mask_dir": "images"}, "images: ", [".gif", ".jpg"]),
-        ({"batch_size": "0"}, "batch_size: ", ["at least 1"]),
+        ({"batch_size": "-1"}, "batch_size: ", ["at least 0"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )

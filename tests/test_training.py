@@ -20,7 +20,7 @@ from fastseg.network.checkpoint import init_model
 from fastseg.runtime.device import Runtime
 from fastseg.training import loop, summary
 from fastseg.training.loop import train_step
-from fastseg.training.setup import choose_batch_size, find_splits
+from fastseg.training.setup import choose_batch_size, find_splits, resolve_config
 from tests.conftest import TINY, fields, write_pair
 
 SMALL = {**TINY, "precision": "auto"}
@@ -224,10 +224,26 @@ def test_default_batch_size(device, world_size, recipe, size):
     runtime = Runtime(torch.device(device), torch.float32, world_size=world_size)
     assert choose_batch_size(fastseg.Config(recipe=recipe), runtime, None) == size
     assert choose_batch_size(fastseg.Config(batch_size=32), runtime, None) == 32
+    assert choose_batch_size(fastseg.Config(), runtime, {"config": {}}) == choose_batch_size(
+        fastseg.Config(), runtime, None
+    )
     state = {"config": {"batch_size": 3 * world_size}}
     assert choose_batch_size(fastseg.Config(), runtime, state) == 3 * world_size
     with pytest.raises(fastseg.ConfigError, match=r"^batch_size: "):
         choose_batch_size(fastseg.Config(), runtime, {"config": {"batch_size": -8}})
+
+
+def test_a_batch_of_the_checkpoint_that_the_processes_cannot_share_is_refused():
+    runtime = Runtime(torch.device("cpu"), torch.float32, world_size=3)
+    with pytest.raises(fastseg.ConfigError, match=r"^batch_size: .*3 processes.*got 8. Use 6 or 9"):
+        choose_batch_size(fastseg.Config(), runtime, {"config": {"batch_size": 8}})
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_pairs", "epochs"), [(16, 192, 20), (8, 192, 20), (8, 4, 480), (8, 5088, 3)]
+)
+def test_a_run_whose_length_nobody_has_set_sees_3840_pairs(batch_size, num_pairs, epochs):
+    assert resolve_config(fastseg.Config(batch_size=batch_size), num_pairs).num_epochs == epochs
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(pairs_dir, tmp_path):

@@ -145,7 +145,7 @@ def test_refusals_write_nothing(tmp_path, trained, monkeypatch):
 
 def test_whole_study(pairs_dir, tmp_path):
     """Real trials: the files they leave; training with best.json reaches exactly the score of the best trial."""
-    config = small_config(pairs_dir, tmp_path / "elsewhere", name="mine", num_epochs=2)
+    config = small_config(pairs_dir, tmp_path / "elsewhere", name="mine", num_epochs=2, batch_size=0)
     result = fastseg.tune(config, SEARCH, trials=2, out_dir=tmp_path / "study")
     assert states(result) == ["complete", "complete"]
     assert not (tmp_path / "elsewhere").exists()
@@ -163,6 +163,7 @@ def test_whole_study(pairs_dir, tmp_path):
         with Image.open(tmp_path / "study" / name) as image:
             assert np.asarray(image.convert("L")).std() > 10
     best = max(result.trials, key=lambda row: row["val_dice"])
+    assert json.loads((tmp_path / "study/best.json").read_text())["batch_size"] == 8  # that of the trials
     again = fastseg.train(tmp_path / "study/best.json")
     assert again.val_dice == result.val_dice == best["val_dice"]
     assert again.run_dir == tmp_path / "study/best"

@@ -26,6 +26,8 @@ __all__ = ["build_run", "choose_batch_size", "find_splits", "load_or_init_model"
 # One core, 192 pairs, 16 channels: the table of docs/train.md, by benchmarks/time_budget.py.
 MORE_TIME = "on generated photos 10 minutes instead of 5 raised boundary IoU at full size from 0.90 to 0.93"
 
+MIN_PAIRS = 3840  # seen in a run whose length nobody has set
+
 log = logging.getLogger(__name__)
 
 
@@ -94,16 +96,17 @@ def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Confi
             f"batch_size: each process needs a pair of every batch; got {num_pairs} training pair(s) for {world_size} "
             "processes. Start fewer processes, or add pairs."
         )
+    min_steps = config.min_steps or MIN_PAIRS // config.batch_size
     if config.batch_size > num_pairs:
         batch_size = num_pairs // world_size * world_size
         log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
         config = config.replace(batch_size=batch_size)
     if "num_epochs" not in config.model_fields_set and not config.time_budget:
-        epochs = max(config.num_epochs, math.ceil(config.min_steps / (num_pairs // config.batch_size)))
+        epochs = max(config.num_epochs, math.ceil(min_steps / (num_pairs // config.batch_size)))
         if epochs > config.num_epochs:
             log.info(
                 "num_epochs: raised to %d, for at least %d steps (min_steps). A time_budget may give better masks: %s",
-                *(epochs, config.min_steps, MORE_TIME),
+                *(epochs, min_steps, MORE_TIME),
             )
         config = config.replace(num_epochs=epochs)
     return config

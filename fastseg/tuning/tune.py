@@ -69,6 +69,7 @@ def tune(
     """
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError("tune: needs Optuna. Install it with pip install 'fastseg-dali[tune]'.")
+    from fastseg.training.setup import choose_batch_size
     from fastseg.tuning.processes import run_processes, split_cores
     from fastseg.tuning.report import best_trial, draw_study, trial_rows, write_best, write_trials
     from fastseg.tuning.search_space import choices_or_bounds, parse_search
@@ -86,6 +87,8 @@ def tune(
         raise ConfigError("tune: must not be started by torchrun. Start it several times with the same folder instead.")
     split_cores(processes)  # raises if there are too few
     space = parse_search(config, search)
+    if not config.batch_size:  # that of this machine, for every process of the study, on whatever machine
+        config = config.replace(batch_size=choose_batch_size(config, choose_runtime(config), None))
     for field, distribution in space.items():
         for value in choices_or_bounds(distribution):
             choose_runtime(config.replace(**{field: value}))  # raises if this machine does not support the value

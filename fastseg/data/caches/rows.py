@@ -1,5 +1,6 @@
 """Decoded pairs as rows of a file that is mapped into memory: a disk cache, or memory that processes share."""
 
+import errno
 import json
 import os
 import uuid
@@ -19,6 +20,7 @@ FORMAT = 2  # version of the file; raise it when the layout or the decoded pixel
 HEADER_BYTES = 4096
 STAMP_BYTES, CHECKSUM_BYTES = 16, 4
 TEMPORARY_SUFFIX = ".part"
+NAMES = 100  # of a temporary file that are tried
 
 
 class Rows:
@@ -132,13 +134,20 @@ def remove_orphans(folder: Path) -> None:
 
 
 def _lock_new_name(path: Path) -> tuple[Path, FileLock]:
-    """A name for a temporary file, and its lock, which is held."""
-    while True:
+    """A name for a temporary file, and its lock, which is held.
+
+    Raises:
+        OSError: the lock file cannot be written.
+    """
+    for _ in range(NAMES):
         name = Path(f"{path}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
         lock = _lock(name)
-        with suppress(Timeout):  # `remove_orphans` of another process took the lock between its creation and this
+        with suppress(Timeout):  # `remove_orphans` of another process holds it for a moment, and deletes its file
             lock.acquire(timeout=0)
-            return name, lock
+            if os.path.exists(lock.lock_file):
+                return name, lock
+            lock.release()
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 def _lock(path: Path) -> FileLock:

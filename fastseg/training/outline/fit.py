@@ -16,8 +16,8 @@ from fastseg.training.outline.plan import (
     MAX_VAL,
     may_refine,
     new_refiner,
-    plan_photos,
-    plan_steps,
+    plan_refiner_photos,
+    plan_refiner_steps,
     read_plan,
 )
 from fastseg.training.outline.score import log_scores, score_refiner
@@ -53,14 +53,14 @@ def fit_refiner(run: Run) -> None:
     val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
     refiner, scores = new_refiner(train_pairs, run.config), None
     try:
-        plan = read_plan(state, run) or plan_photos(run, refiner, train_pairs, val_pairs)
+        plan = read_plan(state, run) or plan_refiner_photos(run, refiner, train_pairs, val_pairs)
         train_pairs, val_pairs = _sample(train_pairs, plan.num_train, rng), _sample(val_pairs, plan.num_val, rng)
         patches = _cut_patches(refiner, train_pairs, run, rng)
         if patches is None:
             log.info("outline refiner: not trained, because the masks of training photos have no outline yet")
         else:
             if not plan.steps:
-                plan = plan_steps(plan, run, refiner, patches)
+                plan = plan_refiner_steps(plan, run, refiner, patches)
                 if not run.stop_requested:  # a signal cuts the timing short
                     state["refiner_plan"] = asdict(plan)
                     save_checkpoint(path, state)

@@ -29,8 +29,8 @@ __all__ = [
     "Plan",
     "may_refine",
     "new_refiner",
-    "plan_photos",
-    "plan_steps",
+    "plan_refiner_photos",
+    "plan_refiner_steps",
     "read_plan",
     "reserve_refiner_seconds",
 ]
@@ -110,8 +110,11 @@ def read_plan(state: dict[str, Any], run: Run) -> Plan | None:
     return plan if plan.budget == run.budget.seconds else None
 
 
-def plan_photos(run: Run, refiner: Refiner, train_pairs: Pairs, val_pairs: Pairs) -> Plan:
+def plan_refiner_photos(run: Run, refiner: Refiner, train_pairs: Pairs, val_pairs: Pairs) -> Plan:
     """Time a few photos, and choose as many as fit into their parts of the time that is left. The steps stay open.
+
+    Args:
+        train_pairs, val_pairs: at most `MAX_TRAIN` and `MAX_VAL`.
 
     Raises:
         DataError: a photo cannot be decoded.
@@ -129,11 +132,11 @@ def plan_photos(run: Run, refiner: Refiner, train_pairs: Pairs, val_pairs: Pairs
             score_refiner(untrained, some, run)
     score_s = (time.perf_counter() - began) / len(some)
     left = max(seconds_left(run), 0.0)
-    num_train, num_val = int(TRAIN_SHARE * left / photo_s), int(VAL_SHARE * left / score_s)
-    return Plan(min(max(num_train, 1), MAX_TRAIN), min(max(num_val, 1), MAX_VAL), run.budget.seconds, score_s=score_s)
+    num_train, num_val = max(int(TRAIN_SHARE * left / photo_s), 1), max(int(VAL_SHARE * left / score_s), 1)
+    return Plan(min(num_train, len(train_pairs)), min(num_val, len(val_pairs)), run.budget.seconds, score_s=score_s)
 
 
-def plan_steps(plan: Plan, run: Run, refiner: Refiner, patches: Patches) -> Plan:
+def plan_refiner_steps(plan: Plan, run: Run, refiner: Refiner, patches: Patches) -> Plan:
     """As many steps as fit into the time that is left before the validation photos are scored."""
     left = seconds_left(run) - plan.num_val * plan.score_s
     return replace(plan, steps=max(int(left / _time_steps(refiner, patches, run)), 1))
