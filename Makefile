@@ -32,7 +32,7 @@ demo: $(STAMP)
 
 # A process per core, each with one thread: threads of several processes on the same cores wait for each other.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 soak: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py --seconds $(SECONDS)
