@@ -93,7 +93,7 @@ class Config(BaseModel):
     micro_batch: int = _field(0, "pairs per forward pass and process; 0: halve the batch until it fits", ge=0)
     time_budget: Seconds = _field(0.0, "train for so long: 600 (seconds), 90s, 10m, 1h; 0: for num_epochs", ge=0)
     num_epochs: int = _field(3, "passes over the training pairs; by default more if min_steps needs them", ge=1)
-    min_steps: int = _field(0, "minimum number of steps if num_epochs is not given; 0: 3840 pairs", ge=0)
+    min_steps: int = _field(0, "minimum of steps if num_epochs is not given; 0: 240, and 3840 pairs", ge=0)
     early_stopping: int = _field(0, "stop after this many epochs without a better Dice; 0: never", ge=0)
     checkpoint_every_s: float = _field(60.0, "also save last.pt after so many seconds; 0: only after each epoch", ge=0)
     device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps (Apple; never tried)")

@@ -240,9 +240,9 @@ def test_a_batch_of_the_checkpoint_that_the_processes_cannot_share_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "num_pairs", "epochs"), [(16, 192, 20), (8, 192, 20), (8, 4, 480), (8, 5088, 3)]
+    ("batch_size", "num_pairs", "epochs"), [(16, 192, 20), (8, 192, 20), (32, 192, 40), (8, 4, 480), (8, 5088, 3)]
 )
-def test_a_run_whose_length_nobody_has_set_sees_3840_pairs(batch_size, num_pairs, epochs):
+def test_a_run_whose_length_nobody_has_set_has_240_steps_and_3840_pairs(batch_size, num_pairs, epochs):
     assert resolve_config(fastseg.Config(batch_size=batch_size), num_pairs).num_epochs == epochs
 
 

@@ -26,7 +26,7 @@ __all__ = ["build_run", "choose_batch_size", "find_splits", "load_or_init_model"
 # One core, 192 pairs, 16 channels: the table of docs/train.md, by benchmarks/time_budget.py.
 MORE_TIME = "on generated photos 10 minutes instead of 5 raised boundary IoU at full size from 0.91 to 0.93"
 
-MIN_PAIRS = 3840  # seen in a run whose length nobody has set
+MIN_STEPS, MIN_PAIRS = 240, 3840  # of a run whose length nobody has set
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Confi
             f"batch_size: each process needs a pair of every batch; got {num_pairs} training pair(s) for {world_size} "
             "processes. Start fewer processes, or add pairs."
         )
-    min_steps = config.min_steps or MIN_PAIRS // config.batch_size
+    min_steps = config.min_steps or max(MIN_STEPS, MIN_PAIRS // config.batch_size)
     if config.batch_size > num_pairs:
         batch_size = num_pairs // world_size * world_size
         log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
