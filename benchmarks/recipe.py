@@ -2,10 +2,10 @@
 
     python benchmarks/recipe.py --data data --channels 16 --json benchmarks/results/recipe.json
 
-Every row is `fastseg.train` with its defaults except for the change that it names, each run in a process of its own.
-All rows take the same number of steps, except for those that change the size of the images: they do the same work,
-counted in steps at full size (a step at half the size is a quarter). A change that is no field of `Config` replaces
-the recipe's own function.
+Every row is `fastseg.train` with batches of 16 and its other defaults, except for the change that it names; each
+run has a process of its own. All rows take the same number of steps, except for those that change the size of the
+images: they do the same work, counted in steps at full size (a step at half the size is a quarter). A change that
+is no field of `Config` replaces the recipe's own function.
 """
 
 import math
@@ -60,7 +60,9 @@ def steps_for(row: str) -> int:
     return round(work(STEPS, DEFAULT_SHARE) / work(1, share))
 
 
-def _optimizer_that_clips(config: fastseg.Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+def make_clipping_optimizer(config: fastseg.Config, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """The recipe's optimizer, with gradients clipped to norm 1 before each step."""
+
     def clip(*_: Any) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 
@@ -74,7 +76,7 @@ LOOP = "fastseg.training.loop"  # the module of the step
 PATCHES: dict[str, tuple[str, Any]] = {  # row: a function as training imports it, and its replacement
     "bce": (f"{LOOP}.training_loss", lambda config, logits, targets: bce_loss(logits, targets)),
     "dice": (f"{LOOP}.training_loss", lambda config, logits, targets: dice_loss(logits, targets)),
-    "clip": ("fastseg.training.setup.make_optimizer", _optimizer_that_clips),
+    "clip": ("fastseg.training.setup.make_optimizer", make_clipping_optimizer),
     "constant": (f"{LOOP}.learning_rate", lambda config, step, total: 1e-3 * min(1.0, 4 * step / total)),
 }
 

@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 from command import folder_fields
 from measure import in_fresh_process
-from recipe import DEFAULT_SHARE, work
+from recipe import DEFAULT_SHARE, make_clipping_optimizer, work
 from report import describe_machine, make_parser, print_table, run, some_of, write_report
 from torch import nn
 
@@ -124,16 +124,7 @@ def alternating_flips(config: fastseg.Config, steps: int) -> Patches:
 
 
 def clipped(config: fastseg.Config, steps: int) -> Patches:
-    def make(config: fastseg.Config, model: nn.Module) -> torch.optim.Optimizer:
-        def clip(*_: Any) -> None:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-
-        optimizer = original(config, model)
-        optimizer.register_step_pre_hook(clip)
-        return optimizer
-
-    original = recipe.make_optimizer
-    return {"fastseg.training.setup.make_optimizer": make}
+    return {"fastseg.training.setup.make_optimizer": make_clipping_optimizer}
 
 
 def average_of_the_end(config: fastseg.Config, steps: int) -> Patches:
