@@ -73,8 +73,8 @@ def choose_runtime(config: Config) -> Runtime:
 def default_batch_size(device: torch.device) -> int:
     """What a `batch_size` of 0 means on a device.
 
-    On a CPU the same pairs in batches of 8 take little longer than in batches of 16, and are twice the steps. A GPU
-    would wait for the launches of their kernels.
+    On a CPU the same pairs in batches of 8 take little longer than in batches of 16, and are twice the steps. On a
+    GPU that has not been measured.
     """
     return 8 if device.type == "cpu" else 16
 

@@ -42,6 +42,7 @@ def score_refiner(refiner: Refiner, pairs: Pairs, run: Run) -> dict[str, Any]:
 
 
 def log_scores(scores: dict[str, Any], scale: int, config: Config) -> None:
+    """Log the Dice of every method, and whether the refiner is used."""
     log.info(
         "outline refiner: Dice on a grid of %dx%d is %s; it is %s",
         *(config.image_width * scale, config.image_height * scale),
