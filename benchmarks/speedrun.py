@@ -2,12 +2,12 @@
 
     python benchmarks/speedrun.py --data data,hard --seeds 5 --json speedrun.json
     python benchmarks/speedrun.py --data data,hard --seeds 2 --rows default,muon
-    python benchmarks/speedrun.py --base batch_16 --rows default,batch_16,clip       with Muon instead of AdamW
+    python benchmarks/speedrun.py --base default --rows default,clip,linear          changes of today's recipe
     python benchmarks/speedrun.py --rows "" --merge a.json,b.json      the table of several reports
 
-Each run is `fastseg.train` in a process of its own, with AdamW (`--base batch_16`: Muon), batches of 16 and the other
-defaults except for the change that its row names; `default` is the recipe as it is on a CPU. A change that is no field
-of `Config` replaces a function of the recipe.
+Each run is `fastseg.train` in a process of its own, with the base's optimizer and batches and the other defaults, except
+for the change that its row names. The bases: `adamw` in batches of 16, `batch_16` with Muon, and `default`, the recipe as
+it is on a CPU. A change that is no field of `Config` replaces a function of the recipe.
 All rows do the same work, counted in training pixels (times the square of `base_channels`, against 16), so that a
 larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps: start-up,
 validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process, which
@@ -43,7 +43,11 @@ from fastseg.training import recipe
 from fastseg.training.step.muon import norm_biases_of
 
 AIMS = (0.97, 0.98, 0.985)
-BASES = {"adamw": "adamw", "batch_16": "auto"}  # rows with which the others are compared, and their optimizers
+BASES: dict[str, dict[str, Any]] = {  # rows with which the others are compared, and their fields
+    "adamw": {"optimizer": "adamw", "batch_size": 16},
+    "batch_16": {"optimizer": "auto", "batch_size": 16},
+    "default": {"optimizer": "auto", "batch_size": 8},
+}
 EPOCHS = 20  # of the recipe with 192 pairs
 DEFAULT_WORK = work(1, DEFAULT_SHARE)  # mean of a step, in steps at full size
 THREE = 0.3 * 48 * 64 / (160 * 240) + 0.4 * work(1, 1) + 0.3  # the same of `three_sizes`
@@ -164,8 +168,8 @@ def fresh_unet(config: fastseg.Config, steps: int) -> Patches:
 
 ADAMW, MUON = {"optimizer": "adamw"}, {"optimizer": "muon"}
 ROWS = {
-    "default": Row("the recipe: Muon, batches of 8", {"optimizer": "auto", "batch_size": 8}),
-    "batch_16": Row("Muon", {"optimizer": "auto"}),
+    "default": Row("the recipe: Muon, batches of 8", BASES["default"]),
+    "batch_16": Row("Muon, batches of 16", BASES["batch_16"]),
     "adamw": Row("AdamW", ADAMW),
     "bias_16": Row("AdamW, BatchNorm biases at 16 times the learning rate", ADAMW, partial(bias_rate, 16)),
     "bias_64": Row("AdamW, BatchNorm biases at 64 times the learning rate", ADAMW, partial(bias_rate, 64)),
@@ -183,7 +187,6 @@ ROWS = {
     "average": Row("average of the weights of the last quarter", {"ema_decay": 0.999}, average_of_the_end),
     "clip": Row("gradients clipped to norm 1", patch=clipped),
     "batch_4": Row("batches of 4", {"batch_size": 4}),
-    "batch_8_clip": Row("batches of 8, gradients clipped to norm 1", {"batch_size": 8}, clipped),
     "batch_32": Row("batches of 32", {"batch_size": 32}),
     "channels_12": Row("three quarters of the channels", work=DEFAULT_WORK * 0.75**2, channels=0.75),
     "channels_24": Row("one and a half times the channels", work=DEFAULT_WORK * 1.5**2, channels=1.5),
@@ -194,16 +197,16 @@ ROWS = {
 }
 
 
-def run_once(name: str, data: str, channels: int, seed: int, share: float, optimizer: str) -> dict[str, Any]:
+def run_once(name: str, data: str, channels: int, seed: int, share: float, base: str) -> dict[str, Any]:
     """Train a row with one seed; the seconds of its steps until each Dice.
 
     Args:
         share: of the work of the default number of epochs.
-        optimizer: of a row that names none.
+        base: row whose optimizer and batches the run has where its own names none.
     """
     row = ROWS[name]
     channels = round(channels * row.channels)
-    fields = {"base_channels": channels, "batch_size": 16, "optimizer": optimizer, "refiner_steps": 0, **row.fields}
+    fields = {"base_channels": channels, "refiner_steps": 0, **BASES[base], **row.fields}
     with tempfile.TemporaryDirectory() as out, ExitStack() as stack:
         epochs = max(2, round(EPOCHS * share * DEFAULT_WORK / row.work))
         config = fastseg.Config(**folder_fields(Path(data)), **fields, seed=seed, num_epochs=epochs, out_dir=out)
@@ -286,7 +289,7 @@ def main() -> None:
         "--base",
         choices=BASES,
         default="adamw",
-        help="row with which the others are compared, and whose optimizer they have",
+        help="row with which the others are compared, and whose optimizer and batches they have",
     )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first-seed", type=int, default=0)
@@ -312,7 +315,7 @@ def main() -> None:
         for name in names:
             for data in options.data.split(","):
                 print(f"{name}, {Path(data).name}, seed {seed}", file=sys.stderr)
-                done = in_fresh_process(run_once, name, data, options.channels, seed, options.work, BASES[options.base])
+                done = in_fresh_process(run_once, name, data, options.channels, seed, options.work, options.base)
                 sets.setdefault(Path(data).name, {}).setdefault(name, []).append(done)
                 save(finished=False)
     print_rows(sets, options.base)

@@ -27,6 +27,6 @@ def test_a_difference_is_counted_in_its_standard_errors():
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_change_what_exists(name):
     row = ROWS[name]
-    config = fastseg.Config(**{"optimizer": BASES["batch_16"], **row.fields})
+    config = fastseg.Config(**{**BASES["default"], **row.fields})
     for target in row.patch(config, 10):
         assert callable(pkgutil.resolve_name(target)) or isinstance(pkgutil.resolve_name(target), float)
