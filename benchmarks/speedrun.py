@@ -5,9 +5,9 @@
     python benchmarks/speedrun.py --base default --rows default,clip,linear          changes of today's recipe
     python benchmarks/speedrun.py --rows "" --merge a.json,b.json      the table of several reports
 
-Each run is `fastseg.train` in a process of its own, with the base's optimizer and batches and the other defaults, except
-for the change that its row names. The bases: `adamw` in batches of 16, `batch_16` with Muon, and `default`, the recipe as
-it is on a CPU. A change that is no field of `Config` replaces a function of the recipe.
+Each run is `fastseg.train` in a process of its own, with the base's optimizer and batches and the other defaults,
+except for the change that its row names. The bases: `adamw` in batches of 16, `batch_16` with Muon, and `default`, the
+recipe as it is on a CPU. A change that is no field of `Config` replaces a function of the recipe.
 All rows do the same work, counted in training pixels (times the square of `base_channels`, against 16), so that a
 larger number of smaller steps or images is no advantage in itself. Seconds are those of the steps: start-up,
 validation and pictures, which no row changes, are left out. On the CPU they are CPU seconds of the process, which

@@ -1,5 +1,6 @@
 """`import fastseg` loads nothing heavy; each test of that comes with a proof that it can fail."""
 
+import json
 import os
 import pkgutil
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastseg
+from tests.conftest import fields
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,7 +58,8 @@ def test_training_loads_neither_matplotlib_nor_kornia_before_they_are_needed():
     assert loaded_by(code, *modules) == {*modules}
 
 
-def test_a_step_of_the_optimizer_does_not_load_dynamo():
+def test_a_training_does_not_load_dynamo(pairs_dir, tmp_path):
+    """Of either recipe, or of an outline refiner."""
     step = (
         "import torch, fastseg\nfrom fastseg.training.recipe import make_optimizer\n"
         "model = torch.nn.Linear(1, 1)\nmodel(torch.ones(1, 1)).sum().backward()\n"
@@ -64,7 +67,10 @@ def test_a_step_of_the_optimizer_does_not_load_dynamo():
         "    optimizer = {}\n    optimizer.step()\n    optimizer.zero_grad()"
     )
     ours, theirs = "make_optimizer(fastseg.Config(recipe=recipe), model)", "torch.optim.Adam(model.parameters())"
-    assert loaded_by(step.format(ours), "torch._dynamo", "torch") == {"torch"}
+    train = f"\nfastseg.train({fields(pairs_dir, tmp_path, refiner_steps=2, num_epochs=6)})"
+    assert loaded_by(step.format(ours) + train, "torch._dynamo", "torch") == {"torch"}
+    (summary,) = tmp_path.rglob("summary.json")
+    assert json.loads(summary.read_text())["outline_refiner"]["dice"]
     assert loaded_by(step.format(theirs), "torch._dynamo", "torch") == {"torch._dynamo", "torch"}
 
 

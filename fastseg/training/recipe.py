@@ -36,6 +36,7 @@ __all__ = [
     "training_loss",
     "training_size",
     "update_ema",
+    "without_dynamo",
 ]
 
 PEAK = 30  # peak of the one-cycle schedule, as a multiple of `Config.learning_rate`, where it starts
@@ -103,13 +104,13 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         slow = {"params": [p for p in model.parameters() if p in encoder], LR_FACTOR: config.encoder_lr}
         groups = [{"params": rest}, slow]
     if config.recipe == "tutorial":
-        return _without_dynamo(torch.optim.Adam)(groups, lr=config.learning_rate)
+        return without_dynamo(torch.optim.Adam)(groups, lr=config.learning_rate)
     kinds: list[Kind] = [
         (lambda p: p.ndim > 1, config.weight_decay, {}),
         (lambda p: p.ndim <= 1, 0.0, {}),
     ]
     if choose_optimizer(config, None) == "adamw":
-        return _without_dynamo(torch.optim.AdamW)(_split(groups, kinds), lr=config.learning_rate, fused=True)
+        return without_dynamo(torch.optim.AdamW)(_split(groups, kinds), lr=config.learning_rate, fused=True)
     filters, biases = filters_of(model), norm_biases_of(model)
     kinds = [
         (lambda p: p.ndim > 1 and p not in filters, config.weight_decay, {}),
@@ -117,7 +118,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         (lambda p: p in biases, 0.0, {LR_FACTOR: BIAS_FACTOR}),
         (lambda p: p in filters, config.weight_decay, {LR_FACTOR: MUON_FACTOR, MUON: True}),
     ]
-    return _without_dynamo(MuonAdamW)(_split(groups, kinds), lr=config.learning_rate)
+    return without_dynamo(MuonAdamW)(_split(groups, kinds), lr=config.learning_rate)
 
 
 def choose_optimizer(config: Config, state: dict[str, Any] | None) -> str:
@@ -150,7 +151,7 @@ def _split(groups: list[dict[str, Any]], kinds: list[Kind]) -> list[dict[str, An
     ]
 
 
-def _without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
+def without_dynamo(optimizer: type[torch.optim.Optimizer]) -> Callable[..., torch.optim.Optimizer]:
     """One of torch's optimizers, without the import of `torch._dynamo` on its first call, which takes seconds.
 
     torch wraps the methods below, so that `torch.compile` of a whole step leaves them as they are. fastseg compiles the

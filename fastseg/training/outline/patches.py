@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastseg.config import Config
@@ -22,7 +21,7 @@ from fastseg.runtime.threads import count_threads
 __all__ = ["PATCH", "Example", "Patches", "cut_patches", "read_examples"]
 
 PATCH = 64  # points of the grid on each side of a patch
-MAX_PATCHES = 8192
+MAX_PATCHES, MAX_PER_PHOTO = 8192, 256
 MAX_BYTES = 2**28  # of all patches
 
 
@@ -84,18 +83,16 @@ def cut_patches(
         size = min(PATCH, height, width)
         padded_side = size + 2 * refiner.halo
         num_bytes = padded_side**2 * (3 + 2 * len(example.logits)) + size**2
-        count = max(1, min(MAX_PATCHES, MAX_BYTES // num_bytes) // num_examples)
+        count = min(max(min(MAX_PATCHES, MAX_BYTES // num_bytes) // num_examples, 1), MAX_PER_PHOTO)
+        border = (refiner.halo, refiner.halo)
         fine = upsample_logits(example.logits[None], *example.size, onto=(height, width))[0]
+        fine = torch.from_numpy(np.pad(fine.numpy(), ((0, 0), border, border), "edge"))
+        photo = torch.from_numpy(np.pad(example.photo.numpy(), (border, border, (0, 0)), "edge"))
         centres = (places[rng.integers(len(places), size=count)] + rng.random((count, 2))) * int(refiner.scale)
         corners = np.clip(np.round(centres).astype(int) - size // 2, 0, (height - size, width - size))
         for top, left in corners.tolist():
-            rows, columns = _around(top, size, refiner.halo, height), _around(left, size, refiner.halo, width)
-            photos.append(example.photo[rows][:, columns])
-            logits.append(fine[:, rows][:, :, columns].half())
+            rows, columns = slice(top, top + padded_side), slice(left, left + padded_side)
+            photos.append(photo[rows, columns].clone())
+            logits.append(fine[:, rows, columns].half())
             masks.append(example.mask[top : top + size, left : left + size].clone())
     return Patches(torch.stack(photos), torch.stack(logits), torch.stack(masks)) if photos else None
-
-
-def _around(start: int, size: int, halo: int, length: int) -> NDArray[np.int64]:
-    """Rows or columns of a patch and its halo; the edge is repeated beyond the photo."""
-    return np.clip(np.arange(start - halo, start + size + halo), 0, length - 1)

@@ -36,8 +36,9 @@ __all__ = [
 ]
 
 MAX_TRAIN, MAX_VAL = 256, 32  # photos
-# Of a time budget, for the refiner: at least, and at most. With half of its steps, the CRF is better than it.
-MIN_SHARE, MAX_SHARE = 1 / 3, 0.6
+# Of a time budget, for the refiner. Of 120 s on one core, a half gives worse masks. Of 60 s, in which a fifth of its
+# steps would fit, a longer network and the CRF are as good.
+SHARE, MIN_PART = 1 / 3, 0.4
 TRAIN_SHARE, VAL_SHARE = 0.3, 0.15  # of the refiner's time, to prepare and to score photos
 TIMED_PHOTOS, TIMED_STEPS = 3, 16
 
@@ -71,24 +72,23 @@ def new_refiner(pairs: Pairs, config: Config) -> Refiner:
 def reserve_refiner_seconds(run: Run) -> None:
     """Decide how much of a time budget the refiner gets, before the first step; a decision that is stored stays.
 
-    It gets a third, or the time of `refiner_steps` if that is more, as some steps on blank patches tell. Where that
-    leaves the network too little, it gets nothing: a longer network and the CRF are better than a short refiner.
+    It gets a third, or nothing where that is less than `MIN_PART` of the time of `refiner_steps`, as some steps on
+    blank patches tell.
     """
     budget = run.budget
     if budget is None or budget.refiner_seconds is not None or run.is_finished or not may_refine(run):
         return
-    left = budget.seconds - used_seconds(run)
+    seconds = SHARE * (budget.seconds - used_seconds(run))
     try:
         refiner = new_refiner(run.train_loader.pairs, run.config)
         whole = run.config.refiner_steps * _time_steps(refiner, _blank_patches(refiner, run.config), run)
     except DataError:  # of the first photo, which the training reports or skips
         whole = 0.0
-    whole *= 1.25  # photos are prepared before the steps, and scored after them
-    budget.refiner_seconds = max(whole, MIN_SHARE * left) if whole <= MAX_SHARE * left else 0.0
+    budget.refiner_seconds = seconds if seconds >= MIN_PART * whole else 0.0
     if not budget.refiner_seconds:
         log.info(
-            "outline refiner: left out; it would take %s, more than %.0f %% of the time_budget",
-            *(format_duration(whole), 100 * MAX_SHARE),
+            "outline refiner: left out; a third of the time_budget is %s, and its refiner_steps take %s",
+            *(format_duration(seconds), format_duration(whole)),
         )
 
 

@@ -12,6 +12,7 @@ from fastseg.network.normalise import normalise
 from fastseg.network.outline.refiner import Refiner
 from fastseg.runtime.progress import progress_bar
 from fastseg.training.outline.patches import Patches
+from fastseg.training.recipe import without_dynamo
 from fastseg.training.state import Run
 from fastseg.training.step.muon import MUON, MUON_FACTOR, MuonAdamW, filters_of
 
@@ -36,7 +37,7 @@ def train_refiner(refiner: Refiner, patches: Patches, run: Run, steps: int, *, s
         {"params": [p for p in parameters if p not in filters]},
         {"params": [p for p in parameters if p in filters], MUON: True},
     ]
-    optimizer = MuonAdamW(groups, lr=LEARNING_RATE)
+    optimizer = without_dynamo(MuonAdamW)(groups, lr=LEARNING_RATE)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     generator = torch.Generator().manual_seed(config.seed)
     with progress_bar(shown=shown) as bar:
