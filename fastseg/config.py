@@ -51,14 +51,14 @@ class Config(BaseModel):
     train_mask_dir: str = _field("./data/train_masks/", "folder of training masks", min_length=1)
     val_img_dir: str = _field(DEFAULT_VAL_DIRS[0], "folder of validation images; empty: hold out val_fraction")
     val_mask_dir: str = _field(DEFAULT_VAL_DIRS[1], "folder of validation masks")
-    val_fraction: float = _field(0.1, "fraction of cars to hold out if there are no validation folders", gt=0, lt=1)
+    val_fraction: float = _field(0.1, "fraction of groups to hold out without validation folders", gt=0, lt=1)
     image_height: int = _field(160, "height of the network's input in pixels", ge=1, le=2**14)
     image_width: int = _field(240, "width of the network's input in pixels", ge=1, le=2**14)
     mask_resize: Literal["area", "nearest"] = _field("area", "resize masks by area average or to the nearest pixel")
     classes: tuple[SegClass, ...] = _field((), "names of classes, or a file of them; empty: the brighter of two values")
     ignore_value: int = _field(255, "with classes: pixels of this value count in nothing; -1: none", ge=-1, le=255)
     bad_samples: Literal["raise", "skip"] = _field("raise", "unusable files: raise an error, or log and skip them")
-    check_data: bool = _field(True, "check every file's header before training")
+    check_data: bool = _field(True, "before training, read every image's header and decode every mask")
 
     # Loading
     num_workers: int = _field(0, "decoding threads; 0: one per core, at most 8 beside a GPU", ge=0, le=256)
@@ -75,27 +75,27 @@ class Config(BaseModel):
     size_multiple: int = _field(0, "divisor of both image sides; 0: 2**depth for unet, else found by trial", ge=0)
 
     # Training
-    recipe: Literal["fast", "tutorial"] = _field("fast", "fast: AdamW, one cycle, BCE + Dice; tutorial: Adam, BCE")
+    recipe: Literal["fast", "tutorial"] = _field("fast", "fast: Muon or AdamW, one cycle; tutorial: Adam, BCE")
     loss: Literal["auto", "focal", "tversky", "lovasz"] = _field(
-        "auto", "classes: auto is cross-entropy + Dice; focal for the former, others for Dice"
+        "auto", "classes: auto is cross-entropy + Dice; focal replaces the former, others Dice"
     )
     class_weights: Literal["none", "auto"] | tuple[float, ...] = _field(
         "auto", "auto: rare classes weigh more in the loss; none; or a number for each class"
     )
-    learning_rate: float = _field(1e-4, "start of the cycle, whose peak is 30 times as high; tutorial: constant", gt=0)
+    learning_rate: float = _field(1e-4, "at the start; the cycle's peak is 30 times this; tutorial: constant", gt=0)
     optimizer: Literal["auto", "muon", "adamw"] = _field("auto", "of recipe fast; auto: Muon for the UNet, else AdamW")
     weight_decay: float = _field(1e-2, "weight decay of AdamW and Muon", ge=0)
-    encoder_lr: float = _field(1.0, "learning rate of the network's encoder, as a factor of the others'", gt=0)
-    freeze_encoder: int = _field(0, "number of steps, the first, in which the encoder's weights do not change", ge=0)
-    ema_decay: float = _field(0.0, "decay per step of the EMA of the weights, which is scored; 0: no EMA", ge=0, lt=1)
-    progressive_resizing: float = _field(0.7, "fraction of steps, the first, on images of half the size", ge=0, le=1)
-    batch_size: int = _field(0, "pairs per step over all processes; 0: on a CPU 8, on a GPU 16", ge=0)
+    encoder_lr: float = _field(1.0, "factor on the learning rate of the network's encoder", gt=0)
+    freeze_encoder: int = _field(0, "freeze the encoder's weights for this many steps at the start", ge=0)
+    ema_decay: float = _field(0.0, "decay per step of an average (EMA) of the weights, which is scored", ge=0, lt=1)
+    progressive_resizing: float = _field(0.7, "fraction of the run, from its start, at half the image size", ge=0, le=1)
+    batch_size: int = _field(0, "pairs per step, all processes; 0: 8 on a CPU, 16 on a GPU or recipe tutorial", ge=0)
     micro_batch: int = _field(0, "pairs per forward pass and process; 0: halve the batch until it fits", ge=0)
-    time_budget: Seconds = _field(0.0, "train for so long: 600 (seconds), 90s, 10m, 1h; 0: for num_epochs", ge=0)
+    time_budget: Seconds = _field(0.0, "training time: 600 (seconds), 90s, 10m or 1h; 0: train for num_epochs", ge=0)
     num_epochs: int = _field(3, "passes over the training pairs; by default more if min_steps needs them", ge=1)
-    min_steps: int = _field(0, "minimum of steps if num_epochs is not given; 0: 240, and 3840 pairs", ge=0)
+    min_steps: int = _field(0, "minimum number of steps without num_epochs; 0: 240, and 3840 pairs", ge=0)
     early_stopping: int = _field(0, "stop after this many epochs without a better Dice; 0: never", ge=0)
-    checkpoint_every_s: float = _field(60.0, "also save last.pt after so many seconds; 0: only after each epoch", ge=0)
+    checkpoint_every_s: float = _field(60.0, "seconds between saves of last.pt in an epoch; 0: none", ge=0)
     device: str = _field("auto", "auto, cpu, cuda, cuda:N or mps (Apple; never tried)")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = _field("auto", "dtype of the network's arithmetic")
     compile: Literal["auto", "on", "graphs", "off"] = _field(
@@ -120,7 +120,7 @@ class Config(BaseModel):
     tracker: Literal["", "tensorboard", "mlflow", "wandb"] = _field("", "show the run in an experiment tracker")
     name: str = _field("carvana", "name of the run; results go to out_dir/name")
     load_model: bool = _field(True, "resume from the run's last checkpoint if there is one")
-    checkpoint: str = _field("", "initial weights of a new run, such as another run's best.pt")
+    checkpoint: str = _field("", "initial weights, such as another run's best.pt; a run that resumes ignores it")
 
     def __init__(self, **fields: Any) -> None:
         try:
@@ -202,7 +202,7 @@ class Config(BaseModel):
         if self.val_img_dir and not self.val_mask_dir:
             raise ValueError(
                 f"val_mask_dir: must not be empty, because val_img_dir is {self.val_img_dir}. "
-                "Set both, or empty both to hold out val_fraction of the cars."
+                "Set both, or empty both to hold out val_fraction of the groups."
             )
         return self
 

@@ -228,9 +228,18 @@ def test_split_depends_on_the_seed_alone():
     assert len({tuple(held_out(seed)) for seed in range(8)}) > 4
 
 
-def test_split_of_one_group_is_refused():
-    with pytest.raises(fastseg.DataError, match=r"2 images .*one group \(car\).*val_img_dir"):
-        fastseg.split_by_group(pairs_of(["car_01", "car_02"]), 0.1, seed=0)
+def test_single_images_of_one_group_are_held_out(caplog):
+    """Names as cameras give them."""
+    stems = [f"IMG_{number:04}" for number in range(20)]
+    train, val = fastseg.split_by_group(pairs_of(stems), 0.1, seed=0)
+    assert (len(train), len(val)) == (18, 2)
+    assert sorted([*train.images, *val.images]) == [f"{stem}.jpg" for stem in stems]
+    assert re.search(r"20 images .*one group \(IMG\).*val_img_dir", caplog.text)
+
+
+def test_split_of_one_image_is_refused():
+    with pytest.raises(fastseg.DataError, match=r"1 usable images.*val_img_dir"):
+        fastseg.split_by_group(pairs_of(["car_01"]), 0.1, seed=0)
 
 
 def test_split_keeps_the_names_that_were_left_out():

@@ -193,6 +193,8 @@ def group_of(name: str) -> str:
 def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs, Pairs]:
     """Hold out whole groups, so that no car is in training and in validation.
 
+    If all pairs are of one group, such as `IMG_0001` and `IMG_0002`, single pairs are held out, with a warning.
+
     Args:
         pairs: from `find_pairs`.
         val_fraction: share of the groups to hold out; at least one group is.
@@ -202,18 +204,26 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
         Training pairs, with the `left_out` of `pairs`, and validation pairs.
 
     Raises:
-        DataError: there is only one group, so that none can be held out.
+        DataError: there is only one pair, so that none can be held out.
     """
-    groups = sorted({group_of(name) for name in pairs.images})
-    if len(groups) < 2:
+    if len(pairs) < 2:
         raise DataError(
-            f"{pairs.image_dir}: all {len(pairs)} images belong to one group ({groups[0]}), so none can be held out. "
+            f"{pairs.image_dir}: has {len(pairs)} usable images, so none can be held out for validation. "
             "Give val_img_dir and val_mask_dir."
         )
+    names = [group_of(name) for name in pairs.images]
+    if len(set(names)) < 2:
+        log.warning(
+            "%s: all %d images belong to one group (%s), so single images are held out; if they show the same thing, "
+            "scores are too high: give val_img_dir and val_mask_dir",
+            *(pairs.image_dir, len(pairs), names[0]),
+        )
+        names = pairs.images
+    groups = sorted(set(names))
     count = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
     chosen = np.random.default_rng(seed).permutation(len(groups))[:count]
     held_out = {groups[i] for i in chosen}
-    is_val = [group_of(name) in held_out for name in pairs.images]
+    is_val = [name in held_out for name in names]
     train = replace(pairs.subset(i for i, val in enumerate(is_val) if not val), left_out=pairs.left_out)
     return train, pairs.subset(i for i, val in enumerate(is_val) if val)
 
