@@ -18,7 +18,7 @@ from fastseg.errors import ConfigError
 from fastseg.network.metrics import best_epoch
 from fastseg.training import budget as budget_module
 from fastseg.training import loop
-from fastseg.training.budget import Budget, Decision
+from fastseg.training.budget import Budget, Decision, restore_budget
 from fastseg.training.recipe import training_size
 from fastseg.training.step.augment import resize
 from fastseg.training.validate import shrink_batches
@@ -147,6 +147,49 @@ def test_finished_run_continues_with_a_larger_budget(pairs_dir, tmp_path, fake_c
     more = fastseg.train(config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 120}))
     assert len(more.history) > len(first.history)
     assert last_state(more.run_dir)["budget"]["decisions"][-1][0] > last_state(first.run_dir)["epoch"]
+
+
+def saved_budget(**changes) -> dict:
+    """A quarter of a budget of 100 s is done: the state that `last.pt` would have."""
+    decisions = [Decision(0, 0.0, math.inf, 3), Decision(10, 0.1, 90.0, 50)]
+    return Budget(**{"seconds": 100.0, "decisions": decisions, "mark": (10.0, 10), **changes}).state_dict(25.0, 25)
+
+
+def test_a_run_that_resumes_unchanged_keeps_its_decisions():
+    budget = Budget(100.0)
+    restore_budget(budget, saved_budget(), 25)
+    assert budget.position_at(25) == pytest.approx(0.25)
+    assert (budget.decisions[-1].step, budget.mark, budget.spent) == (10, (10.0, 10), 25.0)
+
+
+@pytest.mark.parametrize(("seconds", "step", "position"), [(100.0, 50, 0.25), (100.0, 13, 0.25), (200.0, 25, 0.125)])
+def test_another_batch_size_or_budget_asks_for_a_decision_at_once(seconds, step, position):
+    """With another batch size the same place in the run has another number of steps."""
+    budget = Budget(seconds)
+    restore_budget(budget, saved_budget(), step)
+    assert budget.position_at(step) == pytest.approx(position)
+    assert (budget.decisions[-1].until, budget.mark) == (step, (25.0, step))
+
+
+def test_steps_of_a_run_without_a_budget_are_not_timed(pairs_dir, tmp_path, fake_clock):
+    before = fastseg.train(config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 0, "num_epochs": 3}))
+    steps = 3 * 8 // 4
+    assert len(before.history) == 3
+    after = fastseg.train(config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 100}))
+    first, second, *_ = [Decision(*values) for values in last_state(after.run_dir)["budget"]["decisions"][1:]]
+    assert first == Decision(steps, 0.0, math.inf, steps + 3)  # three steps are taken to time them
+    assert (second.step, second.position) == (steps + 3, 0.0)
+    assert after.history[-1]["learning_rate"] < 0.2 * max(entry["learning_rate"] for entry in after.history)
+
+
+def test_start_up_and_compiling_are_not_time_of_steps(monkeypatch):
+    run = make_run()
+    monkeypatch.setattr(budget_module, "used_seconds", lambda run: 40.0)
+    run.budget.spent, run.budget.mark = 25.0, (20.0, 8)  # 5 s and some steps since the last decision
+    budget_module.start_clock(run)
+    assert run.budget.mark == (35.0, 8)
+    budget_module.leave_out_step(run.budget, 26.0)
+    assert run.budget.mark == (61.0, 9)
 
 
 def test_a_budget_that_is_too_short_takes_a_step(pairs_dir, tmp_path, fake_clock):

@@ -103,6 +103,16 @@ def test_a_run_compiles_after_an_epoch_if_that_saves_time(steps_s, cached, chang
     assert run.compiled == ("on" if compiles else "graphs")
 
 
+def test_a_call_that_has_only_scored_an_epoch_does_not_compile(tmp_path):
+    """It has no step of its own whose time it knows."""
+    settings = fastseg.Config(device="cpu", compile="auto")
+    device = SimpleNamespace(type="cuda")
+    run = SimpleNamespace(config=settings, compiled="graphs", runtime=SimpleNamespace(device=device))
+    run.steps_done = run.first_step = 7
+    compile_if_it_pays(run)
+    assert run.compiled == "graphs"
+
+
 @pytest.mark.parametrize(("choice", "compiled"), [("auto", "off"), ("graphs", None)])
 def test_graphs_that_do_not_fit_in_memory(monkeypatch, choice, compiled):
     """`auto` goes on without them, and can then split the batch; `graphs` is refused."""

@@ -5,12 +5,14 @@ import math
 import signal
 import time
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastseg
 from fastseg.network.checkpoint import load_checkpoint
+from fastseg.training import interval
 from fastseg.training.writer import CheckpointWriter
 from tests.test_resume import run_with_signal
 from tests.test_training import config, same, weights
@@ -108,3 +110,13 @@ def test_no_checkpoint_within_an_epoch_is_infinite_or_nan(tmp_path, where):
 def test_checkpoint_every_s_is_not_negative():
     with pytest.raises(fastseg.ConfigError, match=r"^checkpoint_every_s: .*-1"):
         fastseg.Config(checkpoint_every_s=-1)
+
+
+def test_ranks_agree_across_epochs_of_few_steps(monkeypatch):
+    """An epoch of 7 steps has no step 20; the run has."""
+    run = SimpleNamespace(stop_requested=True, interrupted=False, step=6, runtime=SimpleNamespace(rank=1, world_size=2))
+    run.runtime.device = torch.device("cpu")
+    monkeypatch.setattr(interval, "all_reduce", lambda flags: flags)
+    for run.steps_done in (19, 20):
+        interval.stop_or_save(run)
+        assert run.interrupted == (run.steps_done == 20)

@@ -13,8 +13,10 @@ import fastseg
 from fastseg.data.host import load_photo
 from fastseg.errors import CheckpointError, ConfigError
 from fastseg.network.checkpoint import load_checkpoint, load_model, save_checkpoint
+from fastseg.network.outline import refiner as refiner_module
 from fastseg.network.outline.refiner import Refiner, choose_scale, find_outline, read_refiner, refine_outline
 from fastseg.network.outline.upsample import upsample_logits
+from fastseg.runtime.device import choose_runtime
 from fastseg.training.budget import Budget
 from fastseg.training.outline import fit, patches, plan, train
 from fastseg.training.outline.train import refiner_loss
@@ -57,6 +59,13 @@ def test_outline_is_where_another_label_is_near(channels):
 def test_photos_without_an_outline_keep_their_logits(value):
     refined = refine_outline(random_refiner(1, 2), torch.full((1, 8, 12), value), pixels(16, 24), (64, 96))
     assert torch.equal(refined, torch.full((1, 16, 24), value))
+
+
+def test_many_tiles_are_refined_in_parts(monkeypatch):
+    refiner, logits, photo = random_refiner(3, 2), blobs(3, 40, 60), pixels(80, 120)
+    whole = refine_outline(refiner, logits, photo, (160, 240))
+    monkeypatch.setattr(refiner_module, "MAX_POINTS", 3 * (16 + 2 * refiner.halo) ** 2)
+    assert torch.allclose(refine_outline(refiner, logits, photo, (160, 240)), whole, atol=1e-5)
 
 
 def test_a_new_refiner_changes_nothing():
@@ -243,6 +252,63 @@ def test_a_time_budget_that_is_too_short_leaves_it_out(pairs_dir, tmp_path, monk
     assert "outline refiner: left out" in caplog.text
     assert read_refiner(result.run_dir / "best.pt") is None
     assert load_checkpoint(result.run_dir / "last.pt")["budget"]["refiner_seconds"] == 0  # all is the network's
+
+
+def examples_of(pairs, model, **changes):
+    config = fastseg.Config(image_height=32, image_width=48, batch_size=5, device="cpu", precision="fp32", **changes)
+    return list(patches.read_examples(pairs, model, 2, config, choose_runtime(config)))
+
+
+def test_examples_are_computed_in_parts_that_fit_in_memory(trained, pairs):
+    model = load_model(trained.run_dir / "best.pt")[0]
+
+    def small(images):
+        if len(images) > 1:
+            raise torch.OutOfMemoryError
+        return model(images)
+
+    whole, parts = examples_of(pairs, model), examples_of(pairs, small)
+    assert len(whole) == len(parts) == 12
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one.photo, other.photo)
+        assert torch.allclose(one.logits, other.logits, atol=1e-4)
+
+
+def test_the_next_photo_replaces_a_broken_one(trained, data):
+    """As in training. Photos that another process has skipped are not known to this one."""
+    model, pairs = load_model(trained.run_dir / "best.pt")[0], fastseg.find_pairs(data / "images", data / "masks")
+    whole = examples_of(pairs, model)
+    (data / "images" / pairs.images[1]).write_bytes(b"broken")
+    rest = examples_of(pairs, model, bad_samples="skip")
+    for one, other in zip([whole[0], whole[2], *whole[2:]], rest, strict=True):
+        assert torch.equal(one.photo, other.photo)
+        assert torch.equal(one.mask, other.mask)
+        assert torch.allclose(one.logits, other.logits, atol=1e-4)
+
+
+def test_a_photo_that_cannot_be_read_does_not_cost_the_refiner_for_good(pairs_dir, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise fastseg.DataError("a.jpg: cannot be read.")
+
+    config = fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=3)
+    for place in ("new_refiner", "_cut_patches"):
+        with monkeypatch.context() as patch:
+            patch.setattr(fit, place, fail)
+            result = fastseg.train(config)
+        assert "a.jpg: cannot be read." in caplog.text
+        assert (result.run_dir / "summary.json").exists()
+        assert "refiner" not in load_checkpoint(result.run_dir / "best.pt")
+    fastseg.train(config)
+    assert "refiner" in load_checkpoint(result.run_dir / "best.pt")
+
+
+@pytest.mark.parametrize(("finished", "seconds"), [(True, 1000), (False, 15)])
+def test_a_run_that_ends_early_gives_it_its_part_of_the_budget_alone(finished, seconds, monkeypatch):
+    """`after_epoch` or `early_stopping` has ended it."""
+    monkeypatch.setattr(plan, "seconds_left", lambda run: 1000.0)
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: 105.0)
+    run = SimpleNamespace(budget=Budget(3600.0, refiner_seconds=20.0), is_finished=finished, refiner_start=100.0)
+    assert plan._refiner_seconds_left(run) == seconds
 
 
 def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):

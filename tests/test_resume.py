@@ -227,3 +227,24 @@ def test_epochs_of_older_versions_were_scored_at_full_size(pairs_dir, tmp_path):
     result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=3))
     assert [entry["val_size"] for entry in result.history] == [32, 32, 32]
     assert result.best_epoch == torch.load(run_dir / "best.pt", weights_only=True)["scores"]["epoch"] == 3
+
+
+def test_a_changed_weight_decay_counts_from_the_resume_on(pairs_dir, tmp_path):
+    fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, weight_decay=0.01))
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=2, weight_decay=0.5))
+    groups = torch.load(result.run_dir / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+
+
+def test_a_changed_seed_does_not_change_what_is_held_out(pairs_dir, tmp_path, caplog):
+    """Cars of the training would be in the validation set, and their scores too high."""
+    held_out = {"val_img_dir": "", "val_fraction": 0.3, "num_epochs": 1}
+    for name, seed in (("same", 0), ("changed", 5)):
+        fastseg.train(config(pairs_dir, tmp_path, **held_out, name=name))
+        caplog.set_level("INFO")
+        again = config(pairs_dir, tmp_path, **{**held_out, "num_epochs": 2}, name=name, seed=seed)
+        assert fastseg.train(again).history[-1]["epoch"] == 2
+    assert "seed: 0" in caplog.text
+    assert same(*(weights(tmp_path / name / "last.pt") for name in ("same", "changed")))
+    losses = [json.loads((tmp_path / name / "summary.json").read_text())["val_dice"] for name in ("same", "changed")]
+    assert losses[0] == losses[1]

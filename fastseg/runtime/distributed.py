@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -35,6 +36,8 @@ __all__ = [
     "process_group",
     "wrap_ddp",
 ]
+
+TIMEOUT = timedelta(days=7)  # of a rank that waits: rank 0 may train an outline refiner for hours
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +69,8 @@ def process_group(device: str = "auto") -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     store, rank, world_size = _join_store()
-    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
     if dist.get_rank() > 0:
         logging.getLogger("fastseg").setLevel(logging.WARNING)
     try:

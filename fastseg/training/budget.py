@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "Decision",
+    "leave_out_step",
     "open_budget",
     "plan_steps",
     "reserve_seconds",
     "restore_budget",
     "seconds_left",
+    "start_clock",
     "used_seconds",
 ]
 
@@ -62,7 +64,7 @@ class Budget:
     spent: float = 0.0  # in earlier calls
     decisions: list[Decision] = field(default_factory=lambda: [Decision(0, 0.0, math.inf, 0)])
     timed: dict[int, tuple[float, float]] = field(default_factory=dict)  # pixels of an image: recent seconds, steps
-    mark: tuple[float, int] = (0.0, 0)  # seconds and steps of the run at the last decision
+    mark: tuple[float, int] = (0.0, 0)  # seconds and steps of the run, from which the next steps are timed
     refiner_seconds: float | None = None  # reserved for the outline refiner; None: not decided
 
     def position_at(self, step: int) -> float:
@@ -75,10 +77,10 @@ class Budget:
         seconds, steps = self.timed[known]
         return seconds / steps * pixels / known
 
-    def state_dict(self, spent: float) -> dict[str, Any]:
-        """What `last.pt` stores."""
+    def state_dict(self, spent: float, step: int) -> dict[str, Any]:
+        """What `last.pt` stores, when `spent` seconds are used and `step` steps are done."""
         decisions = [tuple(asdict(decision).values()) for decision in self.decisions]
-        return {**vars(self), "spent": spent, "decisions": decisions}
+        return {**vars(self), "spent": spent, "step": step, "decisions": decisions}
 
 
 def open_budget(config: Config) -> Budget | None:
@@ -86,22 +88,41 @@ def open_budget(config: Config) -> Budget | None:
     return Budget(config.time_budget) if config.time_budget else None
 
 
-def restore_budget(budget: Budget, state: dict[str, Any] | None) -> None:
-    """Continue with what an earlier call has left of the budget; None: it had none.
+def restore_budget(budget: Budget, state: dict[str, Any] | None, step: int) -> None:
+    """Continue with what an earlier call has left of the budget.
 
     With another budget than before, the position is moved to the share of it that is spent.
+
+    Args:
+        state: of `last.pt`; None: the earlier call had no budget.
+        step: that the run resumes at. With another batch size than before it has another number.
     """
+    budget.mark = (0.0, step)
     if state is None:
         return
-    budget.spent, budget.timed, budget.mark = state["spent"], state["timed"], tuple(state["mark"])
+    budget.spent, budget.timed = state["spent"], state["timed"]
     budget.decisions = [Decision(*values) for values in state["decisions"]]
-    last = budget.decisions[-1]
+    before = state.get("step", step)
     if budget.seconds == state["seconds"]:
         budget.refiner_seconds = state.get("refiner_seconds")
-    else:
-        step = budget.mark[1]
-        position = last.position_at(step) * min(state["seconds"] / budget.seconds, 1)
-        budget.decisions.append(Decision(step, position, math.inf, step))
+        if before == step:
+            budget.mark = tuple(state["mark"])
+            return
+    position = budget.decisions[-1].position_at(before) * min(state["seconds"] / budget.seconds, 1)
+    budget.decisions.append(Decision(step, position, math.inf, step))
+    budget.mark = (budget.spent, step)
+
+
+def start_clock(run: "Run") -> None:
+    """Before the first step of a call: its start-up is not time of steps."""
+    if run.budget:
+        seconds, step = run.budget.mark
+        run.budget.mark = (seconds + used_seconds(run) - run.budget.spent, step)
+
+
+def leave_out_step(budget: Budget, seconds: float) -> None:
+    """Do not count the step that has just been taken, such as one that compiles, among those that are timed."""
+    budget.mark = (budget.mark[0] + seconds, budget.mark[1] + 1)
 
 
 def used_seconds(run: "Run") -> float:

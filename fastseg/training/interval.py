@@ -20,7 +20,7 @@ def stop_or_save(run: Run) -> None:
     """
     stop, due = run.stop_requested, run.runtime.rank == 0 and _is_due(run)
     if run.runtime.world_size > 1:
-        if run.step % AGREE_STEPS:
+        if run.steps_done % AGREE_STEPS:
             return
         flags = torch.tensor([float(stop), float(due)], device=run.runtime.device)
         stop, due = (flag > 0 for flag in all_reduce(flags).tolist())

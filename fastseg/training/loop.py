@@ -24,7 +24,7 @@ from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.signals import stop_on_signal
 from fastseg.runtime.threads import core_use, warn_about_contention
-from fastseg.training.budget import plan_steps
+from fastseg.training.budget import leave_out_step, plan_steps, start_clock
 from fastseg.training.interval import stop_or_save
 from fastseg.training.outline.fit import fit_refiner
 from fastseg.training.outline.plan import reserve_refiner_seconds
@@ -37,7 +37,14 @@ from fastseg.training.recipe import (
     training_loss,
     update_ema,
 )
-from fastseg.training.setup import build_run, choose_batch_size, find_splits, load_or_init_model, resolve_config
+from fastseg.training.setup import (
+    build_run,
+    choose_batch_size,
+    choose_seed,
+    find_splits,
+    load_or_init_model,
+    resolve_config,
+)
 from fastseg.training.state import Run, check_finite, resume, save_last_and_wait
 from fastseg.training.step.augment import resize
 from fastseg.training.step.compile import check_compile, compile_if_it_pays, compile_model, restore_cudnn_benchmark
@@ -110,7 +117,7 @@ def train(
         check_encoder(config, model)
         with runtime.autocast():
             config = resolve_sizes(config, runtime.to_device(model))
-        config = config.replace(batch_size=choose_batch_size(config, runtime, state))
+        config = config.replace(batch_size=choose_batch_size(config, runtime, state), seed=choose_seed(config, state))
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
         config = config.replace(optimizer=choose_optimizer(config, state))
@@ -127,6 +134,7 @@ def train(
         trackers = open_trackers(config, run.epoch, resumes=run.first_step > 0, active=active)
         with open_run_dir(run, read), trackers as opened:
             run.seconds["start-up"] = time.perf_counter() - start_time
+            start_clock(run)
             with stop_on_signal(partial(setattr, run, "stop_requested", True)):
                 _train_epochs(run, opened, after_epoch)
                 if not run.interrupted:
@@ -285,4 +293,7 @@ def _time_first_step(run: Run) -> Iterator[None]:
     yield
     run.loss_sum.item()  # waits for the device
     run.warm_sizes.add(size)
-    run.seconds[FIRST_STEPS] += time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    run.seconds[FIRST_STEPS] += seconds
+    if run.budget and run.compiled == "on":
+        leave_out_step(run.budget, seconds)

@@ -21,7 +21,7 @@ from fastseg.training.budget import open_budget
 from fastseg.training.recipe import make_ema_model, make_optimizer
 from fastseg.training.state import Run
 
-__all__ = ["build_run", "choose_batch_size", "find_splits", "load_or_init_model", "resolve_config"]
+__all__ = ["build_run", "choose_batch_size", "choose_seed", "find_splits", "load_or_init_model", "resolve_config"]
 
 # One core, 192 pairs, 16 channels: the table of docs/train.md, by benchmarks/time_budget.py.
 MORE_TIME = "on generated photos 10 minutes instead of 5 raised boundary IoU at full size from 0.91 to 0.93"
@@ -81,6 +81,21 @@ def choose_batch_size(config: Config, runtime: Runtime, state: dict[str, Any] | 
         return size
     size = 16 if config.recipe == "tutorial" else default_batch_size(runtime.device)
     return max(size // runtime.world_size, 1) * runtime.world_size
+
+
+def choose_seed(config: Config, state: dict[str, Any] | None) -> int:
+    """The seed of a run: a run that resumes keeps its own, which decides what is held out, and logs it.
+
+    Args:
+        state: of `last.pt`; None for a new run.
+    """
+    loader = state.get("loader") if state is not None else None
+    seed = loader.get("seed") if isinstance(loader, dict) else None
+    if type(seed) is not int or not 0 <= seed < 2**63:  # none, or a damaged file, which is reported later
+        return config.seed
+    if seed != config.seed:
+        log.info("seed: %d, which the run has had from its beginning; load_model=false starts from scratch", seed)
+    return seed
 
 
 def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Config:

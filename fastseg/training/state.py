@@ -74,6 +74,7 @@ class Run:
     micro_batch: int = 0  # pairs per forward pass that fit in memory; 0: the whole batch
     trained_pairs: int = 0  # in this call
     start_time: float = 0.0  # time.perf_counter() at the beginning of this call
+    refiner_start: float = 0.0  # the same at the beginning of the outline refiner
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by part of the run
 
     @property
@@ -218,7 +219,7 @@ def _last_state(run: Run, loss_sums: Tensor) -> dict[str, Any]:
         "step": run.step,
         "loss_sum": loss_sums,
         "history": run.history,
-        "budget": run.budget.state_dict(used_seconds(run)) if run.budget else None,
+        "budget": run.budget.state_dict(used_seconds(run), run.steps_done) if run.budget else None,
     }
 
 
@@ -244,7 +245,7 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         for entry in run.history:  # older versions scored all epochs at full size, and did not say so
             entry.setdefault("val_size", run.config.image_height)
         if run.budget:
-            restore_budget(run.budget, state.get("budget"))
+            restore_budget(run.budget, state.get("budget"), run.steps_done)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -281,11 +282,18 @@ def _check_progress(state: dict[str, Any], num_batches: int) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state. torch's fused step would read beyond tensors of other shapes."""
-    options = [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups]
+    """Load an optimizer's state but its options, which are those of the present configuration.
+
+    torch's fused step would read beyond tensors of other shapes.
+    """
+    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    if [{name: type(option) for name, option in group.items()} for group in optimizer.param_groups] != options:
-        raise ValueError("its optimizer has other options")
+    for group, own in zip(optimizer.param_groups, options, strict=True):
+        if {name: type(value) for name, value in group.items() if name != "params"} != {
+            name: type(value) for name, value in own.items()
+        }:
+            raise ValueError("its optimizer has other options")
+        group.update(own)
     filters = {parameter for group in optimizer.param_groups if group.get(MUON) for parameter in group["params"]}
     for parameter, values in optimizer.state.items():
         shapes = {name: value.shape for name, value in values.items()}

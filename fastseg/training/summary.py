@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from fastseg.config import Config
-from fastseg.errors import FastsegError, OutputError
+from fastseg.errors import DataError, FastsegError, OutputError
 from fastseg.network.checkpoint import load_checkpoint, load_weights
 from fastseg.plots import draw_curves, draw_overlay
 from fastseg.runtime.device import versions
@@ -113,10 +113,10 @@ def draw_val_overlay(run: Run, model: nn.Module) -> Path | None:
 
 
 def _draw(draw: Callable[..., None], *arguments: Any) -> bool:
-    """Draw a picture; warn if it cannot be written: a run is worth more than its pictures."""
+    """Draw a picture; warn if its photos cannot be read or it cannot be written: a run is worth more than pictures."""
     try:
         draw(*arguments)
-    except OutputError as error:
+    except (DataError, OutputError) as error:
         log.warning("%s", error)
         return False
     return True

@@ -51,6 +51,7 @@ REACH = 2  # cells: points further from an outline keep their logits
 MAX_LOGIT, LOGIT_GAIN = 10.0, 0.25  # logits are clamped and scaled to the range of the photo's values
 MIN_SHARE = 1e-6  # probabilities are clamped to it
 TILE = 8  # cells on each side of a tile
+MAX_POINTS = 2**21  # refined at once, with those around the tiles, so that large networks do not fill the memory
 
 
 class Refiner(nn.Module):
@@ -155,20 +156,23 @@ def refine_outline(refiner: Refiner, logits: Tensor, photo: Tensor, size: Size) 
     tile, halo = TILE * scale, refiner.halo
     below, right = -height % tile, -width % tile
     wanted = pad(outline[0], (0, right // scale, 0, below // scale)).unfold(0, TILE, TILE).unfold(1, TILE, TILE)
-    chosen = wanted.any(3).any(2)  # (rows, columns) of tiles
-    around = (halo, halo + right, halo, halo + below)
-    coarse = _tiles(pad(fine, around, "replicate")[0], tile, halo)[chosen]
-    rows, columns = (halo, halo + below), (halo, halo + right)
-    extended = torch.from_numpy(np.pad(photo.numpy(), (rows, columns, (0, 0)), "edge"))
-    photos = normalise(_tiles(extended.permute(2, 0, 1), tile, halo)[chosen.cpu()].permute(0, 2, 3, 1).to(device))
-    refined = refiner(photos, coarse.to(device))
-    # Within a tile, the points far from the outline keep their logits: a result does not depend on the tiles.
-    near = interpolate(wanted[chosen][:, None].float(), scale_factor=float(scale)).to(device) > 0
-    inside = slice(halo, -halo)
-    refined = torch.where(near, refined, coarse[..., inside, inside].to(device)).cpu()
+    chosen = wanted.any(3).any(2).nonzero()  # (N, 2) rows and columns of tiles
+    all_logits = _tiles(pad(fine, (halo, halo + right, halo, halo + below), "replicate")[0], tile, halo)
+    border = ((halo, halo + below), (halo, halo + right), (0, 0))
+    pixels = torch.from_numpy(np.pad(photo.numpy(), border, "edge"))
+    all_photos = _tiles(pixels.permute(2, 0, 1), tile, halo)
     result = pad(fine, (0, right, 0, below))[0].cpu()
-    blocks = result.view(len(result), chosen.shape[0], tile, chosen.shape[1], tile).permute(1, 3, 0, 2, 4)
-    blocks[chosen.cpu()] = refined
+    tiles_down, tiles_across = wanted.shape[:2]
+    blocks = result.view(len(result), tiles_down, tile, tiles_across, tile).permute(1, 3, 0, 2, 4)
+    inside = slice(halo, -halo)
+    for places in chosen.split(max(MAX_POINTS // (tile + 2 * halo) ** 2, 1)):
+        rows, columns = places.unbind(1)
+        coarse = all_logits[rows, columns].to(device)
+        photos = all_photos[rows.cpu(), columns.cpu()].permute(0, 2, 3, 1)
+        refined = refiner(normalise(photos.to(device)), coarse)
+        # Within a tile, the points far from the outline keep their logits: a result does not depend on the tiles.
+        near = interpolate(wanted[rows, columns][:, None].float(), scale_factor=float(scale)).to(device) > 0
+        blocks[rows.cpu(), columns.cpu()] = torch.where(near, refined, coarse[..., inside, inside]).cpu()
     return result[:, :height, :width].contiguous()
 
 

@@ -40,7 +40,7 @@ def fit_refiner(run: Run) -> None:
     Raises:
         OutputError: `best.pt` cannot be written; it is as before.
     """
-    began, path = time.perf_counter(), run.config.run_dir / "best.pt"
+    path, run.refiner_start = run.config.run_dir / "best.pt", time.perf_counter()
     if not may_refine(run) or not run.history or (run.budget and not run.budget.refiner_seconds):
         return
     state = load_checkpoint(path)
@@ -51,8 +51,9 @@ def fit_refiner(run: Run) -> None:
     rng = np.random.default_rng((run.config.seed, 1))
     train_pairs = _sample(run.train_loader.pairs.without(run.train_loader.bad.found), MAX_TRAIN, rng)
     val_pairs = _sample(run.val_loader.pairs.without(run.val_loader.bad.found), MAX_VAL, rng)
-    refiner, scores = new_refiner(train_pairs, run.config), None
+    scores = None
     try:
+        refiner = new_refiner(train_pairs, run.config)
         plan = read_plan(state, run) or plan_refiner_photos(run, refiner, train_pairs, val_pairs)
         train_pairs, val_pairs = _sample(train_pairs, plan.num_train, rng), _sample(val_pairs, plan.num_val, rng)
         patches = _cut_patches(refiner, train_pairs, run, rng)
@@ -72,11 +73,13 @@ def fit_refiner(run: Run) -> None:
             scores = score_refiner(refiner.eval(), val_pairs, run)
             log_scores(scores, int(refiner.scale), run.config)
     except DataError as error:  # the network is trained, which is worth more than its refiner
-        log.warning("no outline refiner: %s", error)
+        log.warning("no outline refiner: %s The same command trains it then.", error)
+        return
+    finally:
+        run.seconds["outline refiner"] += time.perf_counter() - run.refiner_start
     weights = {key: value.cpu() for key, value in refiner.state_dict().items()}
     added = {"refiner": weights if scores and scores["used"] else None, "refiner_scores": scores}
     save_checkpoint(path, {**state, **added})
-    run.seconds["outline refiner"] += time.perf_counter() - began
 
 
 def _sample(pairs: Pairs, count: int, rng: np.random.Generator) -> Pairs:

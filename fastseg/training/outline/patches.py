@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.config import Config
+from fastseg.data.batch import BadSamples
 from fastseg.data.decode import Size, image_size
 from fastseg.data.host import HostDecoder, decode_file
 from fastseg.data.pairs import Pairs
@@ -16,6 +17,7 @@ from fastseg.network.normalise import normalise
 from fastseg.network.outline.refiner import Refiner, find_outline
 from fastseg.network.outline.upsample import upsample_logits
 from fastseg.runtime.device import Runtime
+from fastseg.runtime.out_of_memory import halve_until_it_fits
 from fastseg.runtime.threads import count_threads
 
 __all__ = ["PATCH", "Example", "Patches", "cut_patches", "read_examples"]
@@ -51,23 +53,30 @@ def read_examples(pairs: Pairs, model: nn.Module, scale: int, config: Config, ru
         DataError: a pair cannot be decoded.
     """
     settings: dict[str, Any] = {
+        "bad": BadSamples(pairs, config.bad_samples),
         "mask_resize": config.mask_resize,
         "classes": config.classes,
         "ignore_value": config.ignore_value,
         "num_workers": count_threads(config.num_workers),
     }
     height, width = config.image_height, config.image_width
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.inference_mode(), runtime.autocast():
+            logits: Tensor = model(normalise(images.to(runtime.device)))
+            return logits.float().cpu()
+
+    predict = halve_until_it_fits(forward, runtime.device)
     small = HostDecoder(pairs, height, width, **settings)
     fine = HostDecoder(pairs, height * scale, width * scale, **settings)
-    batches = np.array_split(np.arange(len(pairs)), -(-len(pairs) // config.batch_size))
+    batches = np.array_split(np.arange(len(pairs)), -(-len(pairs) // (config.micro_batch or config.batch_size)))
     singles = ([index] for index in range(len(pairs)))
     at_full = fine.decode(np.array(single) for single in singles)
     for images, _, indices in small.decode(batches):
-        with torch.inference_mode(), runtime.autocast():
-            logits = model(normalise(images.to(runtime.device))).float().cpu()
-        for one, index in zip(logits, indices, strict=True):
-            photos, masks, _ = next(at_full)
-            yield Example(photos[0], masks[0], one, decode_file(pairs.image_path(index), image_size))
+        for one, index in zip(predict(images), indices, strict=True):
+            photos, masks, found = next(at_full)
+            if found[0] == index:  # another pair replaces one that is broken
+                yield Example(photos[0], masks[0], one, decode_file(pairs.image_path(index), image_size))
 
 
 def cut_patches(

@@ -78,13 +78,13 @@ def reserve_refiner_seconds(run: Run) -> None:
     budget = run.budget
     if budget is None or budget.refiner_seconds is not None or run.is_finished or not may_refine(run):
         return
-    seconds = SHARE * (budget.seconds - used_seconds(run))
+    seconds = SHARE * max(budget.seconds - used_seconds(run), 0.0)
     try:
         refiner = new_refiner(run.train_loader.pairs, run.config)
         whole = run.config.refiner_steps * _time_steps(refiner, _blank_patches(refiner, run.config), run)
     except DataError:  # of the first photo, which the training reports or skips
         whole = 0.0
-    budget.refiner_seconds = seconds if seconds >= MIN_PART * whole else 0.0
+    budget.refiner_seconds = seconds if seconds > MIN_PART * whole else 0.0
     if not budget.refiner_seconds:
         log.info(
             "outline refiner: left out; a third of the time_budget is %s, and its refiner_steps take %s",
@@ -131,15 +131,25 @@ def plan_refiner_photos(run: Run, refiner: Refiner, train_pairs: Pairs, val_pair
         with suppress(DataError):  # these few may have no pixel to score
             score_refiner(untrained, some, run)
     score_s = (time.perf_counter() - began) / len(some)
-    left = max(seconds_left(run), 0.0)
+    left = _refiner_seconds_left(run)
     num_train, num_val = max(int(TRAIN_SHARE * left / photo_s), 1), max(int(VAL_SHARE * left / score_s), 1)
     return Plan(min(num_train, len(train_pairs)), min(num_val, len(val_pairs)), run.budget.seconds, score_s=score_s)
 
 
 def plan_refiner_steps(plan: Plan, run: Run, refiner: Refiner, patches: Patches) -> Plan:
     """As many steps as fit into the time that is left before the validation photos are scored."""
-    left = seconds_left(run) - plan.num_val * plan.score_s
-    return replace(plan, steps=max(int(left / _time_steps(refiner, patches, run)), 1))
+    step_s = _time_steps(refiner, patches, run)
+    left = _refiner_seconds_left(run) - plan.num_val * plan.score_s
+    return replace(plan, steps=max(int(left / step_s), 1))
+
+
+def _refiner_seconds_left(run: Run) -> float:
+    """What is left of the time budget; of the refiner's part alone if the network's training has ended early."""
+    assert run.budget is not None
+    left = seconds_left(run)
+    if not run.is_finished and run.budget.refiner_seconds:
+        left = min(left, run.budget.refiner_seconds - (time.perf_counter() - run.refiner_start))
+    return max(left, 0.0)
 
 
 def _blank_patches(refiner: Refiner, config: Config) -> Patches:

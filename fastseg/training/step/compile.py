@@ -114,6 +114,8 @@ def compile_if_it_pays(run: Run) -> None:
     config = run.config
     if config.compile != "auto" or run.compiled == "on" or run.runtime.device.type != "cuda":
         return
+    if run.steps_done == run.first_step:  # only an epoch of an earlier call has been scored
+        return
     if run.budget:
         remaining_s = run.budget.seconds - used_seconds(run)
     else:
