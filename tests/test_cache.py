@@ -715,6 +715,17 @@ def test_too_little_memory_is_refused(make: Callable[..., Loader]) -> None:
         make(cache="memory", height=2**22, width=2**22)
 
 
+def test_a_cache_above_free_memory_is_refused_before_the_first_epoch(
+    make: Callable[..., Loader], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system would grant it, and end the process once its pages are written."""
+    monkeypatch.setattr(cache_module, "free_host_memory", lambda: SIZE - 1)
+    with pytest.raises(ConfigError, match=r"^cache: memory .* 12 pairs.*cache=disk"):
+        make(cache="memory")
+    monkeypatch.setattr(cache_module, "free_host_memory", lambda: 0)  # unknown
+    assert make(cache="memory").cache is not None
+
+
 def test_cache_copies_batches() -> None:
     cache = cache_module.Cache(torch.zeros(3, 2, 2, 3, dtype=torch.uint8), torch.zeros(3, 2, 2, dtype=torch.uint8))
     batch = Batch(torch.ones(2, 2, 2, 3, dtype=torch.uint8), torch.ones(2, 2, 2, dtype=torch.uint8), np.array([2, 0]))

@@ -115,6 +115,8 @@ def _open(kind: str, decoder: HostDecoder, device: torch.device, folder: Path) -
             raise OutputError(folder, error, "Make room, give another cache_dir, or use cache=off") from None
     place = device if kind == "device" else torch.device("cpu")
     shape = (len(decoder.pairs), decoder.height, decoder.width)
+    if place.type == "cpu":
+        _check_memory(shape)
     try:
         images = torch.empty((*shape, 3), dtype=torch.uint8, device=place)
         return Cache(images, torch.empty(shape, dtype=torch.uint8, device=place))
