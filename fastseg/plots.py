@@ -174,7 +174,7 @@ def draw_outlines(shown: Sequence[Outlined], path: Path, *, columns: int = 4, wi
     for axes, (photo, true, predicted, title) in zip(all_axes, shown, strict=False):
         axes.imshow(photo)
         for values, colour, line in ((true, TRUE, 1.4), (predicted, PREDICTED, 0.9)):
-            if values.min() < 0.5 <= values.max():
+            if values.min() < 0.5 <= values.max() and min(values.shape) > 1:  # matplotlib draws no line in a line
                 axes.contour(values, levels=[0.5], colors=[colour], linewidths=line)
         axes.set_title(_label(title), fontsize=max(8, 1.7 * width))
     handles = [figure.axes[0].plot([], [], color=colour)[0] for colour in (TRUE, PREDICTED)]

@@ -137,6 +137,10 @@ def test_images_in_place_stay_and_other_files_are_not_replaced(folder):
         (coco(annotations=[{"image_id": 7, "category_id": 4, "segmentation": [[1] * 6]}]), ["not COCO's JSON", "4"]),
         (coco(annotations=[{"image_id": 7, "category_id": 3, "segmentation": [[1, 2]]}]), ["a_01.jpg", "car", "drawn"]),
         (
+            coco(annotations=[{"image_id": 7, "category_id": 3, "segmentation": [[1, 2, 9, 9]]}]),
+            ["a_01.jpg", "3 points"],
+        ),
+        (
             coco(annotations=[{"image_id": 7, "category_id": 3, "segmentation": {"size": [1, 2], "counts": [2]}}]),
             ["a_01.jpg", "car", "2x1", "96x64"],
         ),
@@ -288,3 +292,44 @@ def test_ignored_pixels_have_a_colour(folder):
     fastseg.import_annotations("labelme", folder / "json", folder / "out")
     with Image.open(folder / "out" / "masks" / "a_01_mask.png") as mask:
         assert mask.convert("RGB").getpixel((0, 0)) == (224, 224, 192)
+
+
+def test_images_that_are_links_already_stay(folder, tmp_path):
+    """Such as those of DVC or git-annex, or of an earlier import."""
+    store = folder / "store"
+    (folder / "images").rename(store)
+    for name in ("a_01.jpg", "sub/b_01.jpg"):
+        link = folder / "images" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(store / name)
+    for mask in (folder / "masks").iterdir():
+        mask.unlink()
+    source = write_json(folder / "coco.json", coco())
+    assert set(imported("coco", source, folder)) == {"a_01.jpg", "sub/b_01.jpg"}
+    assert (folder / "images" / "a_01.jpg").samefile(store / "a_01.jpg")
+
+
+def test_two_entries_for_one_mask_are_refused(folder):
+    images = [{"id": 7, "file_name": "a_01.jpg"}, {"id": 8, "file_name": "a_01.jpg"}]
+    source = write_json(folder / "images" / "coco.json", coco(images=images))
+    refused("coco", source, folder / "out", source, "a_01.jpg", "would have the mask of", "one entry")
+
+
+@pytest.mark.parametrize("kind", ["coco", "labelme"])
+def test_shapes_of_another_size_are_refused(kind, folder):
+    if kind == "coco":
+        images = [{"id": 7, "file_name": "a_01.jpg", "width": 2 * WIDTH, "height": 2 * HEIGHT}]
+        source = named = write_json(folder / "images" / "coco.json", coco(images=images, annotations=[]))
+    else:
+        source, content = folder / "json", labelme() | {"imageWidth": 2 * WIDTH, "imageHeight": 2 * HEIGHT}
+        named = write_json(source / "a_01.json", content)
+    refused(kind, source, folder / "out", named, "a_01.jpg", f"{2 * WIDTH}x{2 * HEIGHT}", f"{WIDTH}x{HEIGHT}", "Give")
+
+
+def test_labels_that_are_no_text_are_named(folder):
+    path = write_yolo(folder, "")
+    labels = folder / "yolo" / "labels" / "train" / "a_01.txt"
+    labels.write_text("0 0 0 1 1 1 0", encoding="utf-16")
+    refused("yolo", path, folder / "out", labels, "UTF-8")
+    labels.write_text("0 0 0 1 1 1 0", encoding="utf-8-sig")
+    assert imported("yolo", path, folder / "out", "train")["a_01.jpg"].any()

@@ -25,6 +25,7 @@ from fastseg.data import loader as loader_module
 from fastseg.data.batch import Batch
 from fastseg.data.caches.rows import TemporaryRows
 from fastseg.errors import ConfigError, FastsegError, OutputError
+from fastseg.runtime import memory as memory_module
 from fastseg.runtime.memory import free_host_memory
 from tests.processes import run
 
@@ -797,3 +798,16 @@ def test_a_header_of_brackets_is_no_cache(make: Callable[..., Loader], folder: P
     path = published(folder)
     path.write_bytes(b"[" * 4096 + path.read_bytes()[4096:])
     assert pixels_of(make()) == expected
+
+
+def test_memory_in_use_is_not_free_in_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in [
+        ("memory.max", "1000000"),
+        ("memory.current", "700000"),
+        ("memory.stat", "a 1\ninactive_file 100000"),
+    ]:
+        (tmp_path / name).write_text(f"{text}\n")
+    monkeypatch.setattr(memory_module, "CGROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),))
+    assert free_host_memory() == 400000
+    (tmp_path / "memory.stat").unlink()
+    assert free_host_memory() == 1000000

@@ -1,6 +1,7 @@
 """check: every fault that is planted in a good data set is found and named, and nothing else is."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -294,3 +295,11 @@ def test_without_imagehash(data, capsys, monkeypatch):
     assert "fastseg-dali[check]" in error
     assert "--no-duplicates" in error
     assert run(data, "--no-duplicates") == 0
+
+
+def test_paths_without_a_common_folder_are_shown_whole(data, tmp_path, capsys, monkeypatch):
+    (data / "train_images" / "car0_01.jpg").write_bytes(b"broken")
+    monkeypatch.setattr(os.path, "commonpath", lambda paths: "/")
+    run(data)
+    shown = "".join(capsys.readouterr().out.split())
+    assert str(data / "train_images" / "car0_01.jpg").replace(" ", "") in shown

@@ -143,3 +143,11 @@ def test_a_mask_of_another_size_is_named(folder):
     pairs = fastseg.find_pairs(folder / "images", folder / "masks")
     with pytest.raises(fastseg.DataError, match=r"car1_01_mask\.png: must have its image's size"):
         check_pairs(pairs, classes=fastseg.Config(classes=NAMES).classes)
+
+
+def test_nothing_is_proposed_for_colours_beside_soft_masks(folder):
+    for seed in range(4):
+        Image.fromarray(COLOURS[class_mask(seed)]).save(folder / "masks" / f"car{seed}_01_mask.png")
+    soft = np.arange(64 * 96, dtype=np.uint16).reshape(64, 96)
+    Image.fromarray(soft).save(folder / "masks" / "car0_01_mask.png")
+    assert fastseg.check(folder).proposal is None

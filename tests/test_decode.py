@@ -21,6 +21,7 @@ from fastseg.data.decode import (
     decode_mask,
     image_size,
 )
+from fastseg.data.gif import MAX_PIXELS
 from fastseg.errors import DataError
 
 ORIENTATION = 0x0112  # EXIF tag
@@ -286,6 +287,8 @@ def mask_files(mask: np.ndarray) -> dict[str, bytes]:
     palette.putpalette([0, 0, 0, 128, 0, 0])
     inverted = Image.fromarray(1 - bright)
     inverted.putpalette([255, 255, 255, 0, 0, 0])
+    dark = Image.fromarray(bright)
+    dark.putpalette([0, 0, 0, 0, 0, 4])
     see_through = palette.copy()
     see_through.info["transparency"] = bytes([128, 255])
     alpha = 255 * bright
@@ -297,6 +300,8 @@ def mask_files(mask: np.ndarray) -> dict[str, bytes]:
         "png palette": encode(palette, "PNG", bits=1),
         "png inverted palette": encode(inverted, "PNG"),
         "png palette, transparent": encode(see_through, "PNG"),
+        "png palette, barely brighter than black": encode(dark, "PNG"),
+        "png rgb, barely brighter than black": encode(np.stack([bright, 0 * bright, 0 * bright], 2), "PNG"),
         "png rgb": encode(np.stack([200 * bright, 10 * bright, 0 * bright], 2), "PNG"),
         "png rgba": encode(np.dstack([255 * bright] * 3 + [np.full_like(bright, 255)]), "PNG"),
         "png white on transparent white": encode(np.dstack([np.full_like(bright, 255)] * 3 + [alpha]), "PNG"),
@@ -342,7 +347,11 @@ def test_mask_of_one_value_is_all_foreground_or_none() -> None:
 def test_mask_of_three_values_is_refused() -> None:
     grey = np.zeros((40, 60), np.uint8)
     grey[:10], grey[10:20] = 100, 200
-    for data in (encode(grey, "PNG"), encode(grey.astype(np.uint16) * 200, "PNG"), encode(grey, "GIF")):
+    dark = np.dstack([grey // 100, 0 * grey, 0 * grey])  # lumas 0, 0.3 and 0.6
+    palette = Image.fromarray(grey // 100)
+    palette.putpalette([0, 0, 0, 0, 0, 2, 0, 0, 4])
+    files = [encode(grey, "PNG"), encode(grey.astype(np.uint16) * 200, "PNG"), encode(grey, "GIF")]
+    for data in (*files, encode(dark, "PNG"), encode(palette, "PNG")):
         with pytest.raises(DataError, match=r"two values.* 3$") as caught:
             decoded_mask(data)
         assert caught.value.kind == "values"
@@ -531,3 +540,19 @@ def test_the_end_of_a_thumbnail_is_not_the_end_of_the_photo() -> None:
     for size in (len(whole) // 2, len(segment) + 600, len(whole) - 3):
         with pytest.raises(DataError, match="truncated"):
             check_readable(whole[:size])
+
+
+def test_large_photos_keep_their_orientation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Pillow's limit of pixels is, which a photo of 200 megapixels would exceed."""
+    photo = draw_photo(80, 120)
+    turned, stored = encode(photo, orientation=6), encode(photo)
+    expected = decoded_image(turned, 60, 40)
+    assert not np.array_equal(expected, decoded_image(stored, 60, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    out = np.empty((60, 40, 3), np.uint8)
+    assert decode_image(turned, out) == (120, 80)
+    assert np.array_equal(out, expected)
+
+
+def test_pillow_decodes_up_to_the_limit_of_the_page() -> None:
+    assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS == 2**28

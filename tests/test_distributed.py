@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastseg
-from fastseg.runtime.distributed import local_batch_size
+from fastseg.runtime.distributed import local_batch_size, process_group
 from fastseg.training.setup import resolve_config
 from tests.conftest import write_pair
 from tests.processes import Ended, Started, run_ranks
@@ -144,3 +144,13 @@ for _ in range(400):
     gc.collect()
 """
     assert Started("-c", program, env={"WORLD_SIZE": "2"}).wait(timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize(("local_rank", "device", "words"), [(2, "auto", "process 3 finds 2"), (1, "cuda:1", "cuda:1")])
+def test_ranks_that_would_share_a_gpu_are_refused(local_rank, device, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    with pytest.raises(fastseg.ConfigError, match=rf"^device: .*{words}"), process_group(device):
+        pass

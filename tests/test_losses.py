@@ -1,11 +1,16 @@
 """Losses against a float64 reference."""
 
+from contextlib import nullcontext
+
 import kornia
 import numpy as np
 import pytest
 import torch
 
+import fastseg
 from fastseg.classes import IGNORED
+from fastseg.errors import ConfigError
+from fastseg.network import losses
 from fastseg.network.losses import (
     bce_dice_loss,
     bce_loss,
@@ -129,3 +134,12 @@ def test_lovasz_leaves_ignored_pixels_out(classes):
     logits, target = classes[0][:1].float(), classes[1][:1].clone()
     target[:, 6:] = IGNORED
     torch.testing.assert_close(lovasz_loss(logits, target), lovasz_loss(logits[:, :, :6], target[:, :6]))
+
+
+@pytest.mark.parametrize(("version", "refused"), [("0.8.2", True), ("0.9.0", False), ("1.0", False)])
+def test_an_old_kornia_is_refused_for_its_region_losses(version, refused, monkeypatch):
+    monkeypatch.setattr(losses.metadata, "version", lambda package: version)
+    losses.check_loss(fastseg.Config(loss="focal", classes=["a", "b"]))
+    for name in ("tversky", "lovasz"):
+        with pytest.raises(ConfigError, match=r"^loss: .*0\.9.*Use auto") if refused else nullcontext():
+            losses.check_loss(fastseg.Config(loss=name, classes=["a", "b"]))

@@ -300,3 +300,23 @@ def test_a_link_to_itself_is_a_file_that_cannot_be_read(pairs_dir, tmp_path):
     assert len(check_pairs(pairs, bad_samples="skip")) == 12
     with pytest.raises(DataError, match=r"loop\.jpg: cannot be read"):
         check_pairs(pairs)
+
+
+def test_images_whose_own_names_end_in_mask(tmp_path):
+    fill(tmp_path / "images", "with_mask.jpg", "with.jpg", "without_mask.jpg")
+    fill(tmp_path / "masks", "with_mask.png", "with_mask_mask.png", "without_mask_mask.png")
+    assert_refused(tmp_path / "images", tmp_path / "masks", "1 of 3 images", "more than one|two masks", "with_mask.jpg")
+    (tmp_path / "masks" / "with_mask_mask.png").unlink()
+    fill(tmp_path / "masks", "with.png")
+    pairs = fastseg.find_pairs(tmp_path / "images", tmp_path / "masks")
+    assert dict(zip(pairs.images, pairs.masks, strict=True)) == {
+        "with.jpg": "with.png", "with_mask.jpg": "with_mask.png", "without_mask.jpg": "without_mask_mask.png",
+    }  # fmt: skip
+
+
+def test_masks_may_lie_in_a_folder_within_that_of_the_images(tmp_path):
+    fill(tmp_path, "a.jpg", "sub/b.jpg", "masks/a.png", "masks/sub/b_mask.png", "masks2/c.jpg", "masks/masks2/c.png")
+    pairs = fastseg.find_pairs(tmp_path, tmp_path / "masks")
+    assert dict(zip(pairs.images, pairs.masks, strict=True)) == {
+        "a.jpg": "a.png", "sub/b.jpg": "sub/b_mask.png", "masks2/c.jpg": "masks2/c.png",
+    }  # fmt: skip

@@ -593,3 +593,17 @@ def test_resume_completes_what_torchrun_stopped_at_a_kill(checkpoint, tmp_path):
     result = fastseg.predict(checkpoint, tmp_path / "images", out, resume=True, batch_size=1, **CPU)
     assert (result.masks, result.skipped) == (40 - existed, existed)
     assert digests(out) == digests(whole)
+
+
+def test_overlays_of_very_tall_photos_fit_into_a_jpeg(checkpoint, tmp_path):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (4, 66000), "grey").save(tmp_path / "photos" / "tall.png")
+    result = fastseg.predict(checkpoint, tmp_path / "photos", tmp_path / "out", overlays=True, **CPU)
+    assert result.masks == 1
+    assert not result.broken
+    with (
+        Image.open(tmp_path / "out" / "tall_mask.png") as mask,
+        Image.open(tmp_path / "out" / "tall_overlay.jpg") as shown,
+    ):
+        assert mask.size == (4, 66000)
+        assert shown.height <= 65500

@@ -10,7 +10,7 @@ import torch
 import fastseg
 from fastseg.training.loop import train_step
 from fastseg.training.recipe import learning_rate, make_optimizer, set_learning_rate, training_size
-from fastseg.training.step.muon import MUON, orthogonalise
+from fastseg.training.step.muon import MUON, norm_biases_of, orthogonalise
 from tests.test_training import config, same, weights
 
 
@@ -32,10 +32,7 @@ def test_the_first_steps_see_half_of_the_size():
     assert training_size(settings.replace(progressive_resizing=0), 0, 100) == (160, 240)
     assert training_size(settings.replace(recipe="tutorial"), 0, 100) == (160, 240)
     tiny = settings.replace(image_height=16, image_width=48)
-    assert training_size(tiny, 0, 100) == (
-        16,
-        32,
-    )  # 1 x 1 cells have no batch statistics at batch size 1
+    assert training_size(tiny, 0, 100) == (16, 48)  # 1 x 1 cells have no batch statistics at batch size 1
 
 
 def test_the_ema_of_the_weights_is_scored_and_saved(pairs_dir, tmp_path, monkeypatch):
@@ -210,3 +207,18 @@ def test_an_encoder_is_asked_for(pairs_dir, tmp_path):
     for field, value in (("encoder_lr", 0.1), ("freeze_encoder", 5)):
         with pytest.raises(fastseg.ConfigError, match=rf"^{field}: .*encoder"):
             fastseg.train(config(pairs_dir, tmp_path, **{field: value}), network=torch.nn.Conv2d(3, 1, 1))
+
+
+def test_biases_of_batch_norms_are_found_on_several_gpus_too():
+    """There torch's SyncBatchNorm takes their place, which is no BatchNorm2d."""
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.BatchNorm2d(4, affine=False)
+    )
+    synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert norm_biases_of(synced) == {synced[1].bias}
+
+
+def test_images_as_low_as_two_cells_have_one_size():
+    """Epochs are told apart by the height of their images."""
+    low = fastseg.Config(image_height=32, image_width=512, depth=4)
+    assert training_size(low, 0, 100) == (32, 512)

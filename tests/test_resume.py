@@ -248,3 +248,12 @@ def test_a_changed_seed_does_not_change_what_is_held_out(pairs_dir, tmp_path, ca
     assert same(*(weights(tmp_path / name / "last.pt") for name in ("same", "changed")))
     losses = [json.loads((tmp_path / name / "summary.json").read_text())["val_dice"] for name in ("same", "changed")]
     assert losses[0] == losses[1]
+
+
+def test_a_run_that_resumes_needs_its_first_weights_no_longer(pairs_dir, tmp_path):
+    first = fastseg.train(config(pairs_dir, tmp_path, name="first", num_epochs=1))
+    weights = first.run_dir / "best.pt"
+    fastseg.train(config(pairs_dir, tmp_path, name="second", num_epochs=1, checkpoint=weights))
+    weights.unlink()
+    again = fastseg.train(config(pairs_dir, tmp_path, name="second", num_epochs=2, checkpoint=weights))
+    assert len(again.history) == 2

@@ -79,6 +79,7 @@ def import_annotations(
         raise DataError(f"{path}: its labels cannot be classes: {error}") from None
     write = partial(_write_pair, indices=indices, classes=classes, by_coco=kind == "coco")
     jobs, made = [], {}
+    masks: dict[Path, AnnotatedImage] = {}
     for split, part in splits.items():
         prefix = f"{split}_" if split else ""
         made[split] = folders = Path(out) / f"{prefix}images", Path(out) / f"{prefix}masks"
@@ -88,6 +89,13 @@ def import_annotations(
             if Path(image.name).is_absolute() or ".." in Path(image.name).parts:
                 raise DataError(
                     f"{image.source}: {image.name}: must be a name within the folder of images. Correct it."
+                )
+            mask = folders[1] / Path(image.name).with_suffix("")
+            other = masks.setdefault(mask, image)
+            if other is not image:
+                raise DataError(
+                    f"{image.source}: {image.name}: would have the mask of {other.name} ({other.source}). Give each "
+                    "image one entry, and a name of its own without the extension."
                 )
             jobs.append((image, *folders))
     with progress_bar() as bar, ThreadPoolExecutor(count_threads(num_workers)) as pool:
@@ -116,10 +124,11 @@ def _write_pair(
         temporary.write_bytes(encode_labels(mask, [item.colour for item in classes]))
     link = image_dir / image.name
     make_folder(link.parent)
-    if link.exists() and not link.is_symlink():
-        if not link.samefile(image.path):
+    if link.exists():
+        if link.samefile(image.path):  # also by links of the user's own, which stay
+            return
+        if not link.is_symlink():
             raise DataError(f"{link}: exists, and is another file than {image.path}. Choose another out.")
-        return
     link.unlink(missing_ok=True)
     try:
         link.symlink_to(image.path.absolute())

@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fastseg.annotations.shapes import AnnotatedImage, Shape, read_size
+from fastseg.annotations.shapes import AnnotatedImage, Shape, check_annotated_size, read_size
 from fastseg.errors import DataError
 
 __all__ = ["read_labelme"]
@@ -45,6 +45,7 @@ def read_labelme(folder: Path, images: Path | None) -> tuple[list[str], list[Ann
             raise DataError(f"{file}: is not labelme's JSON ({type(error).__name__}: {error}). Move it away.") from None
         path = images / Path(name).name if images else file.parent / name
         size = read_size(path, str(file), "Put it there, or give the folder of the images with --images")
+        check_annotated_size(content, ("imageHeight", "imageWidth"), size, path, str(file))
         below = file.relative_to(folder).parent
         annotated.append(AnnotatedImage(path, str(below / path.name), size, shapes, str(file)))
     labels = sorted({shape.label for image in annotated for shape in image.shapes})

@@ -1,6 +1,6 @@
 """Annotated images: outlines and run lengths of objects, drawn into masks of class indices."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,16 @@ from fastseg.data.decode import Size, image_size
 from fastseg.data.host import decode_file
 from fastseg.errors import ConfigError, DataError
 
-__all__ = ["BACKGROUND", "AnnotatedImage", "Shape", "draw_shapes", "import_pycocotools", "label_indices", "read_size"]
+__all__ = [
+    "BACKGROUND",
+    "AnnotatedImage",
+    "Shape",
+    "check_annotated_size",
+    "draw_shapes",
+    "import_pycocotools",
+    "label_indices",
+    "read_size",
+]
 
 BACKGROUND = "background"
 BACKGROUND_LABELS = (BACKGROUND, "_background_", "__background__")
@@ -91,6 +100,8 @@ def draw_shapes(image: AnnotatedImage, indices: dict[str, int], *, by_coco: bool
 def _draw_coco(shape: Shape, height: int, width: int) -> NDArray[np.bool_]:
     coco = import_pycocotools()
     if shape.rle is None:
+        if any(len(polygon) < 6 for polygon in shape.polygons):  # pycocotools takes four numbers for a box
+            raise ValueError("a polygon has less than 3 points")
         encoded = coco.merge(coco.frPyObjects([list(map(float, polygon)) for polygon in shape.polygons], height, width))
     elif list(shape.rle["size"]) != [height, width]:
         raise ValueError(f"its mask is {shape.rle['size'][1]}x{shape.rle['size'][0]}, the image {width}x{height}")
@@ -100,6 +111,23 @@ def _draw_coco(shape: Shape, height: int, width: int) -> NDArray[np.bool_]:
         encoded = shape.rle
     drawn: NDArray[np.bool_] = coco.decode(encoded).astype(bool)
     return drawn
+
+
+def check_annotated_size(
+    content: Mapping[str, Any], keys: tuple[str, str], size: Size, path: Path, source: str
+) -> None:
+    """DataError if annotations name another size than the image has: their shapes would be drawn in wrong places.
+
+    Args:
+        keys: of height and width in `content`; either may be missing.
+        size: height and width of the image.
+    """
+    height, width = (content.get(key) for key in keys)
+    if all(isinstance(side, int) and side > 0 for side in (height, width)) and (height, width) != size:
+        raise DataError(
+            f"{source}: {path.name} was annotated at {width}x{height} pixels, and the file has {size[1]}x{size[0]}. "
+            "Give the images that were annotated."
+        )
 
 
 def read_size(path: Path, source: str, remedy: str) -> Size:

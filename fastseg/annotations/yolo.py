@@ -92,7 +92,13 @@ def _read_split(folder: Path, labels: Path) -> list[AnnotatedImage]:
 
 def _read_shapes(file: Path, height: int, width: int) -> list[Shape]:
     shapes = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}). Make it readable.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: is not text in UTF-8. Save it as UTF-8.") from None
+    for number, line in enumerate(text.splitlines(), start=1):
         words = line.split()
         if not words:
             continue

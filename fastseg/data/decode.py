@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from fastseg.data.formats.exif import exif_orientation, exif_segment, orient
 from fastseg.data.formats.jpeg import check_memory, find_scan
 from fastseg.data.gif import MAX_PIXELS, decode_gif_mask
 from fastseg.data.resample import binary_mask, resize_area, sample_mask, sampling_grid
@@ -29,16 +30,16 @@ __all__ = [
     "decode_full_photo",
     "decode_image",
     "decode_mask",
-    "exif_orientation",
     "image_size",
     "open_image",
-    "orient",
     "pillow_errors",
 ]
 
 JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
 JPEG_END = b"\xff\xd9"  # the marker
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # some of Pillow's other formats start other programs
+
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # `open_image` has this limit; Pillow's own is lower
 
 Size = tuple[int, int]  # height, width
 
@@ -195,42 +196,14 @@ def _to_grid(pixels: NDArray[np.uint8], size: Size, out: NDArray[np.uint8]) -> N
 
 def _orientation(data: bytes) -> int:
     """EXIF orientation of a JPEG, 1..8; 1 (as stored) if there is none."""
-    if not _may_have_exif(data):
-        return 1
+    segment = exif_segment(data)
+    if segment is not None:
+        return exif_orientation(segment) if segment else 1
     try:
         with pillow_errors():
             return exif_orientation(open_image(data))
     except DataError:
         return 1  # libjpeg-turbo decodes some files that Pillow does not
-
-
-def _may_have_exif(data: bytes) -> bool:
-    """Whether a JPEG has an EXIF segment before its pixels; also True if its chain of segments is broken."""
-    at = 2
-    while data.startswith(b"\xff", at) and not data.startswith((b"\xff\xda", b"\xff\xff"), at):
-        if data.startswith(b"Exif\0\0", at + 4):
-            return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return not data.startswith(b"\xff\xda", at)
-
-
-def exif_orientation(image: Image.Image) -> int:
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, struct.error):
-        return 1  # an unreadable EXIF block
-    return orientation if orientation in range(1, 9) else 1
-
-
-def orient(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """Stored pixels (H, W, ...) as they are displayed. Source: EXIF 2.32, tag 0x0112."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return pixels
 
 
 @contextmanager
@@ -283,14 +256,35 @@ def _mask_values(data: bytes) -> NDArray[Any]:
             grey = np.asarray(image)
             levels = np.unique(grey)
             values = np.minimum(np.searchsorted(levels, grey) + (levels[0] > 0), 255).astype(np.uint8)
-        else:  # by the palette's colours: its indices have no order
-            shown = image if image.mode in ("1", "L") else image.convert("L")
-            if "A" in image.getbands() and _is_uniform(shown) and not _is_uniform(image.getchannel("A")):
-                shown = image.getchannel("A")
-            values = np.asarray(shown)
+        elif image.mode in ("1", "L"):
+            values = np.asarray(image)
+        elif image.mode == "P":  # by the palette's colours: its indices have no order
+            used = np.flatnonzero(image.histogram())
+            palette = np.zeros((256, 3), np.uint8)
+            colours = np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3)
+            palette[: len(colours)] = colours
+            ranks = np.zeros(256, np.uint8)
+            ranks[used] = _rank_lumas(palette[used])
+            values = ranks[np.asarray(image)]
+        else:
+            values = _rank_lumas(np.asarray(image.convert("RGB")))
+            if "A" in image.getbands() and values.min() == values.max():
+                alpha = np.asarray(image.getchannel("A"))
+                values = alpha if alpha.min() < alpha.max() else values
         return np.ascontiguousarray(orient(values, exif_orientation(image)))
 
 
-def _is_uniform(channel: Image.Image) -> bool:
-    low, high = channel.getextrema()
-    return low == high
+def _rank_lumas(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Ranks of the lumas of colours (..., 3), from 1 if none is black; above 255 they are 255.
+
+    The lumas are not rounded: (1, 0, 0) is brighter than black.
+    """
+    red, green, blue = (colours[..., band].astype(np.int32) for band in range(3))
+    lumas = 19595 * red + 38470 * green + 7471 * blue  # Rec. 601 in 1 / 65536
+    low, high = lumas.min(), lumas.max()
+    brightest = lumas == high
+    if (brightest | (lumas == low)).all():  # without sorting
+        ranks = (brightest & (high > low)).astype(np.int64)
+    else:
+        ranks = np.minimum(np.searchsorted(np.unique(lumas), lumas), 254)
+    return (ranks + (low > 0)).astype(np.uint8)

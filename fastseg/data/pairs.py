@@ -9,7 +9,7 @@ A mask is found by the image's stem: `<stem>_mask.<ext>` or `<stem>.<ext>`, in t
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -90,9 +90,14 @@ def find_masks(mask_dir: str | os.PathLike[str]) -> list[str]:
     return _find_files(os.fspath(mask_dir), MASK_EXTENSIONS, "masks")
 
 
-def mask_stem(name: str) -> str:
-    """Name, without its extension, of the image that a mask belongs to."""
-    return os.path.splitext(name)[0].removesuffix(MASK_SUFFIX)
+def mask_stem(name: str, images: Container[str] = ()) -> str:
+    """Name, without its extension, of the image that a mask belongs to.
+
+    Args:
+        images: names of images without their extensions: one of them may itself end in `_mask`.
+    """
+    stem = os.path.splitext(name)[0]
+    return stem if stem in images else stem.removesuffix(MASK_SUFFIX)
 
 
 class Matches(NamedTuple):
@@ -113,19 +118,21 @@ def match_masks(image_dir: str | os.PathLike[str], mask_dir: str | os.PathLike[s
     """
     image_dir, mask_dir = os.fspath(image_dir), os.fspath(mask_dir)
     images, mask_names = find_images(image_dir), find_masks(mask_dir)
-    if os.path.realpath(image_dir) == os.path.realpath(mask_dir):  # `a.png` and `a_mask.png` side by side
+    within = os.path.relpath(os.path.realpath(mask_dir), os.path.realpath(image_dir))
+    if within == os.curdir:  # `a.png` and `a_mask.png` side by side
         images = [name for name in images if not os.path.splitext(name)[0].endswith(MASK_SUFFIX)]
         mask_names = sorted(set(mask_names).difference(images))
-
-    masks: dict[str, str] = {}
-    doubled: dict[str, str] = {}
-    for name in mask_names:
-        stem = mask_stem(name)
-        if masks.setdefault(stem, name) != name:
-            doubled[stem] = name
+    elif within != os.pardir and not within.startswith(os.path.join(os.pardir, "")):  # photos/a.png, photos/masks/a.png
+        images = [name for name in images if not name.startswith(os.path.join(within, ""))]
 
     stems = [os.path.splitext(name)[0] for name in images]
     counts = Counter(stems)
+    masks: dict[str, str] = {}
+    doubled: dict[str, str] = {}
+    for name in mask_names:
+        stem = mask_stem(name, counts)
+        if masks.setdefault(stem, name) != name:
+            doubled[stem] = name
     return Matches(
         Pairs(image_dir, mask_dir, images, [masks.get(stem, "") for stem in stems]),
         without_mask=[i for i, stem in enumerate(stems) if stem not in masks],

@@ -30,6 +30,7 @@ __all__ = ["OutputOptions", "Row", "Tally", "failed_row", "find_results", "write
 
 ENCODE_MASK: dict[str, Callable[[Any], bytes]] = {"png": encode_png, "gif": encode_gif}
 MAX_OVERLAY_WIDTH = 1280  # pixels
+MAX_OVERLAY_HEIGHT = 60000  # without the legend; a JPEG has at most 65500 rows
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,9 @@ def _overlay(photo: Photo, mask: NDArray[Any], options: OutputOptions) -> bytes:
     height, width = mask.shape
     shown_width = min(width, MAX_OVERLAY_WIDTH)
     shown_height = max(1, round(height * shown_width / width))
+    if shown_height > MAX_OVERLAY_HEIGHT:
+        shown_width = max(1, round(shown_width * MAX_OVERLAY_HEIGHT / shown_height))
+        shown_height = MAX_OVERLAY_HEIGHT
     shown = load_photo(photo.path, (shown_height, shown_width))
     if options.classes:
         rows, columns = (

@@ -197,14 +197,16 @@ def _encode_row(job: Job) -> tuple[str, str]:
 
 def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> dict[str, str]:
     """Mask file by image name, in the order of the images."""
+    images = [] if image_dir is None else find_images(image_dir)
+    stems = {os.path.splitext(name)[0] for name in images}
     masks: dict[str, str] = {}
     for name in find_masks(mask_dir):
-        first = masks.setdefault(mask_stem(name), name)
+        first = masks.setdefault(mask_stem(name, stems), name)
         if first != name:
             raise DataError(f"{mask_dir}: must hold one mask per image; found {first} and {name}. Keep one of each.")
     if image_dir is None:
         return {f"{stem}.jpg": masks[stem] for stem in sorted(masks)}
-    by_image = {name: masks.get(os.path.splitext(name)[0], "") for name in find_images(image_dir)}
+    by_image = {name: masks.get(os.path.splitext(name)[0], "") for name in images}
     missing = [name for name, mask in by_image.items() if not mask]
     if missing:
         raise DataError(

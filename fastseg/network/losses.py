@@ -3,15 +3,20 @@
 Every loss is a mean over images, so that a batch may be split over processes and micro-batches.
 """
 
+from importlib import metadata
+
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from fastseg.classes import IGNORED
+from fastseg.config import Config
+from fastseg.errors import ConfigError
 
 __all__ = [
     "bce_dice_loss",
     "bce_loss",
+    "check_loss",
     "class_dice_loss",
     "class_loss",
     "cross_entropy_loss",
@@ -155,6 +160,16 @@ def class_loss(logits: Tensor, target: Tensor, weights: Tensor | None = None, na
     of_pixels = focal_loss if name == "focal" else cross_entropy_loss
     of_regions = {"tversky": tversky_loss, "lovasz": lovasz_loss}.get(name, class_dice_loss)
     return of_pixels(logits, target, weights) + of_regions(logits, target)
+
+
+def check_loss(config: Config) -> None:
+    """ConfigError if kornia is too old for the loss: before 0.9 it computed these two differently."""
+    version = metadata.version("kornia")
+    if config.loss in ("tversky", "lovasz") and tuple(map(int, version.split(".")[:2])) < (0, 9):
+        raise ConfigError(
+            f"loss: {config.loss} needs kornia 0.9, which needs Python 3.11 or newer; this is {version}. "
+            "Use auto or focal."
+        )
 
 
 def _mean_over_images(loss: Tensor, target: Tensor) -> Tensor:

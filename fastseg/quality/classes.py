@@ -75,6 +75,8 @@ def propose_classes(sets: Sequence[ScannedSet], num_workers: int) -> Proposal | 
         return values, colours
 
     counted = map_files(count, paths, num_workers)
+    if any(len(values) > MAX_CLASSES + 1 for values, _ in counted):
+        return None
     by_colour = any(isinstance(value, tuple) for values, _ in counted for value in values)
     per_mask = [colours if by_colour else values for values, colours in counted]
     found = sorted(set().union(*per_mask))

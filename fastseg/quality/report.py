@@ -19,13 +19,14 @@ MAX_SHOWN = 2  # files that the printed table names for each finding
 def print_report(report: CheckReport) -> None:
     """Print a table of the findings with the first files of each, and a line of totals."""
     folders = [folder for part in report.sets.values() for folder in (part.image_dir, part.mask_dir)]
-    common = os.path.join(os.path.commonpath([os.path.abspath(folder) for folder in folders]), "")
+    common = os.path.commonpath([os.path.abspath(folder) for folder in folders])
+    common = "" if common == os.path.dirname(common) else os.path.join(common, "")  # the root is no prefix
     table = Table("", Column("files", justify="right"), Column("found", overflow="fold"), box=box.SIMPLE_HEAD)
     for finding in report.findings:
         lines = [f"{finding.what} ({finding.where})"]
         for file, note in finding.files[:MAX_SHOWN]:
             line = f"  {os.path.abspath(file)}{f': {note}' if note else ''}"
-            lines.append(f"[dim]{escape(line.replace(common, ''))}[/]")
+            lines.append(f"[dim]{escape(line.replace(common, '') if common else line)}[/]")
         style = STYLES[finding.severity]
         count = "" if finding.severity == "info" else str(len(finding.files))
         table.add_row(f"[{style}]{finding.severity}[/]", count, "\n".join(lines))

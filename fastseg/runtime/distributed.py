@@ -67,7 +67,8 @@ def process_group(device: str = "auto") -> Iterator[None]:
         return
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _check_gpus(device)
+        torch.cuda.set_device(get_local_rank())
     store, rank, world_size = _join_store()
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)
@@ -78,10 +79,25 @@ def process_group(device: str = "auto") -> Iterator[None]:
     except RuntimeError as error:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise
-        raise FastsegError("torchrun: another process of this run has ended, so this one ends too.") from None
+        reason = next(iter(str(error).splitlines()), "")
+        raise FastsegError(
+            f"torchrun: another process of this run has ended, or cannot be reached, so this one ends too ({reason})."
+        ) from None
     finally:
         _release_reducers(wrapped_before)
         dist.destroy_process_group()
+
+
+def _check_gpus(device: str) -> None:
+    """ConfigError if ranks would share a GPU, which NCCL refuses."""
+    count = torch.cuda.device_count()
+    if get_local_rank() >= count:
+        raise ConfigError(
+            f"device: each process of a machine needs a GPU of its own; process {get_local_rank() + 1} finds {count}. "
+            f"Pass --nproc-per-node={count} to torchrun, or --device cpu."
+        )
+    if ":" in device:
+        raise ConfigError(f"device: must be auto or cuda with several processes, which share the GPUs; got {device}.")
 
 
 def _release_reducers(start: int) -> None:
@@ -206,8 +222,14 @@ def fail_together(device: torch.device) -> Iterator[None]:
         raise FastsegError("torchrun: another process has met an error, which it reports. Correct its cause.")
 
 
-def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """The model with gradients and batch statistics shared by all ranks; the model itself in a single process."""
+def wrap_ddp(
+    model: nn.Module, device: torch.device, *, may_skip_parameters: bool = False
+) -> Callable[[Tensor], Tensor]:
+    """The model with gradients and batch statistics shared by all ranks; the model itself in a single process.
+
+    Args:
+        may_skip_parameters: the model may have parameters that its output does not depend on; takes time to find out.
+    """
     if not dist.is_initialized():
         return model
     # A subclass may do more than normalise (timm's applies an activation), so that it cannot be replaced.
@@ -220,7 +242,9 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> Callable[[Tensor], Tenso
             model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(module))
         else:
             module.__class__ = _SyncedBatchNorm2d
-    wrapped = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    wrapped = DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, find_unused_parameters=may_skip_parameters
+    )
     _wrapped.append(wrapped)
     return wrapped
 

@@ -23,6 +23,11 @@ __all__ = [
     "set_retaining_allocator",
 ]
 
+# Versions 2 and 1: limit, usage, and the part of it that the kernel frees when memory is short
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 RETAIN = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
 # glibc raises its thresholds to these values in a process that frees large blocks, until mallopt fixes them.
@@ -40,9 +45,13 @@ def free_host_memory() -> int:
         free = psutil.virtual_memory().available
     except (OSError, psutil.Error, KeyError, ValueError):  # such as an unreadable /proc/meminfo
         return 0
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):  # cgroup 2, 1
+    for folder, limit, usage, cached in CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            free = min(free, int(Path(limit).read_text()))
+            left = int(Path(folder, limit).read_text())
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+                left -= int(Path(folder, usage).read_text()) - int(statistics[cached])
+            free = min(free, max(left, 1))
     return free
 
 

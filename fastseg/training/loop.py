@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastseg.config import Config, as_config
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
+from fastseg.network.losses import check_loss
 from fastseg.runtime.device import choose_runtime
 from fastseg.runtime.distributed import all_reduce, any_rank, barrier, process_group
 from fastseg.runtime.files import file_version
@@ -110,6 +111,7 @@ def train(
         runtime = choose_runtime(config)
         check_compile(config, runtime)
         check_trackers(config)  # a missing package is reported before anything else happens
+        check_loss(config)
         augmentation = prepare_augmentation(augmentation, config, runtime)
         loss = prepare_loss(loss, config, runtime)
         read = file_version(config.run_dir / "last.pt")

@@ -229,4 +229,6 @@ def training_size(config: Config, step: float, total_steps: float) -> tuple[int,
         return height, width
     cell = config.cell
     half = [max(math.ceil(size / (2 * cell)), 2) * cell for size in (height, width)]
-    return min(half[0], height), min(half[1], width)
+    if half[0] >= height:  # which tells the sizes of epochs apart
+        return height, width
+    return half[0], min(half[1], width)

@@ -141,7 +141,7 @@ def load_or_init_model(config: Config, network: nn.Module | None = None) -> tupl
     path = config.run_dir / "last.pt"
     resumes = config.load_model and path.exists()
     model = init_model(config, network, pretrained=not resumes and not config.checkpoint)
-    if config.checkpoint:
+    if config.checkpoint and not resumes:
         load_weights(model, load_checkpoint(config.checkpoint), config.checkpoint, config)
     if resumes:
         state = load_checkpoint(path)
@@ -165,7 +165,7 @@ def build_run(config: Config, runtime: Runtime, model: nn.Module, train_pairs: P
         config=config,
         runtime=runtime,
         model=model,
-        forward=wrap_ddp(model, runtime.device),
+        forward=wrap_ddp(model, runtime.device, may_skip_parameters=config.network != "unet"),
         ema_model=make_ema_model(config, model),
         optimizer=make_optimizer(config, model),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),

@@ -17,10 +17,11 @@ __all__ = ["Distribution", "choices_or_bounds", "format_distribution", "parse_se
 
 Distribution: TypeAlias = FloatDistribution | IntDistribution | CategoricalDistribution
 
-# Fields that all trials share: file locations, what the score is measured on, and the length of a trial.
+# Fields that all trials share: file locations, what the score is measured on, which the seed splits, and the length.
 SHARED = (
     *("out_dir", "name", "load_model", "checkpoint", "cache_dir"),
     *("train_img_dir", "train_mask_dir", "val_img_dir", "val_mask_dir", "val_fraction", "bad_samples"),
+    *("classes", "ignore_value", "seed"),
     *("image_height", "image_width", "mask_resize", "num_epochs", "min_steps", "time_budget", "refiner_steps"),
 )
 

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastseg.classes import IGNORED
-from fastseg.data.decode import GIF_MAGIC, Size, exif_orientation, open_image, orient, pillow_errors
+from fastseg.data.decode import GIF_MAGIC, Size, open_image, pillow_errors
+from fastseg.data.formats.exif import exif_orientation, orient
 from fastseg.data.gif import Bytes
 from fastseg.data.labels.encoding import UNLISTED, ClassEncoding, unlisted_error
 from fastseg.data.labels.gif import read_gif

@@ -29,7 +29,8 @@ def filters_of(model: nn.Module) -> set[Tensor]:
 
 def norm_biases_of(model: nn.Module) -> set[Tensor]:
     """The biases of the batch norms."""
-    return {module.bias for module in model.modules() if isinstance(module, nn.BatchNorm2d) and module.affine}
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm)  # the latter on several GPUs
+    return {module.bias for module in model.modules() if isinstance(module, kinds) and module.affine}
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
