@@ -270,8 +270,11 @@ def score(refine: Callable[[Photo], Tensor], photos: list[Photo]) -> dict[str, f
 
 
 def apply(network: nn.Module, photo: Photo) -> Tensor:
+    """The photo's logits, corrected near the outline alone, as fastseg does: patches of the training lie there."""
     inputs, logits = make_inputs(photo)
-    return logits + network(inputs.contiguous(memory_format=torch.channels_last)).float()
+    refined = logits + network(inputs.contiguous(memory_format=torch.channels_last)).float()
+    near = interpolate(find_outline(photo.outputs[None, :1])[:, None].float(), logits.shape[2:]) > 0
+    return torch.where(near, refined, logits)
 
 
 def main() -> None:
