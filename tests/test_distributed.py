@@ -103,6 +103,7 @@ torch.manual_seed(int(os.environ.get("RANK", "0")))  # the first process decides
 network = nn.Sequential(
     nn.Conv2d(3, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 3, 1, 1), nn.ReLU(), nn.Conv2d(6, 1, 1)
 )
+network.register_parameter("unused", nn.Parameter(torch.zeros(3)))  # as a classifier's head, which DDP must expect
 fastseg.train(sys.argv[1], network=network)
 """
 
