@@ -152,6 +152,7 @@ def test_ranks_that_would_share_a_gpu_are_refused(local_rank, device, words, mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
     with pytest.raises(fastseg.ConfigError, match=rf"^device: .*{words}"), process_group(device):
         pass

@@ -96,8 +96,8 @@ def _check_gpus(device: str) -> None:
             f"device: each process of a machine needs a GPU of its own; process {get_local_rank() + 1} finds {count}. "
             f"Pass --nproc-per-node={count} to torchrun, or --device cpu."
         )
-    if ":" in device:
-        raise ConfigError(f"device: must be auto or cuda with several processes, which share the GPUs; got {device}.")
+    if ":" in device and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise ConfigError(f"device: must be auto or cuda for several processes of a machine; got {device}.")
 
 
 def _release_reducers(start: int) -> None:
