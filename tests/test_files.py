@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,17 @@ def test_temporary_files_of_dead_processes_are_removed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
     remove_dead_temporaries(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(others)  # of a live process, and of another program
+
+
+def test_temporary_files_of_other_machines_stay_for_a_day(tmp_path):
+    """They share the folder, and the numbers of their processes mean nothing here."""
+    old, new = tmp_path / ".a.json.00000001-999999.tmp", tmp_path / ".b.json.00000001-999999.tmp"
+    for path in (old, new):
+        path.touch()
+        assert target_of_temporary(path.name) == path.name[1:7]
+    os.utime(old, (time.time() - 90000,) * 2)
+    remove_dead_temporaries(tmp_path)
+    assert list(tmp_path.iterdir()) == [new]
 
 
 def test_a_write_removes_what_a_killed_one_has_left(tmp_path):

@@ -10,6 +10,8 @@ import re
 import shutil
 import stat
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,7 +41,10 @@ __all__ = [
 FileVersion = tuple[int, int] | None
 
 TEMPORARY_SUFFIX = ".tmp"
-TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,9})\.tmp", re.DOTALL)  # the file that it replaces, and the process
+# The file that it replaces, the machine or container (not in older versions), and the process
+TEMPORARY = re.compile(r"\.(.+)\.(?:([0-9a-f]{8})-)?([0-9]{1,9})\.tmp", re.DOTALL)
+MACHINE = f"{zlib.crc32(platform.node().encode()):08x}"
+DAY = 86400  # seconds, after which a temporary file of another machine is taken for one of a killed process
 LOCK = ".writer.lock"
 MAX_NAME_BYTES = 255  # of a file on common file systems
 
@@ -49,7 +54,7 @@ def atomic_write(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator
     """Write a temporary file beside `path`, which replaces `path` when the block ends.
 
     A reader finds the old or the new file, never a part. An exception leaves the old file in place. A killed process
-    leaves its temporary file, `.NAME.PID.tmp`. A link is followed; a device or a pipe is written to, not replaced.
+    leaves its temporary file, `.NAME.MACHINE-PID.tmp`. A link is followed; a device or a pipe is written to instead.
 
     Args:
         sync: flush the file to disk before the rename, so that a power failure loses neither file, and remove what
@@ -104,22 +109,31 @@ def _is_device(path: str | os.PathLike[str]) -> bool:
 
 
 def _temporary_name(name: str) -> str:
-    suffix = f".{os.getpid()}{TEMPORARY_SUFFIX}"
+    suffix = f".{MACHINE}-{os.getpid()}{TEMPORARY_SUFFIX}"
     if len(os.fsencode(name)) + len(suffix) >= MAX_NAME_BYTES:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}{suffix}"
 
 
 def remove_dead_temporaries(folder: Path, name: str = "") -> None:
-    """Delete the temporary files in a folder whose process has died.
+    """Delete the temporary files in a folder whose process has died; of other machines, those that are a day old.
 
     Args:
         name: of the file that they would have replaced; empty for all files.
     """
     for found in os.listdir(folder):
         match = TEMPORARY.fullmatch(found)
-        if match and name in ("", match[1]) and not psutil.pid_exists(int(match[2])):
+        if match and name in ("", match[1]) and _is_dead(folder / found, match[2], int(match[3])):
             (folder / found).unlink(missing_ok=True)
+
+
+def _is_dead(path: Path, machine: str | None, pid: int) -> bool:
+    if machine in (None, MACHINE):
+        return not psutil.pid_exists(pid)
+    try:
+        return time.time() - path.stat().st_mtime > DAY
+    except OSError:  # it has just replaced its file
+        return False
 
 
 def target_of_temporary(name: str) -> str | None:
