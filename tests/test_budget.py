@@ -149,10 +149,11 @@ def test_finished_run_continues_with_a_larger_budget(pairs_dir, tmp_path, fake_c
     assert last_state(more.run_dir)["budget"]["decisions"][-1][0] > last_state(first.run_dir)["epoch"]
 
 
-def saved_budget(**changes) -> dict:
+def saved_budget() -> dict:
     """A quarter of a budget of 100 s is done: the state that `last.pt` would have."""
     decisions = [Decision(0, 0.0, math.inf, 3), Decision(10, 0.1, 90.0, 50)]
-    return Budget(**{"seconds": 100.0, "decisions": decisions, "mark": (10.0, 10), **changes}).state_dict(25.0, 25)
+    timed = {38400: (9.0, 9.0)}
+    return Budget(seconds=100.0, decisions=decisions, mark=(10.0, 10), timed=timed).state_dict(25.0, 25)
 
 
 def test_a_run_that_resumes_unchanged_keeps_its_decisions():
@@ -169,6 +170,7 @@ def test_another_batch_size_or_budget_asks_for_a_decision_at_once(seconds, step,
     restore_budget(budget, saved_budget(), step)
     assert budget.position_at(step) == pytest.approx(position)
     assert (budget.decisions[-1].until, budget.mark) == (step, (25.0, step))
+    assert bool(budget.timed) == (step == 25)  # steps of other batches take another time
 
 
 def test_steps_of_a_run_without_a_budget_are_not_timed(pairs_dir, tmp_path, fake_clock):

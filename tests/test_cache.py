@@ -804,10 +804,10 @@ def test_memory_in_use_is_not_free_in_a_container(tmp_path: Path, monkeypatch: p
     for name, text in [
         ("memory.max", "1000000"),
         ("memory.current", "700000"),
-        ("memory.stat", "a 1\ninactive_file 100000"),
+        ("memory.stat", "active_file 60000\ninactive_file 40000"),
     ]:
         (tmp_path / name).write_text(f"{text}\n")
-    monkeypatch.setattr(memory_module, "CGROUPS", ((tmp_path, "memory.max", "memory.current", "inactive_file"),))
+    monkeypatch.setattr(memory_module, "CGROUPS", ((tmp_path, "memory.max", "memory.current", ""),))
     assert free_host_memory() == 400000
     (tmp_path / "memory.stat").unlink()
     assert free_host_memory() == 1000000

@@ -288,14 +288,14 @@ def test_the_next_photo_replaces_a_broken_one(trained, data):
 
 def test_a_photo_that_cannot_be_read_does_not_cost_the_refiner_for_good(pairs_dir, tmp_path, monkeypatch, caplog):
     def fail(*_):
-        raise fastseg.DataError("a.jpg: cannot be read.")
+        raise fastseg.DataError("a.jpg: cannot be read")
 
     config = fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=3)
     for place in ("new_refiner", "_cut_patches"):
         with monkeypatch.context() as patch:
             patch.setattr(fit, place, fail)
             result = fastseg.train(config)
-        assert "a.jpg: cannot be read." in caplog.text
+        assert "a.jpg: cannot be read" in caplog.text
         assert (result.run_dir / "summary.json").exists()
         assert "refiner" not in load_checkpoint(result.run_dir / "best.pt")
     fastseg.train(config)

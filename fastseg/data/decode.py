@@ -39,7 +39,8 @@ JPEG_MAGIC, GIF_MAGIC = b"\xff\xd8", b"GIF8"
 JPEG_END = b"\xff\xd9"  # the marker
 PILLOW_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "WEBP", "GIF")  # some of Pillow's other formats start other programs
 
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # `open_image` has this limit; Pillow's own is lower
+if Image.MAX_IMAGE_PIXELS is not None:  # `open_image` has a limit of its own, above Pillow's
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 
 Size = tuple[int, int]  # height, width
 

@@ -97,7 +97,8 @@ def mask_stem(name: str, images: Container[str] = ()) -> str:
         images: names of images without their extensions: one of them may itself end in `_mask`.
     """
     stem = os.path.splitext(name)[0]
-    return stem if stem in images else stem.removesuffix(MASK_SUFFIX)
+    short = stem.removesuffix(MASK_SUFFIX)
+    return stem if stem in images and short not in images else short
 
 
 class Matches(NamedTuple):
@@ -215,7 +216,7 @@ def split_by_group(pairs: Pairs, val_fraction: float, seed: int) -> tuple[Pairs,
     """
     if len(pairs) < 2:
         raise DataError(
-            f"{pairs.image_dir}: has {len(pairs)} usable images, so none can be held out for validation. "
+            f"{pairs.image_dir}: {len(pairs)} usable image is too few to hold one out for validation. "
             "Give val_img_dir and val_mask_dir."
         )
     names = [group_of(name) for name in pairs.images]

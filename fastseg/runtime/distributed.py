@@ -68,7 +68,7 @@ def process_group(device: str = "auto") -> Iterator[None]:
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if on_gpu:
         _check_gpus(device)
-        torch.cuda.set_device(get_local_rank())
+        torch.cuda.set_device(device if ":" in device else get_local_rank())
     store, rank, world_size = _join_store()
     backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=world_size)

@@ -23,10 +23,10 @@ __all__ = [
     "set_retaining_allocator",
 ]
 
-# Versions 2 and 1: limit, usage, and the part of it that the kernel frees when memory is short
+# Versions 2 and 1: limit, usage, and the prefix of the part of it that the kernel frees when memory is short
 CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ""),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # of mallopt(3)
 RETAIN = {M_TRIM_THRESHOLD: 2**31 - 1, M_MMAP_MAX: 0}
@@ -45,12 +45,13 @@ def free_host_memory() -> int:
         free = psutil.virtual_memory().available
     except (OSError, psutil.Error, KeyError, ValueError):  # such as an unreadable /proc/meminfo
         return 0
-    for folder, limit, usage, cached in CGROUPS:
+    for folder, limit, usage, prefix in CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             left = int(Path(folder, limit).read_text())
             with contextlib.suppress(OSError, ValueError, KeyError):
                 statistics = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
-                left -= int(Path(folder, usage).read_text()) - int(statistics[cached])
+                cached = sum(int(statistics[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+                left -= int(Path(folder, usage).read_text()) - cached
             free = min(free, max(left, 1))
     return free
 

@@ -100,9 +100,11 @@ def restore_budget(budget: Budget, state: dict[str, Any] | None, step: int) -> N
     budget.mark = (0.0, step)
     if state is None:
         return
-    budget.spent, budget.timed = state["spent"], state["timed"]
+    budget.spent = state["spent"]
     budget.decisions = [Decision(*values) for values in state["decisions"]]
     before = state.get("step", step)
+    if before == step:  # else the batches have another size, and steps take another time
+        budget.timed = state["timed"]
     if budget.seconds == state["seconds"]:
         budget.refiner_seconds = state.get("refiner_seconds")
         if before == step:

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 def find_splits(config: Config) -> tuple[Pairs, Pairs]:
     """Find the training and the validation pairs, and check their files.
 
-    Validation pairs come from their own folders. If the default folders do not exist, or `val_img_dir` is empty, whole
-    cars are held out of the training folders instead.
+    Validation pairs come from their own folders. If the default folders do not exist, or `val_img_dir` is empty, some
+    are held out of the training folders instead; see `split_by_group`.
 
     Raises:
         DataError: see `find_pairs` and `check_sets`.
@@ -45,7 +45,7 @@ def find_splits(config: Config) -> tuple[Pairs, Pairs]:
     missing = val_dirs == DEFAULT_VAL_DIRS and not any(map(_has_files, val_dirs))
     if missing or not config.val_img_dir:
         train_pairs, val_pairs = split_by_group(pairs, config.val_fraction, config.seed)
-        log.info("no validation folders: %d pairs of whole groups are held out", len(val_pairs))
+        log.info("no validation folders: %d pairs are held out", len(val_pairs))
     else:
         train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
     if config.check_data:

@@ -73,7 +73,8 @@ def fit_refiner(run: Run) -> None:
             scores = score_refiner(refiner.eval(), val_pairs, run)
             log_scores(scores, int(refiner.scale), run.config)
     except DataError as error:  # the network is trained, which is worth more than its refiner
-        log.warning("no outline refiner: %s The same command trains it then.", error)
+        reason = str(error).rstrip(".")
+        log.warning("no outline refiner: %s; once that is corrected, the same command trains it", reason)
         return
     finally:
         run.seconds["outline refiner"] += time.perf_counter() - run.refiner_start
