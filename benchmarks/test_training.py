@@ -198,6 +198,14 @@ def test_a_command_that_fails_is_reported(tmp_path: Path) -> None:
         time_to_dice.run_command(command, 0.9, 60)
 
 
+def test_only_scores_at_full_size_count(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"image_height": 160}')
+    assert time_to_dice.read_dice(tmp_path) == []
+    lines = ['{"val_dice": 0.98, "val_size": 80}', '{"val_dice": 0.96, "val_size": 160}', '{"val_dice": 0.97, "val_si']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert time_to_dice.read_dice(tmp_path) == [0.0, 0.96]
+
+
 def test_time_to_dice(two_cars: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """With `fastseg train` itself; the target is Dice 0."""
     options = ["--data", str(two_cars), "--pairs", "8", "--val-fraction", "0.5", "--channels", "4", "--batch-size", "2"]

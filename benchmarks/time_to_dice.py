@@ -106,7 +106,7 @@ def run_command(command: list[str], target: float, limit_s: float) -> dict[str, 
         try:
             while True:
                 ended = process.poll() is not None  # before the read, so that the last epoch counts
-                dice, elapsed = read_dice(run_dir / "metrics.jsonl"), time.monotonic() - started
+                dice, elapsed = read_dice(run_dir), time.monotonic() - started
                 reached = bool(dice) and max(dice) >= target
                 if reached or ended or elapsed > limit_s:
                     break
@@ -128,10 +128,14 @@ def run_command(command: list[str], target: float, limit_s: float) -> dict[str, 
     }
 
 
-def read_dice(path: Path) -> list[float]:
-    """The Dice of each epoch whose line is complete."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line)["val_dice"] for line in lines if line.endswith("\n")]
+def read_dice(run_dir: Path) -> list[float]:
+    """The Dice of each epoch whose line is complete; 0 where small images were scored, which the other racers are not."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    height = json.loads((run_dir / "config.json").read_text())["image_height"]
+    entries = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [entry["val_dice"] if entry["val_size"] == height else 0.0 for entry in entries]
 
 
 def run_loop(setting: Setting, target: float, limit_s: float, started: float) -> dict[str, Any]:
