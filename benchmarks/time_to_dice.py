@@ -129,7 +129,7 @@ def run_command(command: list[str], target: float, limit_s: float) -> dict[str, 
 
 
 def read_dice(run_dir: Path) -> list[float]:
-    """The Dice of each epoch whose line is complete; 0 where small images were scored, which the other racers are not."""
+    """The Dice of each epoch whose line is complete; 0 where it is that of small images, which others do not see."""
     path = run_dir / "metrics.jsonl"
     if not path.exists():
         return []
