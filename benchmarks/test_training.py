@@ -168,9 +168,10 @@ SCRIPT = """
 import json, pathlib, sys, time
 folder = pathlib.Path(sys.argv[2], sys.argv[4])
 folder.mkdir(parents=True)
+(folder / "config.json").write_text('{"image_height": 160}')
 with open(folder / "metrics.jsonl", "w", buffering=1) as file:
     for dice in (0.2, 0.9, 0.3):
-        file.write(json.dumps({"val_dice": dice}) + "\\n")
+        file.write(json.dumps({"val_dice": dice, "val_size": 160}) + "\\n")
     file.write('{"val_di')
     file.flush()
     %s
