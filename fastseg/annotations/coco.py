@@ -32,7 +32,7 @@ def read_coco(path: Path, images: Path | None) -> tuple[list[str], list[Annotate
         for item in sorted(content.get("annotations", ()), key=lambda item: -item.get("area", 0)):
             if shape := _read_shape(item, labels):
                 shapes[item["image_id"]].append(shape)
-        images_of = [(item["id"], item["file_name"], dict(item)) for item in content["images"]]
+        entries = [(item["id"], item["file_name"], item) for item in content["images"]]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Give COCO's instances_*.json.") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -44,7 +44,7 @@ def read_coco(path: Path, images: Path | None) -> tuple[list[str], list[Annotate
     beside = [path.parent, path.parent / "images", path.parent.parent / split, path.parent.parent / "images" / split]
     folders = [images] if images else [*beside, path.parent.parent / "images"]
     annotated = []
-    for image_id, name, item in images_of:
+    for image_id, name, item in entries:
         file = next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
         size = read_size(file, str(path), "Give the folder of its images with --images")
         check_annotated_size(item, ("height", "width"), size, file, str(path))

@@ -254,9 +254,7 @@ def _mask_values(data: bytes) -> NDArray[Any]:
         image.load()
         image.info.pop("transparency", None)
         if image.mode.startswith("I"):  # 16-bit grey: the ranks of its values, because only their order counts
-            grey = np.asarray(image)
-            levels = np.unique(grey)
-            values = np.minimum(np.searchsorted(levels, grey) + (levels[0] > 0), 255).astype(np.uint8)
+            values = _rank(np.asarray(image))
         elif image.mode in ("1", "L"):
             values = np.asarray(image)
         elif image.mode == "P":  # by the palette's colours: its indices have no order
@@ -276,16 +274,17 @@ def _mask_values(data: bytes) -> NDArray[Any]:
 
 
 def _rank_lumas(colours: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Ranks of the lumas of colours (..., 3), from 1 if none is black; above 255 they are 255.
-
-    The lumas are not rounded: (1, 0, 0) is brighter than black.
-    """
+    """Ranks of the lumas of colours (..., 3), which are not rounded: (1, 0, 0) is brighter than black."""
     red, green, blue = (colours[..., band].astype(np.int32) for band in range(3))
-    lumas = 19595 * red + 38470 * green + 7471 * blue  # Rec. 601 in 1 / 65536
-    low, high = lumas.min(), lumas.max()
-    brightest = lumas == high
-    if (brightest | (lumas == low)).all():  # without sorting
-        ranks = (brightest & (high > low)).astype(np.int64)
+    return _rank(19595 * red + 38470 * green + 7471 * blue)  # Rec. 601 in 1 / 65536
+
+
+def _rank(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """Ranks of values, from 1 if none is 0; above 255 they are 255."""
+    low, high = values.min(), values.max()
+    highest = values == high
+    if (highest | (values == low)).all():  # two values need no sorting
+        ranks = (highest & (high > low)).astype(np.int64)
     else:
-        ranks = np.minimum(np.searchsorted(np.unique(lumas), lumas), 254)
-    return (ranks + (low > 0)).astype(np.uint8)
+        ranks = np.searchsorted(np.unique(values), values)
+    return np.minimum(ranks + (low > 0), 255).astype(np.uint8)

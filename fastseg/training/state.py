@@ -286,14 +286,13 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 
     torch's fused step would read beyond tensors of other shapes.
     """
-    options = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        if {name: type(value) for name, value in group.items() if name != "params"} != {
-            name: type(value) for name, value in own.items()
-        }:
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        loaded = {name: type(value) for name, value in group.items() if name != "params"}
+        if loaded != {name: type(value) for name, value in options.items()}:
             raise ValueError("its optimizer has other options")
-        group.update(own)
+        group.update(options)
     filters = {parameter for group in optimizer.param_groups if group.get(MUON) for parameter in group["params"]}
     for parameter, values in optimizer.state.items():
         shapes = {name: value.shape for name, value in values.items()}
