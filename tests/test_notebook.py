@@ -17,7 +17,7 @@ from PIL import Image
 from torchmetrics.functional.classification import multiclass_jaccard_index
 
 ROOT = Path(__file__).parents[1]
-QUICK = "CARS, VIEWS = 4, 4\nCHANNELS = 8\nSTEPS = 36\nREFINER_STEPS = 10"  # 12 training pairs, 4 validation pairs
+QUICK = "CARS, VIEWS = 4, 2\nCHANNELS = 8\nSTEPS = 48\nREFINER_STEPS = 10"  # 6 training pairs, 2 validation pairs
 ABSOLUTE_PATH = re.compile(r"(?<![\w./~-])/[\w.-]+/|\b[A-Z]:\\")
 
 
@@ -85,7 +85,7 @@ def test_masks_have_the_photos_size_and_the_printed_dice(executed):
         with Image.open(photo) as picture:
             assert found.shape == (picture.height, picture.width)
         dice.append(2 * (found & true).sum() / (found.sum() + true.sum()))
-    assert len(dice) == 4
+    assert len(dice) == 2
     (printed,) = re.findall(r"full size: +Dice ([\d.]+)", "\n".join(texts(notebook)))
     assert np.mean(dice) > 0.85  # all foreground: 0.35
     assert float(printed) == pytest.approx(np.mean(dice), abs=1e-3)
@@ -97,7 +97,7 @@ def test_predicted_classes_have_the_printed_iou(executed):
     for path in sorted((folder / "data" / "parts" / "val_masks").iterdir()):
         predicted = folder / "runs" / "notebook-parts" / "masks" / path.name
         masks.append([np.asarray(Image.open(file)) for file in (path, predicted)])
-    assert len(masks) == 2
+    assert len(masks) == 1
     true, predicted = (torch.from_numpy(np.stack(some)) for some in zip(*masks, strict=True))
     expected = multiclass_jaccard_index(predicted, true, num_classes=6)
     (printed,) = re.findall(r"mean {5}IoU ([\d.]+)", "\n".join(texts(notebook)))
