@@ -61,7 +61,8 @@ def test_the_commands_find_every_kernel_compiled(tmp_path):
     prepared = set.union(*kernels_of("scripts/compile_kernels.py"))
     loaded, compiled = kernels_of("-c", COMMANDS, tmp_path / "out")
     assert compiled == set()
-    assert len(loaded) >= 8 and loaded <= prepared
+    assert len(loaded) >= 8
+    assert loaded <= prepared
 
 
 @pytest.mark.parametrize("place", ["temporary", "none", "of another user"])

@@ -140,23 +140,35 @@ def test_singular_values_are_those_of_the_polynomial(shape, smallest):
     assert ((u.T @ found.double() @ vh.T) - expected.diag()).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 17), (0.0, 3)])
-def test_patience_begins_when_training_sees_the_full_size(
-    pairs_dir, tmp_path, monkeypatch, progressive_resizing, epochs
-):
-    """With falling scores: two epochs after the first score at full size, the fifteenth, or two after the first."""
-    falling = iter(np.linspace(0.9, 0.1, 20).tolist())
+@pytest.fixture
+def falling_scores(monkeypatch):
+    """Every epoch is scored lower than the one before it."""
+    falling = iter(np.linspace(0.9, 0.1, 40).tolist())
 
     def score(*_):
-        dice = next(falling)
-        return dict.fromkeys(("loss", "iou", "dice_pixels", "iou_pixels", "predicted", "foreground"), 0.5) | {
-            "dice": dice
-        }
+        others = ("loss", "iou", "dice_pixels", "iou_pixels", "predicted", "foreground")
+        return {**dict.fromkeys(others, 0.5), "dice": next(falling)}
 
     monkeypatch.setattr("fastseg.training.validate.score_batches", score)
+
+
+@pytest.mark.usefixtures("falling_scores")
+@pytest.mark.parametrize(("progressive_resizing", "epochs"), [(0.7, 17), (0.0, 3)])
+def test_patience_begins_when_training_sees_the_full_size(pairs_dir, tmp_path, progressive_resizing, epochs):
+    """Two epochs after the first score at full size, the fifteenth, or two after the first."""
     changes = {"num_epochs": 20, "early_stopping": 2, "progressive_resizing": progressive_resizing}
     result = fastseg.train(config(pairs_dir, tmp_path, **changes))
     assert len(result.history) == epochs
+
+
+@pytest.mark.usefixtures("falling_scores")
+def test_patience_does_not_end_a_longer_run_on_the_small_images_to_which_it_returns(pairs_dir, tmp_path):
+    """Best is epoch 8, the first of three at full size of 10; of 30 epochs, 21 are small, and one more is enough."""
+    changes = {"early_stopping": 3, "progressive_resizing": 0.7}
+    fastseg.train(config(pairs_dir, tmp_path, num_epochs=10, **changes))
+    result = fastseg.train(config(pairs_dir, tmp_path, num_epochs=30, **changes))
+    sizes = [entry["val_size"] == 32 for entry in result.history]
+    assert sizes == [False] * 7 + [True] * 3 + [False] * 11 + [True]
 
 
 @pytest.mark.parametrize(("recipe", "optimizer"), [("fast", "adamw"), ("fast", "muon"), ("tutorial", "auto")])

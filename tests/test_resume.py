@@ -1,5 +1,6 @@
 """Runs that are interrupted, killed or short of disk space, and resumed."""
 
+import functools
 import itertools
 import json
 import math
@@ -11,6 +12,9 @@ import torch
 
 import fastseg
 from fastseg.data.loader import Loader
+from fastseg.network.checkpoint import build_model, load_checkpoint
+from fastseg.training import loop
+from fastseg.training.recipe import LR_FACTOR, make_optimizer
 from tests.processes import Ended, run
 from tests.test_training import config, same, weights
 
@@ -257,3 +261,71 @@ def test_a_run_that_resumes_needs_its_first_weights_no_longer(pairs_dir, tmp_pat
     weights.unlink()
     again = fastseg.train(config(pairs_dir, tmp_path, name="second", num_epochs=2, checkpoint=weights))
     assert len(again.history) == 2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("before", "after"), [(1.0, 0.3), (0.3, 1.0), (0.3, 0.5)])
+def test_the_encoders_rate_may_change_on_resume(pairs_dir, tmp_path, monkeypatch, optimizer, before, after):
+    """The optimizer's values of each parameter stay with it, though the groups of parameters are others."""
+    settings = config(pairs_dir, tmp_path, num_epochs=1, optimizer=optimizer)
+    first = fastseg.train(settings.replace(encoder_lr=before))
+    saved = by_parameter(load_checkpoint(first.run_dir / "last.pt"), settings)
+    resumed, rates, train_step = {}, set(), loop.train_step
+
+    def first_step(run, images, masks):
+        if not resumed:
+            for name, parameter in run.model.named_parameters():
+                resumed[name] = {key: value.clone() for key, value in run.optimizer.state[parameter].items()}
+        train_step(run, images, masks)
+        rates.update(group.get(LR_FACTOR, 1.0) for group in run.optimizer.param_groups)
+
+    monkeypatch.setattr(loop, "train_step", first_step)
+    fastseg.train(settings.replace(encoder_lr=after, num_epochs=2))
+    assert saved.keys() == resumed.keys()
+    assert all(same(saved[name], resumed[name]) for name in saved)
+    assert after in rates
+
+
+def by_parameter(state: dict, settings: fastseg.Config) -> dict[str, dict[str, torch.Tensor]]:
+    """What the optimizer of a `last.pt` knows of each parameter."""
+    model = build_model(settings)
+    optimizer = make_optimizer(settings.replace(encoder_lr=state["config"]["encoder_lr"]), model)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state["optimizer"]["param_groups"] for number in group["params"]]
+    values = state["optimizer"]["state"]
+    return {names[p]: values[number] for p, number in zip(parameters, numbers, strict=True)}
+
+
+def test_an_average_may_begin_and_end_on_resume(pairs_dir, tmp_path):
+    for epochs, decay in ((1, 0.0), (2, 0.9), (3, 0.0)):
+        run = fastseg.train(config(pairs_dir, tmp_path, num_epochs=epochs, ema_decay=decay))
+        assert bool(load_checkpoint(run.run_dir / "last.pt")["ema_model"]) == (decay > 0)
+    assert len(run.history) == 3
+
+
+def test_a_run_without_a_gradient_scaler_resumes_with_one(pairs_dir, tmp_path, monkeypatch):
+    """As from bf16 to fp16 on another GPU."""
+    run = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1))
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=1.0)
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, **_: scaler(device))
+    resumed = fastseg.train(config(pairs_dir, tmp_path, num_epochs=2))
+    assert len(resumed.history) == 2
+    assert load_checkpoint(run.run_dir / "last.pt")["scaler"]["scale"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("before", "changes", "field"),
+    [
+        ({"optimizer": "adamw"}, {"optimizer": "muon"}, "optimizer"),
+        ({}, {"optimizer": "adamw"}, "optimizer"),
+        ({}, {"recipe": "tutorial"}, "recipe"),
+        ({"recipe": "tutorial"}, {"recipe": "fast"}, "recipe"),
+    ],
+)
+def test_another_optimizer_is_refused_by_its_field(pairs_dir, tmp_path, before, changes, field):
+    run = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1, **before))
+    saved = (run.run_dir / "last.pt").read_bytes()
+    with pytest.raises(fastseg.ConfigError, match=rf"{field}: .*load_model=false"):
+        fastseg.train(config(pairs_dir, tmp_path, num_epochs=2, **{**before, **changes}))
+    assert (run.run_dir / "last.pt").read_bytes() == saved

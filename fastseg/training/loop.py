@@ -275,10 +275,9 @@ def _is_finished(run: Run) -> bool:
     full = not run.history or run.history[-1]["val_size"] == config.image_height
     if run.is_finished and (full or not run.budget):  # a last step on large images, and the score there
         return True
-    # Scores on small images are lower: patience begins after them.
-    small_epochs = sum(entry["val_size"] < config.image_height for entry in run.history)
-    since_best = run.epoch - max(run.best["epoch"], small_epochs)
-    if config.early_stopping and run.history and since_best >= config.early_stopping:
+    # Scores on small images are lower: they do not count, also where a longer run returns to them.
+    since_best = sum(entry["val_size"] == config.image_height for entry in run.history[run.best["epoch"] :])
+    if config.early_stopping and since_best >= config.early_stopping:
         log.info("early stopping: %d epochs without a better Dice", since_best)
         return True
     return False

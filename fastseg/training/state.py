@@ -19,7 +19,7 @@ from fastseg.network.metrics import best_epoch
 from fastseg.runtime.device import Runtime
 from fastseg.runtime.distributed import all_reduce, barrier
 from fastseg.training.budget import Budget, restore_budget, used_seconds
-from fastseg.training.recipe import training_size
+from fastseg.training.recipe import choose_optimizer, make_optimizer, training_size
 from fastseg.training.step.muon import MUON
 from fastseg.training.step.pipeline import Augmentation, Loss
 from fastseg.training.writer import CheckpointWriter
@@ -235,10 +235,11 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
     try:
         _check_progress(state, len(run.train_loader))
         run.train_loader.load_state_dict(state["loader"])
-        if run.ema_model:
+        if run.ema_model and state["ema_model"]:  # an average that begins now begins at the weights
             run.ema_model.load_state_dict(state["ema_model"])
-        _load_optimizer(run.optimizer, state["optimizer"])
-        run.scaler.load_state_dict(state["scaler"])
+        _load_optimizer(run, state)
+        if state["scaler"]:  # empty where the precision needed none
+            run.scaler.load_state_dict(state["scaler"])
         run.generator.set_state(state["generator"])
         run.loss_sum.copy_(_own_loss_sum(state["loss_sum"], run.runtime))
         run.epoch, run.step, run.history = state["epoch"], state["step"], state["history"]
@@ -281,21 +282,29 @@ def _check_progress(state: dict[str, Any], num_batches: int) -> None:
         raise ValueError("its history is not that of its epochs")
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer's state but its options, which are those of the present configuration.
+def _load_optimizer(run: Run, state: dict[str, Any]) -> None:
+    """Load the values that an optimizer holds of each parameter; its options are those of the present configuration.
 
     torch's fused step would read beyond tensors of other shapes.
     """
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    saved = state["config"]
+    for name, before in (("recipe", saved["recipe"]), ("optimizer", choose_optimizer(Config(), state))):
+        now = getattr(run.config, name)
+        if before != now and (name, run.config.recipe) != ("optimizer", "tutorial"):
+            raise ConfigError(
+                f"{name}: is {before} in this run; got {now}. Choose another name, or pass load_model=false."
+            )
+    # torch matches groups by their position, and an encoder with its own learning rate has groups of its own.
+    optimizer = make_optimizer(run.config.replace(encoder_lr=saved.get("encoder_lr", 1.0)), run.model)
+    own = [{name: type(value) for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state["optimizer"])
     for group, options in zip(optimizer.param_groups, own, strict=True):
-        loaded = {name: type(value) for name, value in group.items() if name != "params"}
-        if loaded != {name: type(value) for name, value in options.items()}:
+        if {name: type(value) for name, value in group.items() if name != "params"} != options:
             raise ValueError("its optimizer has other options")
-        group.update(options)
     filters = {parameter for group in optimizer.param_groups if group.get(MUON) for parameter in group["params"]}
     for parameter, values in optimizer.state.items():
         shapes = {name: value.shape for name, value in values.items()}
         names = ("momentum",) if parameter in filters else ("exp_avg", "exp_avg_sq")
         if shapes != {"step": (), **dict.fromkeys(names, parameter.shape)}:
             raise ValueError("its optimizer has other shapes")
+    run.optimizer.state = optimizer.state
