@@ -85,7 +85,7 @@ def test_one_long_name_does_not_end_a_prediction(tmp_path):
     result = fastseg.predict(
         write_checkpoint(tmp_path / "best.pt"), tmp_path / "images", tmp_path / "out", device="cpu"
     )
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a_mask.png", f"{long}_mask.png"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".fastseg.json", "a_mask.png", f"{long}_mask.png"}
     ((broken, reason),) = result.broken
     assert too_long in broken
     assert "too long" in reason

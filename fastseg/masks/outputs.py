@@ -46,6 +46,7 @@ class OutputOptions:
     refine: str  # one of refine.METHODS
     cells: Size  # height and width of the network's output
     classes: tuple[SegClass, ...] = ()  # empty: masks of two values
+    since: int = 0  # nanoseconds; files that are older do not count as results when a prediction resumes
 
     def path(self, photo: Photo, suffix: str) -> str:
         return os.path.join(self.out, photo.stem + suffix)
@@ -80,7 +81,7 @@ def failed_row(photo: Photo, error: DataError) -> Row:
 def find_results(photo: Photo, options: OutputOptions) -> Row | None:
     """The row of a photo whose results all exist; None for a photo to predict."""
     paths = options.paths(photo)
-    if not all(map(os.path.exists, paths)):
+    if not all(_is_result(path, options.since) for path in paths):
         return None
     if not options.table:
         return Row(photo, skipped=True)
@@ -93,6 +94,13 @@ def find_results(photo: Photo, options: OutputOptions) -> Row | None:
         return None  # not a readable mask: predict it again
     height, width = mask.shape
     return Row(photo, (height, width), _shares(mask, options), skipped=True)
+
+
+def _is_result(path: str, since: int) -> bool:
+    try:
+        return os.stat(path).st_mtime_ns >= since
+    except OSError:
+        return False
 
 
 def _shares(mask: NDArray[np.bool_] | Bytes, options: OutputOptions) -> tuple[float, ...]:

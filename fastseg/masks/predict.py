@@ -28,6 +28,7 @@ from fastseg.masks.outputs import OutputOptions, Tally, write_table
 from fastseg.masks.refine import check_method, choose_refinement
 from fastseg.masks.sharing.batches import Batches
 from fastseg.masks.sharing.claims import choose_claims
+from fastseg.masks.sharing.settings import checksum, record_settings, refuse_other_settings, time_of_settings
 from fastseg.masks.stages import Clock, Stages, predict_logits
 from fastseg.network.checkpoint import load_model
 from fastseg.runtime.device import choose_runtime, default_batch_size
@@ -108,7 +109,8 @@ def predict(
             "none".
         tta: "flip" averages the logits of the photo and of its mirror image; the network takes twice as long.
         resume: skip photos whose results all exist, and leave to other processes that `resume` into `out` what they
-            are working on. When this returns, all results exist.
+            are working on. When this returns, all results exist. `out/.fastseg.json` says which weights, `refine` and
+            `tta` they were made with; with others, `resume` is refused.
         network: as for `fastseg.load`.
         changes: fields of `Config` that differ from the checkpoint's: `device`, `precision`, `batch_size` (photos per
             batch and rank) and `num_workers` (threads; 0, the default: one per core).
@@ -141,11 +143,13 @@ def predict(
         runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
         config = config.replace(batch_size=config.batch_size or default_batch_size(runtime.device))
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
-        cells = (config.image_height, config.image_width)
-        options = OutputOptions(
-            out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells, config.classes
-        )
+        weights = checksum(model, refiner)
+        made_with = {"checkpoint": os.fspath(checkpoint), "weights": weights, "refine": refine, "tta": tta}
+        if resume:
+            refuse_other_settings(out, made_with)
         make_folders(photos, out, csv)
+        if rank == 0:
+            record_settings(out, made_with, resume=resume)
         temporaries = find_temporaries(photos, out)
         log.info("%d images, %s", len(photos), runtime.description)
         clock: Clock = defaultdict(float)
@@ -156,6 +160,11 @@ def predict(
         barrier()  # before any rank writes a temporary file; and all begin to take batches at the same time
         started = time.perf_counter()
         clock["start-up"] = started - began
+        since = time_of_settings(out)
+        cells = (config.image_height, config.image_width)
+        options = OutputOptions(
+            out, mask_format, probabilities, overlays, bool(csv), resume, refine, cells, config.classes, since
+        )
         claims = choose_claims(-(-len(photos) // config.batch_size), out, resume=resume)
         with retain_freed_memory(runtime.device), closing(claims):
             batches = Batches(photos, config.batch_size, claims, temporaries)

@@ -1,0 +1,87 @@
+"""What the masks of a folder were made with, so that `--resume` adds no masks of another network to them.
+
+A hidden file in the output folder says it, and by its time of change which of the masks there are older.
+"""
+
+import contextlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.errors import ConfigError
+from fastseg.runtime.files import atomic_write
+
+__all__ = ["checksum", "record_settings", "refuse_other_settings", "time_of_settings"]
+
+NAME = ".fastseg.json"  # in the output folder
+
+Settings = Mapping[str, Any]
+
+
+def checksum(*networks: nn.Module | None) -> str:
+    """Eight hexadecimal digits of the weights and buffers (CRC-32)."""
+    value = 0
+    for network in networks:
+        for tensor in network.state_dict().values() if network else ():
+            if isinstance(tensor, Tensor):
+                value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
+    return f"{value:08x}"
+
+
+def refuse_other_settings(out: str, settings: Settings) -> None:
+    """Raise a ConfigError if the masks in `out` were made with others."""
+    found = _read(out)
+    if found is not None and _compared(found) != _compared(settings):
+        raise ConfigError(
+            f"resume: the masks in {out}/ were made with {_describe(found)}; got {_describe(settings)}. Leave it out "
+            "to write over them, or choose another out."
+        )
+
+
+def record_settings(out: str, settings: Settings, *, resume: bool) -> None:
+    """Write down what the masks in `out` are made with from now on, unless the file says so already.
+
+    Args:
+        resume: masks that are there without such a file, as those of older versions are, count as made with these.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    found = _read(out)
+    if found is not None and _compared(found) == _compared(settings):
+        return
+    with atomic_write(os.path.join(out, NAME)) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n")
+        if resume:
+            os.utime(temporary, (0, 0))
+
+
+def time_of_settings(out: str) -> int:
+    """Nanoseconds: masks that are older were made with other settings."""
+    try:
+        return os.stat(os.path.join(out, NAME)).st_mtime_ns
+    except FileNotFoundError:  # somebody has removed it
+        return 0
+
+
+def _read(out: str) -> dict[str, Any] | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(Path(out, NAME).read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def _compared(settings: Settings) -> dict[str, Any]:
+    """All but the checkpoint's path: a copy of it gives the same masks."""
+    return {key: value for key, value in settings.items() if key != "checkpoint"}
+
+
+def _describe(settings: Settings) -> str:
+    return ", ".join(str(value) if key == "checkpoint" else f"{key} {value}" for key, value in settings.items())

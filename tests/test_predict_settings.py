@@ -1,0 +1,121 @@
+"""`predict` with `resume` adds no masks of another network, or with other settings, to a folder of masks."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastseg
+from fastseg.masks.sharing.settings import checksum
+from tests.conftest import write_checkpoint, write_pair
+
+CPU = {"device": "cpu", "precision": "fp32", "refine": "none", "batch_size": 1}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(4):
+        write_pair(tmp_path, f"car_{number}", seed=number)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def first(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "first.pt", seed=1)
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    return write_checkpoint(tmp_path / "second.pt", seed=2)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.glob("*_mask.png")}
+
+
+def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network ends the command at its next photo but `number`."""
+    forward, calls = fastseg.UNet.forward, []
+
+    def interrupt(network: fastseg.UNet, images: torch.Tensor) -> torch.Tensor:
+        calls.append(images)
+        if len(calls) > number:
+            raise KeyboardInterrupt
+        return forward(network, images)
+
+    monkeypatch.setattr(fastseg.UNet, "forward", interrupt)
+
+
+@pytest.mark.parametrize("changes", [{"tta": "flip"}, {"refine": "crf"}, {"checkpoint": "second.pt"}])
+def test_other_settings_are_refused_before_anything_is_written(photos, first, second, tmp_path, changes):
+    fastseg.predict(first, photos, tmp_path / "out", **CPU)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    other = {"checkpoint": first, **CPU, **changes}
+    with pytest.raises(fastseg.ConfigError, match=r"^resume: .*first\.pt.*another out") as refused:
+        fastseg.predict(
+            **{**other, "checkpoint": tmp_path / other["checkpoint"]}, images=photos, out=tmp_path / "out", resume=True
+        )
+    assert all(str(value) in str(refused.value) for value in changes.values())
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_other_weights_under_the_same_name_are_refused(photos, first, second, tmp_path):
+    """As after more training of the same run."""
+    fastseg.predict(first, photos, tmp_path / "out", **CPU)
+    shutil.copy(second, first)
+    with pytest.raises(fastseg.ConfigError, match="weights"):
+        fastseg.predict(first, photos, tmp_path / "out", resume=True, **CPU)
+
+
+def test_the_same_weights_resume_from_a_copy_and_with_other_batches(photos, first, tmp_path):
+    fastseg.predict(first, photos, tmp_path / "out", **CPU)
+    copy = shutil.copy(first, tmp_path / "copy.pt")
+    result = fastseg.predict(copy, photos, tmp_path / "out", resume=True, **{**CPU, "batch_size": 3})
+    assert (result.masks, result.skipped) == (0, 4)
+
+
+def test_masks_that_an_interrupted_overwriting_has_not_reached_are_made_again(
+    photos, first, second, tmp_path, monkeypatch
+):
+    expected = tmp_path / "expected"
+    fastseg.predict(second, photos, expected, **CPU)
+    fastseg.predict(first, photos, tmp_path / "out", **CPU)
+    assert not contents(tmp_path / "out").items() & contents(expected).items()
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        with pytest.raises(KeyboardInterrupt):
+            fastseg.predict(second, photos, tmp_path / "out", **CPU)
+    written = len(contents(tmp_path / "out").items() & contents(expected).items())
+    assert 0 < written < 4
+    result = fastseg.predict(second, photos, tmp_path / "out", resume=True, **CPU)
+    assert (result.masks, result.skipped) == (4 - written, written)
+    assert contents(tmp_path / "out") == contents(expected)
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: Path(path).write_text("{")])
+def test_masks_of_an_older_version_count_as_results(photos, first, tmp_path, damage):
+    """Nothing says what they were made with; the next resume does."""
+    fastseg.predict(first, photos, tmp_path / "out", **CPU)
+    damage(tmp_path / "out/.fastseg.json")
+    result = fastseg.predict(first, photos, tmp_path / "out", resume=True, **CPU)
+    assert (result.masks, result.skipped) == (0, 4)
+    assert json.loads((tmp_path / "out/.fastseg.json").read_text())["checkpoint"] == str(first)
+
+
+def test_checksums_tell_weights_and_buffers_apart():
+    """Also of dtypes that NumPy does not have, and of scalars."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(torch.bfloat16)
+    sums = [checksum(network), checksum(network, None)]
+    network[1].running_mean[2] += 1
+    sums.append(checksum(network))
+    network[1].num_batches_tracked += 1
+    sums.append(checksum(network))
+    sums.append(checksum(network.to(memory_format=torch.channels_last)))
+    sums.append(checksum(network, torch.nn.Linear(1, 1)))
+    assert sums[0] == sums[1]
+    assert sums[3] == sums[4]
+    assert len(set(sums)) == 4
