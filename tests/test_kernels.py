@@ -1,13 +1,17 @@
-"""scripts/compile_kernels.py leaves nothing for the first command to compile."""
+"""scripts/compile_kernels.py leaves nothing for the first command to compile, and caches that fail end no command."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import numba
 import pytest
 
+from fastseg.runtime.kernels import njit
 from tests.conftest import ROOT
 
 COMMANDS = """
@@ -89,3 +93,41 @@ def test_kernels_compile_where_numba_can_write_no_cache(place, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.stdout == "42\n", done.stderr
     assert bool(folder.is_dir() and any(folder.iterdir())) == (place == "temporary")
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch) -> Callable[[], tuple[int, int]]:
+    """Call a kernel as a new process would: its result, and how often it was found in the cache."""
+    (tmp_path / "kernel.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    double = runpy.run_path(str(tmp_path / "kernel.py"))["double"]
+
+    def call_new() -> tuple[int, int]:
+        kernel = njit(cache=True)(double)
+        return kernel(21), kernel.stats.cache_hits.total()
+
+    return call_new
+
+
+@pytest.mark.parametrize(("suffix", "share"), [(".nbi", 0.0), (".nbi", 0.5), (".nbc", 0.0), (".nbc", 0.5)])
+def test_damaged_files_of_numbas_cache_are_replaced(call, tmp_path, suffix, share):
+    """As after a power failure."""
+    assert call() == (42, 0)
+    assert call() == (42, 1)
+    (path,) = (tmp_path / "cache").rglob(f"*{suffix}")
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert call() == (42, 0)
+    assert call() == (42, 1)
+
+
+def test_a_full_disk_costs_a_kernel_its_cache_only(call, tmp_path):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        assert call() == (42, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list((tmp_path / "cache").rglob("*.nb*"))
+    assert call() == (42, 0)
+    assert call() == (42, 1)

@@ -1,20 +1,27 @@
 """numba's compiler, with a cache wherever a folder can be written.
 
 numba caches beside the source or in the user's cache folder. Where it can write neither, as in a container without
-root, it refuses to compile at all.
+root, it refuses to compile at all; and it ends the program if the disk is full, or if a power failure has damaged a
+file of its cache (https://github.com/numba/numba/issues/10434).
 """
 
+import contextlib
+import logging
 import os
+import pickle
 import tempfile
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numba
+from numba.core.caching import FunctionCache
 
 __all__ = ["njit"]
 
 config: Any = numba.config  # its fields are set at run time
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+log = logging.getLogger(__name__)
 
 
 def njit(**options: Any) -> Callable[[Function], Function]:
@@ -25,7 +32,10 @@ def njit(**options: Any) -> Callable[[Function], Function]:
         for folder in (lambda: configured, _temporary_folder):
             try:
                 config.CACHE_DIR = folder()
-                return numba.njit(**options)(function)
+                dispatcher: Any = numba.njit(**options)(function)
+                if isinstance(dispatcher._cache, FunctionCache):
+                    _compile_without_cache_on_errors(dispatcher._cache)
+                return dispatcher
             except (OSError, RuntimeError):  # numba raises RuntimeError where it can write no cache
                 continue
             finally:
@@ -33,6 +43,27 @@ def njit(**options: Any) -> Callable[[Function], Function]:
         return numba.njit(**{**options, "cache": False})(function)
 
     return decorate
+
+
+def _compile_without_cache_on_errors(cache: Any) -> None:
+    """Let a cache that cannot be read or written cost the time to compile, and no more."""
+    save, load = cache.save_overload, cache.load_overload
+
+    def save_overload(*arguments: Any) -> None:
+        try:
+            save(*arguments)
+        except OSError as error:
+            log.debug("a compiled kernel is not cached: %s", error)
+
+    def load_overload(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            with contextlib.suppress(OSError):
+                cache.flush()
+            return None
+
+    cache.save_overload, cache.load_overload = save_overload, load_overload
 
 
 def _temporary_folder() -> str:
