@@ -173,6 +173,24 @@ def test_another_batch_size_or_budget_asks_for_a_decision_at_once(seconds, step,
     assert bool(budget.timed) == (step == 25)  # steps of other batches take another time
 
 
+def test_a_finished_run_has_used_its_budget():
+    """What came after the last save, the outline refiner and the pictures, is not counted in it."""
+    state = {**saved_budget(), "decisions": [(0, 0.0, math.inf, 3), (25, 1.0, math.inf, math.inf)]}
+    state["refiner_seconds"] = 30.0
+    budget = Budget(200.0)
+    restore_budget(budget, {**state, "spent": 65.0}, 25)
+    assert (budget.spent, budget.position_at(25), budget.mark) == (100.0, 0.5, (100.0, 25))
+    assert (budget.refiner_seconds, budget.former_refiner_seconds) == (None, 30.0)
+
+
+def test_a_budget_that_is_hardly_larger_trains_no_longer(pairs_dir, tmp_path, fake_clock, caplog):
+    first = fastseg.train(config(pairs_dir, tmp_path, **SETTINGS))
+    caplog.set_level("INFO")
+    again = fastseg.train(config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 60.5}))
+    assert "too few to train longer; raise it" in caplog.text
+    assert len(again.history) == len(first.history)
+
+
 def test_steps_of_a_run_without_a_budget_are_not_timed(pairs_dir, tmp_path, fake_clock):
     before = fastseg.train(config(pairs_dir, tmp_path, **{**SETTINGS, "time_budget": 0, "num_epochs": 3}))
     steps = 3 * 8 // 4

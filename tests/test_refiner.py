@@ -191,15 +191,18 @@ def test_a_time_budget_decides_its_length_once(trained, pairs_dir, tmp_path, mon
     assert lengths[5:] == [lengths[4]]
 
 
-@pytest.mark.parametrize(("step_s", "seconds"), [(0.1, 100 / 3), (0.8, 100 / 3), (0.9, 0)])
-def test_a_time_budget_reserves_a_third_of_what_is_left(step_s, seconds, pairs_dir, monkeypatch):
-    """Nothing where less than 40 % of its steps would fit."""
+@pytest.mark.parametrize(
+    ("step_s", "former", "seconds"),
+    [(0.1, 0, 100 / 3), (0.8, 0, 100 / 3), (0.9, 0, 0), (0.1, 20, 100 / 3), (0.9, 50, 50)],
+)
+def test_a_time_budget_reserves_a_third_of_what_is_left(step_s, former, seconds, pairs_dir, monkeypatch):
+    """Nothing where less than 40 % of its steps would fit, and not less than a smaller budget has reserved."""
     monkeypatch.setattr(plan, "_time_steps", lambda *_: step_s)
     pairs = fastseg.find_pairs(pairs_dir / "images", pairs_dir / "masks")
     monkeypatch.setattr(plan, "used_seconds", lambda run: 20.0)
     run = SimpleNamespace(
         config=fastseg.Config(refiner_steps=100),
-        budget=Budget(120.0),
+        budget=Budget(120.0, former_refiner_seconds=former),
         is_finished=False,
         runtime=SimpleNamespace(rank=0),
         train_loader=SimpleNamespace(pairs=pairs),
@@ -315,6 +318,32 @@ def test_a_finished_run_keeps_its_refiner(trained, pairs_dir, monkeypatch):
     monkeypatch.setattr(fit, "train_refiner", None)
     again = fastseg.train(json.loads((trained.run_dir / "config.json").read_text()))
     assert again.best_epoch == trained.best_epoch
+
+
+def test_another_number_of_steps_trains_it_again(pairs_dir, tmp_path, monkeypatch):
+    lengths, train_refiner = [], fit.train_refiner
+
+    def record(refiner, patches, run, steps, **options):
+        lengths.append(steps)
+        train_refiner(refiner, patches, run, steps, **options)
+
+    monkeypatch.setattr(fit, "train_refiner", record)
+    for steps in (3, 3, 5, 5, 0):
+        result = fastseg.train(fields(pairs_dir, tmp_path, num_epochs=6, refiner_steps=steps))
+    assert lengths == [3, 5]
+    assert load_checkpoint(result.run_dir / "best.pt")["config"]["refiner_steps"] == 5
+
+
+def test_a_time_budget_that_is_used_up_trains_none_and_says_so(pairs_dir, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(plan, "_time_steps", lambda *_: 1e-3)
+    caplog.set_level("INFO")
+    for steps in (0, 5):
+        assert "nothing of the time_budget is left" not in caplog.text
+        settings = fields(pairs_dir, tmp_path, refiner_steps=steps, time_budget=2)
+        del settings["num_epochs"]
+        result = fastseg.train(settings)
+    assert "nothing of the time_budget is left" in caplog.text
+    assert "refiner" not in load_checkpoint(result.run_dir / "best.pt")
 
 
 def test_a_refiner_that_does_not_help_is_left_out(pairs_dir, tmp_path, monkeypatch, caplog):

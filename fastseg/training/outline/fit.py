@@ -41,10 +41,15 @@ def fit_refiner(run: Run) -> None:
         OutputError: `best.pt` cannot be written; it is as before.
     """
     path, run.refiner_start = run.config.run_dir / "best.pt", time.perf_counter()
-    if not may_refine(run) or not run.history or (run.budget and not run.budget.refiner_seconds):
+    if not may_refine(run) or not run.history:
         return
     state = load_checkpoint(path)
-    if "refiner" in state:
+    same_steps = run.budget or state["config"].get("refiner_steps") == run.config.refiner_steps
+    if "refiner" in state and same_steps:
+        return
+    if run.budget and not run.budget.refiner_seconds:
+        if run.budget.refiner_seconds is None:
+            log.info("outline refiner: not trained, because nothing of the time_budget is left; raise it")
         return
     load_weights(run.model, state, path, run.config)
     run.model.eval()
@@ -79,6 +84,7 @@ def fit_refiner(run: Run) -> None:
     finally:
         run.seconds["outline refiner"] += time.perf_counter() - run.refiner_start
     weights = {key: value.cpu() for key, value in refiner.state_dict().items()}
+    state["config"] = {**state["config"], "refiner_steps": run.config.refiner_steps}
     added = {"refiner": weights if scores and scores["used"] else None, "refiner_scores": scores}
     save_checkpoint(path, {**state, **added})
 

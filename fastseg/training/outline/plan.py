@@ -73,12 +73,13 @@ def reserve_refiner_seconds(run: Run) -> None:
     """Decide how much of a time budget the refiner gets, before the first step; a decision that is stored stays.
 
     It gets a third, or nothing where that is less than `MIN_PART` of the time of `refiner_steps`, as some steps on
-    blank patches tell.
+    blank patches tell. In a run that is continued with a larger budget it gets at least as much as before: a new best
+    network needs a new refiner.
     """
     budget = run.budget
     if budget is None or budget.refiner_seconds is not None or run.is_finished or not may_refine(run):
         return
-    seconds = SHARE * max(budget.seconds - used_seconds(run), 0.0)
+    seconds = max(SHARE * (budget.seconds - used_seconds(run)), budget.former_refiner_seconds)
     try:
         refiner = new_refiner(run.train_loader.pairs, run.config)
         whole = run.config.refiner_steps * _time_steps(refiner, _blank_patches(refiner, run.config), run)
@@ -88,7 +89,7 @@ def reserve_refiner_seconds(run: Run) -> None:
     if not budget.refiner_seconds:
         log.info(
             "outline refiner: left out; a third of the time_budget is %s, and its refiner_steps take %s",
-            *(format_duration(seconds), format_duration(whole)),
+            *(format_duration(max(seconds, 0.0)), format_duration(whole)),
         )
 
 
