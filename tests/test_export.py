@@ -296,6 +296,27 @@ def test_refiner_is_exported_as_a_second_file(name, refined):
     np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0)
 
 
+def test_both_files_are_written_or_none(refined, tmp_path, monkeypatch):
+    to_torch = exporting._to_torch
+    for name in ("net.pt2", "net_refiner.pt2"):
+        (tmp_path / name).write_text("of another network")
+    monkeypatch.setattr(exporting, "_to_torch", lambda part: to_torch(part) if part.refiner else 1 / 0)
+    with pytest.raises(fastseg.FastsegError, match=r"net_refiner\.pt2: .*ZeroDivisionError"):
+        fastseg.export(refined / "best.pt", tmp_path / "net.pt2")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("net.pt2", "net_refiner.pt2"), "of another network"
+    )
+
+
+def test_the_refiner_is_compared_at_outlines(refined):
+    segmenter, refiner = fastseg.load(refined / "best.pt"), fastseg.load_refiner(refined / "best.pt")
+    probabilities = exporting._make_refiner_inputs(segmenter, refiner, 2)["probabilities"]
+    assert probabilities.shape == segmenter(grids(2)[0]).shape
+    labels = probabilities.argmax(1) if probabilities.ndim == 4 else probabilities > 0.5
+    changes = (labels[:, :, 1:] != labels[:, :, :-1]).flatten(1).sum(1)
+    assert (changes > 20).all()
+
+
 def test_safetensors_hold_the_refiner_too(refined):
     assert "refiner" not in fastseg.export(refined / "best.pt", refined / "net.safetensors")
     small, large = grids(1)
@@ -306,9 +327,12 @@ def test_safetensors_hold_the_refiner_too(refined):
     assert torch.equal(*results)
 
 
-def test_checkpoints_without_a_refiner_have_one_file(folder, torch_export):
+def test_checkpoints_without_a_refiner_have_one_file(folder, torch_export, tmp_path, caplog):
     assert "refiner" not in torch_export
     assert not (folder / "net_refiner.pt2").exists()
+    (tmp_path / "net_refiner.pt2").touch()
+    fastseg.export(folder / "best.pt", tmp_path / "net.pt2")
+    assert "net_refiner.pt2: is of another network" in caplog.text
     assert fastseg.load_refiner(folder / "best.pt") is None
 
 

@@ -83,6 +83,30 @@ def test_an_own_network_trains_and_predicts(pairs_dir, tmp_path, factor):
     assert predicted.masks == 12
 
 
+class Tied(nn.Module):
+    """Two convolutions that share their weights, which lie channels last; the size of the input must be known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Conv2d(3, 3, 3, 1, 1), nn.Conv2d(3, 3, 3, 1, 1), nn.Conv2d(3, 1, 1)
+        self.second.weight = self.first.weight
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(self.first(x).relu())
+        if x.mean().item() > 1e9:  # depends on values, which torch.export refuses
+            x = -x
+        return self.head(x)
+
+
+def test_tied_weights_are_exported_and_a_network_that_cannot_be_traced_is_named(pairs_dir, tmp_path):
+    path = fastseg.train(config(pairs_dir, tmp_path, num_epochs=1), network=Tied()).run_dir / "best.pt"
+    written = fastseg.export(path, tmp_path / "net.safetensors", network=Tied())
+    assert written["max_difference"] == 0
+    with pytest.raises(fastseg.FastsegError, match=r"net\.pt2: .*forward.*another format"):
+        fastseg.export(path, tmp_path / "net.pt2", network=Tied())
+
+
 @pytest.mark.parametrize("name", ["own.safetensors", "own.pt2", "own.onnx"])
 def test_an_own_network_is_exported(pairs_dir, tmp_path, name):
     if name.endswith("onnx"):

@@ -23,7 +23,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,7 +93,7 @@ def export(
         CheckpointError: the checkpoint is missing, damaged or too large for the format.
         ConfigError: the format is unknown, or a package that it needs is missing.
         OutputError: `out` cannot be written.
-        FastsegError: the installed packages cannot make the file, or its probabilities differ; `out` is not changed.
+        FastsegError: the installed packages cannot make a file, or its probabilities differ; no file is changed.
     """
     out = Path(out)
     format = _choose_format(out, format)
@@ -107,20 +107,26 @@ def export(
             "Export to .pt2 or .safetensors."
         )
     refiner = load_refiner(checkpoint)
-    part = _Part(segmenter, partial(_make_images, segmenter, 1), refiner)
-    exported = _export_part(part, out, format, network)
+    parts = {out: _Part(segmenter, partial(_make_images, segmenter, 1), refiner)}
+    second = out.with_name(f"{out.stem}_refiner{out.suffix}")
     if refiner and format != "safetensors":
-        path = out.with_name(f"{out.stem}_refiner{out.suffix}")
-        part = _Part(refiner, partial(_make_refiner_inputs, segmenter, refiner))
-        exported["refiner"] = {"file": path.name, **_export_part(part, path, format, None)}
-    return exported
+        parts[second] = _Part(refiner, partial(_make_refiner_inputs, segmenter, refiner))
+    with ExitStack() as stack:  # both files or none
+        temporaries = [stack.enter_context(atomic_write(path)) for path in parts]
+        done = [
+            _export_part(part, format, temporary, path, network)
+            for temporary, (path, part) in zip(temporaries, parts.items(), strict=True)
+        ]
+    if len(done) > 1:
+        done[0]["refiner"] = {"file": second.name, **done[1]}
+    elif not refiner and second.exists():
+        log.warning("%s: is of another network than %s, which has no outline refiner; remove it", second, out)
+    return done[0]
 
 
-def _export_part(part: _Part, out: Path, format: str, network: nn.Module | None) -> dict[str, Any]:
-    with atomic_write(out) as temporary:
-        difference = _write(part, format, temporary, out, network)
-        num_bytes = temporary.stat().st_size
-    return {"format": format, "bytes": num_bytes, "max_difference": difference}
+def _export_part(part: _Part, format: str, temporary: Path, out: Path, network: nn.Module | None) -> dict[str, Any]:
+    difference = _write(part, format, temporary, out, network)
+    return {"format": format, "bytes": temporary.stat().st_size, "max_difference": difference}
 
 
 def _choose_format(out: Path, format: str | None) -> str:
@@ -152,9 +158,10 @@ def _write(part: _Part, format: str, temporary: Path, out: Path, network: nn.Mod
         raise
     except Exception as error:  # torch and the onnx packages raise many kinds if their versions do not match
         reason = str(error).strip().partition("\n")[0]
+        remedy = "Change its forward so that torch.export can trace it" if network else "Update them together"
         raise FastsegError(
             f"{out}: torch {torch.__version__} and the installed packages cannot export this format "
-            f"({type(error).__name__}: {reason}). Update them together, or export to another format."
+            f"({type(error).__name__}: {reason}). {remedy}, or export to another format."
         ) from error
     if difference is None:
         log.warning("%s: not compared with the network, because onnxruntime is not installed", out)
@@ -232,20 +239,31 @@ def _to_safetensors(part: _Part) -> bytes:
     assert isinstance(part.module, Segmenter)
     refiner = part.refiner.refiner.state_dict() if part.refiner else {}
     weights = part.module.unet.state_dict() | {REFINER + key: value for key, value in refiner.items()}
-    return save(weights, {"format": "pt", **_metadata(part)})
+    # Copies, because the format has neither tensors that share memory nor other orders than rows first.
+    copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    return save(copies, {"format": "pt", **_metadata(part)})
 
 
 def _make_images(segmenter: Segmenter, scale: int, batch_size: int) -> dict[str, Tensor]:
     """Smooth blobs of colour, `scale` times as large as in training; on noise the network's output hardly varies."""
-    config, generator = segmenter.config, torch.Generator().manual_seed(batch_size)
-    blobs = 255 * torch.rand(batch_size, 3, 4, 6, generator=generator)
-    images = interpolate(blobs, (scale * config.image_height, scale * config.image_width), mode="bicubic").clamp(0, 255)
+    config = segmenter.config
+    images = 255 * _make_blobs(batch_size, 3, scale * config.image_height, scale * config.image_width)
     return {"images": images.permute(0, 2, 3, 1).to(torch.uint8).contiguous()}
 
 
 def _make_refiner_inputs(segmenter: Segmenter, refiner: OutlineRefiner, batch_size: int) -> dict[str, Tensor]:
-    (images,) = _make_images(segmenter, 1, batch_size).values()
-    return {**_make_images(segmenter, refiner.scale, batch_size), "probabilities": segmenter(images)}
+    """Photos, and blobs of foreground or of classes: the network's own on such photos may have no outline."""
+    config = segmenter.config
+    probabilities = _make_blobs(batch_size, config.num_outputs, config.image_height, config.image_width)
+    probabilities = (10 * probabilities).softmax(1) if config.classes else probabilities[:, 0]
+    return {**_make_images(segmenter, refiner.scale, batch_size), "probabilities": probabilities}
+
+
+def _make_blobs(batch_size: int, channels: int, height: int, width: int) -> Tensor:
+    """(B, C, H, W) smooth random values in [0, 1]."""
+    generator = torch.Generator().manual_seed(batch_size)
+    blobs = torch.rand(batch_size, channels, 4, 6, generator=generator)
+    return interpolate(blobs, (height, width), mode="bicubic").clamp(0, 1)
 
 
 def _largest_difference(part: _Part, written: Network) -> float:
