@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from fastseg.config import Config
 from fastseg.data_commands import add_check, add_import, add_synth, run_check, run_import, run_synth
 from fastseg.flags import add_all_fields, add_fields, read_config, read_fields, read_search
+from fastseg.messages import count_of
 
 __all__ = ["COMMANDS", "INTERRUPTED", "Command"]
 
@@ -88,7 +89,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     )
     if get_rank() > 0:
         return 0
-    print(f"{scores['images']} images: {_means(scores, '')}, at the training size")
+    print(f"{count_of(scores['images'], 'image')}: {_means(scores, '')}, at the training size")
     if options.full_size == "true":
         print(
             f"At the photos' own size (refine {scores['refine']}): {_means(scores, 'full_')}; boundary IoU "
@@ -206,7 +207,7 @@ def _submission(options: argparse.Namespace) -> int:
     except BrokenMasksError as error:
         print(*error.messages, f"fastseg: {error}", sep="\n", file=sys.stderr)
         return 1
-    print(f"{options.out}: {lines} lines")
+    print(f"{options.out}: {count_of(lines, 'line')}")
     return 0
 
 

@@ -5,6 +5,7 @@ import shlex
 
 from fastseg.config import Config
 from fastseg.flags import add_fields, read_fields
+from fastseg.messages import count_of
 
 __all__ = ["add_check", "add_import", "add_synth", "run_check", "run_import", "run_synth"]
 
@@ -53,7 +54,8 @@ def run_synth(options: argparse.Namespace) -> int:
 
     names = ("cars", "views", "seed", "parts", "hard")
     counts = generate(options.out, **{name: getattr(options, name) for name in names})
-    print(f"{counts['train_pairs']} training and {counts['val_pairs']} validation pairs in {options.out}/")
+    train, val = count_of(counts["train_pairs"], "training pair"), count_of(counts["val_pairs"], "validation pair")
+    print(f"{train} and {val} in {options.out}/")
     return 0
 
 
@@ -79,7 +81,7 @@ def run_import(options: argparse.Namespace) -> int:
     made = import_annotations(
         options.kind, options.annotations, options.out, images=options.images, num_workers=config.num_workers
     )
-    print(f"{made['pairs']} pairs in {options.out}/.")
+    print(f"{count_of(made['pairs'], 'pair')} in {options.out}/.")
     train, val = made["folders"].get("train", made["folders"].get("")), made["folders"].get("val", ("", ""))
     if train:  # YOLO's data sets may have a split for validation alone
         folders = {"train_img_dir": train[0], "train_mask_dir": train[1], "val_img_dir": val[0], "val_mask_dir": val[1]}

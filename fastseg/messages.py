@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from fastseg.errors import ConfigError
 
-__all__ = ["closest_match", "format_value", "shorten", "size_message", "unique_keys", "validation_message"]
+__all__ = ["closest_match", "count_of", "format_value", "shorten", "size_message", "unique_keys", "validation_message"]
 
 # the rule in a message, by pydantic's error type or its first word
 RULES = {
@@ -35,6 +35,11 @@ def closest_match(name: str, known: Iterable[str]) -> str:
     name, known = name.lower().replace("-", "_"), list(known)
     initials = {"".join(word[:1] for word in field.split("_")): field for field in known}  # lr: learning_rate
     return initials.get(name) or difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
+
+
+def count_of(number: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def format_value(value: Any) -> str:

@@ -234,7 +234,7 @@ def test_without_validation_folders_whole_cars_are_held_out(cli, data, monkeypat
     del run["val_img_dir"], run["val_mask_dir"]
     outcome = cli("train", *flags(run))
     assert outcome.status == 0
-    assert re.search("no validation folders: 2 pairs", outcome.err)
+    assert re.search("no validation folders: held out 2 pairs", outcome.err)
 
 
 def test_synth_makes_the_four_folders(cli, tmp_path, monkeypatch):
@@ -242,7 +242,7 @@ def test_synth_makes_the_four_folders(cli, tmp_path, monkeypatch):
     small = functools.partial(generate_module.generate, width=192, height=128)
     monkeypatch.setattr(generate_module, "generate", small)
     status, printed, _ = cli("synth", "--out", out, "--cars", 2, "--views", 1)
-    assert (status, printed) == (0, f"1 training and 1 validation pairs in {out}/\n")
+    assert (status, printed) == (0, f"1 training pair and 1 validation pair in {out}/\n")
     for split in ("train", "val"):
         assert len(fastseg.find_pairs(out / f"{split}_images", out / f"{split}_masks")) == 1
 

@@ -96,7 +96,7 @@ def test_other_files_are_ignored(tmp_path, caplog):
     pairs = fastseg.find_pairs(tmp_path / "images", tmp_path / "masks")
     assert (pairs.images, pairs.masks, pairs.left_out) == (["a.jpg"], ["a_mask.gif"], ())
     assert re.search("images: left out 2 files.*.db, .txt", caplog.text)
-    assert re.search("masks: left out 1 masks without an image", caplog.text)
+    assert re.search("masks: left out 1 mask without an image", caplog.text)
 
 
 def test_links_to_files_and_folders_are_followed(tmp_path):

@@ -105,5 +105,5 @@ def test_the_ground_is_below_the_wall():
 
 def test_synth_command_writes_parts(cli, tmp_path):
     status, out, _ = cli("synth", "--out", tmp_path / "data", "--cars", 2, "--views", 1, "--parts")
-    assert (status, out) == (0, f"1 training and 1 validation pairs in {tmp_path / 'data'}/\n")
+    assert (status, out) == (0, f"1 training pair and 1 validation pair in {tmp_path / 'data'}/\n")
     assert (tmp_path / "data" / "classes.json").exists()

@@ -300,7 +300,7 @@ def test_broken_files_are_listed_and_stop_nothing(checkpoint, photos, tmp_path, 
     arguments = ["--checkpoint", checkpoint, "--images", photos, "--out", out, "--csv", table, *flags(CPU)]
     assert status_of("predict", *arguments) == 1
     printed = capsys.readouterr().out
-    assert re.search(rf"^11 masks in {out}/, 4 images are broken: .* images/s, .* s \(.*network", printed)
+    assert re.search(rf"^11 masks in {out}/, broken: 4 images: .* images/s, .* s \(.*network", printed)
     rows = {os.path.relpath(row["image"], photos): row for row in read_table(table)}
     assert list(rows) == sorted(rows)
     assert {name for name, row in rows.items() if row["error"]} == reasons.keys()

@@ -119,3 +119,11 @@ def test_checksums_tell_weights_and_buffers_apart():
     assert sums[0] == sums[1]
     assert sums[3] == sums[4]
     assert len(set(sums)) == 4
+
+
+def test_settings_of_the_training_that_a_prediction_does_not_use_are_not_checked(photos, tmp_path):
+    """Graphs need whole batches, of 16 here."""
+    path = write_checkpoint(tmp_path / "graphs.pt", compile="graphs", micro_batch=16, batch_size=16)
+    result = fastseg.predict(path, photos, tmp_path / "out", **{**CPU, "batch_size": 32})
+    assert result.masks == 4
+    assert fastseg.evaluate(path, photos, tmp_path / "masks", device="cpu", batch_size=32)["images"] == 4

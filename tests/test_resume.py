@@ -101,7 +101,7 @@ def test_an_unchanged_finished_run_is_not_trained_again(pairs_dir, tmp_path, cap
     before = (first.run_dir / "last.pt").read_bytes()
     caplog.set_level("INFO")
     second = fastseg.train(config(pairs_dir, tmp_path))
-    assert "all 2 epochs are done" in caplog.text
+    assert "finished after 2 epochs" in caplog.text
     assert "raise num_epochs" in caplog.text
     assert second.val_dice == first.val_dice
     assert (first.run_dir / "last.pt").read_bytes() == before

@@ -245,7 +245,7 @@ def test_images_give_the_names(pairs_dir, masks, tmp_path, capsys, caplog):
     with caplog.at_level(logging.INFO):
         status, printed, _ = run(capsys, "--masks", masks, "--images", images, "--out", out, "--num-workers", 3)
     assert (status, printed) == (0, f"{out}: 12 lines\n")
-    assert caplog.messages == [f"{masks}: left out 1 masks without an image"]
+    assert caplog.messages == [f"{masks}: left out 1 mask without an image"]
     assert [name for name, _ in rows(out)[1:]] == sorted(path.name for path in images.iterdir())
 
 

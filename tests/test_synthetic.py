@@ -304,7 +304,7 @@ def test_other_files_are_refused_and_stay(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"^\S*train_images: .*[0-9a-f]{12}_02\.jpg.* another out"):
         generate(tmp_path, cars=2, views=1)
     (tmp_path / "train_images" / "holiday.jpg").write_bytes(b"mine")
-    with pytest.raises(DataError, match=r"^\S*train_images: .*found 1 other files, first: holiday\.jpg"):
+    with pytest.raises(DataError, match=r"^\S*train_images: .*found 1 other file, first: holiday\.jpg"):
         generate(tmp_path, cars=2, views=2)
     assert read_bytes(tmp_path) == before | {"train_images/holiday.jpg": b"mine"}
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastseg.errors import DataError
+from fastseg.messages import count_of
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -188,7 +189,7 @@ def find_pairs(
             f"Add the masks as <stem>{MASK_SUFFIX}.gif."
         )
     if masks_without_image:
-        log.info("%s: left out %d masks without an image", mask_dir, len(masks_without_image))
+        log.info("%s: left out %s without an image", mask_dir, count_of(len(masks_without_image), "mask"))
     return usable
 
 
@@ -291,7 +292,7 @@ def _find_files(folder: str, extensions: tuple[str, ...], what: str) -> list[str
             f"{folder}: must hold {what} ({', '.join(extensions)}); found {found}. Give the folder that holds them."
         )
     if others:
-        log.info("%s: left out %d files that are not %s (%s)", folder, others.total(), what, kinds)
+        log.info("%s: left out %s of other kinds than %s (%s)", folder, count_of(others.total(), "file"), what, kinds)
     return names
 
 

@@ -30,8 +30,8 @@ from fastseg.network.normalise import normalise
 from fastseg.network.outline.refiner import Refiner, refine_outline
 from fastseg.plots import Outlined, draw_classes, draw_confusion, draw_worst
 from fastseg.quality.headers import check_pairs
-from fastseg.runtime.device import Runtime, choose_runtime, default_batch_size, versions
-from fastseg.runtime.distributed import barrier, get_world_size, process_group
+from fastseg.runtime.device import Runtime, choose_inference_runtime, versions
+from fastseg.runtime.distributed import barrier, process_group
 from fastseg.runtime.files import atomic_write, json_text, make_folder
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
@@ -91,10 +91,8 @@ def evaluate(
     check_method(refine)  # a wrong name is reported before the checkpoint is read
     model, trained = load_model(checkpoint, network)
     refine, refiner = choose_refinement(refine if full_size else "none", checkpoint, trained)
-    config = Config(**{**trained.model_dump(exclude={"device", "precision"}), **changes})
-    with process_group(config.device):
-        runtime = choose_runtime(config.replace(batch_size=config.batch_size * get_world_size()))
-        config = config.replace(batch_size=config.batch_size or default_batch_size(runtime.device))
+    with process_group(changes.get("device", "auto")):
+        runtime, config = choose_inference_runtime(trained, changes)
         pairs = find_pairs(img_dir, mask_dir, bad_samples=config.bad_samples)
         if out is not None:
             make_folder(out)

@@ -21,7 +21,6 @@ from typing import Any
 
 from torch import nn
 
-from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.masks.inputs import MASK, find_photos, find_temporaries, make_folders
 from fastseg.masks.outputs import OutputOptions, Tally, write_table
@@ -30,8 +29,9 @@ from fastseg.masks.sharing.batches import Batches
 from fastseg.masks.sharing.claims import choose_claims
 from fastseg.masks.sharing.settings import checksum, record_settings, refuse_other_settings, time_of_settings
 from fastseg.masks.stages import Clock, Stages, predict_logits
+from fastseg.messages import count_of
 from fastseg.network.checkpoint import load_model
-from fastseg.runtime.device import choose_runtime, default_batch_size
+from fastseg.runtime.device import choose_inference_runtime
 from fastseg.runtime.distributed import all_gather, barrier, get_rank, get_world_size, process_group
 from fastseg.runtime.memory import retain_freed_memory
 from fastseg.runtime.out_of_memory import halve_until_it_fits, report_out_of_memory
@@ -65,9 +65,9 @@ class PredictResult:
         """Number of masks, rate, and parts of the time."""
         parts = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in self.seconds_by_part.items())
         skipped = f", {self.skipped} existed" if self.skipped else ""
-        broken = f", {len(self.broken)} images are broken" if self.broken else ""
+        broken = f", broken: {count_of(len(self.broken), 'image')}" if self.broken else ""
         return (
-            f"{self.masks} masks in {self.out}/{skipped}{broken}: {self.images_per_s:.3g} images/s, "
+            f"{count_of(self.masks, 'mask')} in {self.out}/{skipped}{broken}: {self.images_per_s:.3g} images/s, "
             f"{self.seconds:.1f} s ({parts})"
         )
 
@@ -137,11 +137,8 @@ def predict(
         _refuse_options_of_two_values(mask_format, probabilities)
     device = changes.get("device", "auto")
     with process_group(device), report_out_of_memory(device, "Lower batch_size or num_workers"):
-        rank, world_size = get_rank(), get_world_size()
-        defaults = {**trained.model_dump(exclude={"device", "precision"}), "num_workers": 0}
-        config = Config(**{**defaults, **changes})
-        runtime = choose_runtime(config.replace(batch_size=config.batch_size * world_size))
-        config = config.replace(batch_size=config.batch_size or default_batch_size(runtime.device))
+        rank = get_rank()
+        runtime, config = choose_inference_runtime(trained, {"num_workers": 0, **changes})
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
         weights = checksum(model, refiner)
         made_with = {"checkpoint": os.fspath(checkpoint), "weights": weights, "refine": refine, "tta": tta}
@@ -151,7 +148,7 @@ def predict(
         if rank == 0:
             record_settings(out, made_with, resume=resume)
         temporaries = find_temporaries(photos, out)
-        log.info("%d images, %s", len(photos), runtime.description)
+        log.info("%s, refine=%s; %s", count_of(len(photos), "image"), refine, runtime.description)
         clock: Clock = defaultdict(float)
         forward = halve_until_it_fits(
             partial(predict_logits, runtime.to_device(model), runtime, tta == "flip"), runtime.device

@@ -23,6 +23,7 @@ from fastseg.data.decode import decode_full_mask, image_size
 from fastseg.data.host import check_sizes, decode_file, read_file
 from fastseg.data.pairs import find_images, find_masks, mask_stem
 from fastseg.errors import ConfigError, DataError
+from fastseg.messages import count_of
 from fastseg.runtime.files import atomic_write
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads, map_ahead
@@ -214,7 +215,7 @@ def _masks_by_image(mask_dir: str, image_dir: str | os.PathLike[str] | None) -> 
             f"{', '.join(missing[:MAX_NAMED])}. Add their masks."
         )
     if len(masks) > len(by_image):
-        log.info("%s: left out %d masks without an image", mask_dir, len(masks) - len(by_image))
+        log.info("%s: left out %s without an image", mask_dir, count_of(len(masks) - len(by_image), "mask"))
     return by_image
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+from fastseg.messages import count_of
 from fastseg.quality.check import STYLES, CheckReport
 from fastseg.quality.classes import RARE, ClassCount
 
@@ -36,7 +37,7 @@ def print_report(report: CheckReport) -> None:
         _print_classes(name, counts)
     if report.proposal is not None:
         print(f"These classes fit the masks:\n{report.proposal.as_text()}\n{report.proposal.remedy}\n")
-    pairs = ", ".join(f"{part.pairs} pairs in {name}" for name, part in report.sets.items())
+    pairs = ", ".join(f"{count_of(part.pairs, 'pair')} in {name}" for name, part in report.sets.items())
     rate = sum(part.pairs for part in report.sets.values()) / report.seconds
     print(
         f"{pairs}, decoded in {report.seconds:.1f} s ({rate:.0f} pairs/s): "

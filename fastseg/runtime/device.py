@@ -5,7 +5,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,18 @@ from torch import nn
 from fastseg import __version__
 from fastseg.config import Config
 from fastseg.errors import ConfigError
+from fastseg.messages import count_of
 from fastseg.runtime.distributed import get_rank, get_world_size, local_batch_size
 
-__all__ = ["Runtime", "choose_device", "choose_runtime", "default_batch_size", "seeded", "versions"]
+__all__ = [
+    "Runtime",
+    "choose_device",
+    "choose_inference_runtime",
+    "choose_runtime",
+    "default_batch_size",
+    "seeded",
+    "versions",
+]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -55,8 +64,7 @@ class Runtime:
             return f"{torch.cuda.get_device_name(self.device)}, {short}"
         if self.device.type == "mps":
             return f"Apple GPU, {short}"
-        count = torch.get_num_threads()
-        return f"CPU, {count} thread{'s' * (count > 1)}, {short}"
+        return f"CPU, {count_of(torch.get_num_threads(), 'thread')}, {short}"
 
 
 def choose_runtime(config: Config) -> Runtime:
@@ -77,6 +85,22 @@ def default_batch_size(device: torch.device) -> int:
     GPU that has not been measured.
     """
     return 8 if device.type == "cpu" else 16
+
+
+def choose_inference_runtime(trained: Config, changes: dict[str, Any]) -> tuple[Runtime, Config]:
+    """The device for a trained network, and its configuration there.
+
+    Args:
+        trained: the configuration of the training. Its device and precision are of another machine, perhaps.
+        changes: fields that differ. `batch_size` counts the photos of one process; 0 is the device's default.
+
+    Raises:
+        ConfigError: a change is not valid, or the machine lacks the device or the dtype.
+    """
+    kept = trained.model_dump(exclude={"device", "precision", "compile", "micro_batch"})
+    config = Config(**{**kept, **changes})
+    runtime = choose_runtime(config.replace(batch_size=config.batch_size * get_world_size()))
+    return runtime, config.replace(batch_size=config.batch_size or default_batch_size(runtime.device))
 
 
 def choose_device(name: str) -> torch.device:

@@ -23,6 +23,7 @@ from fastseg.classes import default_colours, read_classes
 from fastseg.data.gif import encode_gif
 from fastseg.data.labels.palette import classes_json, encode_labels
 from fastseg.errors import ConfigError, DataError
+from fastseg.messages import count_of
 from fastseg.runtime.files import atomic_write, make_folder, target_of_temporary
 from fastseg.runtime.progress import progress_bar
 from fastseg.runtime.threads import count_threads
@@ -58,8 +59,8 @@ def prepare_folder(folder: Path, names: set[str]) -> None:
     others = {target or path.name for path, target in found.items()} - names
     if others:
         raise DataError(
-            f"{folder}: must be empty or hold an earlier run with the same cars, views and seed; found {len(others)} "
-            f"other files, first: {min(others)}. Choose another out or move them away."
+            f"{folder}: must be empty or hold an earlier run with the same cars, views and seed; found "
+            f"{count_of(len(others), 'other file')}, first: {min(others)}. Choose another out or move them away."
         )
     for path, target in found.items():
         if target:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastseg.config import Config
 from fastseg.durations import format_duration
+from fastseg.messages import count_of
 from fastseg.runtime.distributed import all_gather
 from fastseg.training.recipe import small_share, training_size
 
@@ -166,7 +167,8 @@ def plan_steps(run: "Run") -> None:
     decision = all_gather(_decide(run, budget, step, used_seconds(run)))[0]
     if budget.decisions[-1].steps == math.inf and decision.steps != math.inf:
         left = format_duration(budget.seconds - used_seconds(run))
-        log.info("time_budget: %d steps in the %s that are left, so far as is known", decision.steps, left)
+        steps = count_of(int(decision.steps), "step")
+        log.info("time_budget: %s in the %s that are left, so far as is known", steps, left)
     elif decision.position > budget.position_at(step) and step == run.first_step:
         log.info("time_budget: %s are left, too few to train longer; raise it", format_duration(seconds_left(run)))
     budget.decisions.append(decision)

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastseg.config import Config, as_config
+from fastseg.messages import count_of
 from fastseg.network.architecture import check_encoder, name_network, resolve_sizes
 from fastseg.network.losses import check_loss
 from fastseg.runtime.device import choose_runtime
@@ -123,7 +124,8 @@ def train(
         train_pairs, val_pairs = find_splits(config)
         config = resolve_config(config, len(train_pairs), runtime.world_size)
         config = config.replace(optimizer=choose_optimizer(config, state))
-        log.info("%d training pairs, %d validation pairs; %s", len(train_pairs), len(val_pairs), runtime.description)
+        counts = count_of(len(train_pairs), "training pair"), count_of(len(val_pairs), "validation pair")
+        log.info("%s, %s; %s", *counts, runtime.description)
         run = build_run(config, runtime, model, train_pairs, val_pairs)
         run.augmentation, run.loss, run.start_time = augmentation, loss, start_time
         resume(run, state)
@@ -278,7 +280,7 @@ def _is_finished(run: Run) -> bool:
     # Scores on small images are lower: they do not count, also where a longer run returns to them.
     since_best = sum(entry["val_size"] == config.image_height for entry in run.history[run.best["epoch"] :])
     if config.early_stopping and since_best >= config.early_stopping:
-        log.info("early stopping: %d epochs without a better Dice", since_best)
+        log.info("early stopping: %s without a better Dice", count_of(since_best, "epoch"))
         return True
     return False
 

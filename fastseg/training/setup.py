@@ -12,6 +12,7 @@ from fastseg.config import DEFAULT_VAL_DIRS, Config
 from fastseg.data.loader import make_loader
 from fastseg.data.pairs import Pairs, find_pairs, split_by_group
 from fastseg.errors import CheckpointError, ConfigError
+from fastseg.messages import count_of
 from fastseg.network.checkpoint import has_finite_weights, init_model, load_checkpoint, load_weights
 from fastseg.quality.headers import check_sets
 from fastseg.runtime.device import Runtime, default_batch_size
@@ -45,7 +46,7 @@ def find_splits(config: Config) -> tuple[Pairs, Pairs]:
     missing = val_dirs == DEFAULT_VAL_DIRS and not any(map(_has_files, val_dirs))
     if missing or not config.val_img_dir:
         train_pairs, val_pairs = split_by_group(pairs, config.val_fraction, config.seed)
-        log.info("no validation folders: %d pairs are held out", len(val_pairs))
+        log.info("no validation folders: held out %s", count_of(len(val_pairs), "pair"))
     else:
         train_pairs, val_pairs = pairs, find_pairs(*val_dirs, bad_samples=config.bad_samples)
     if config.check_data:
@@ -108,13 +109,13 @@ def resolve_config(config: Config, num_pairs: int, world_size: int = 1) -> Confi
     """
     if num_pairs < world_size:
         raise ConfigError(
-            f"batch_size: each process needs a pair of every batch; got {num_pairs} training pair(s) for {world_size} "
-            "processes. Start fewer processes, or add pairs."
+            f"batch_size: each process needs a pair of every batch; got {count_of(num_pairs, 'training pair')} for "
+            f"{world_size} processes. Start fewer processes, or add pairs."
         )
     min_steps = config.min_steps or max(MIN_STEPS, MIN_PAIRS // config.batch_size)
     if config.batch_size > num_pairs:
         batch_size = num_pairs // world_size * world_size
-        log.info("batch_size: lowered to %d, because there are %d training pairs", batch_size, num_pairs)
+        log.info("batch_size: lowered to %d, for %s", batch_size, count_of(num_pairs, "training pair"))
         config = config.replace(batch_size=batch_size)
     if "num_epochs" not in config.model_fields_set and not config.time_budget:
         epochs = max(config.num_epochs, math.ceil(min_steps / (num_pairs // config.batch_size)))

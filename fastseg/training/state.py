@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.data.loader import Loader
 from fastseg.errors import ConfigError, FastsegError
+from fastseg.messages import count_of
 from fastseg.network.checkpoint import has_finite_weights
 from fastseg.network.metrics import best_epoch
 from fastseg.runtime.device import Runtime
@@ -255,7 +256,7 @@ def resume(run: Run, state: dict[str, Any] | None) -> None:
         ) from None
     if run.is_finished:
         field = "time_budget" if run.budget else "num_epochs"
-        log.info("%s: all %d epochs are done; raise %s to train longer", path, run.epoch, field)
+        log.info("%s: finished after %s; raise %s to train longer", path, count_of(run.epoch, "epoch"), field)
     else:
         log.info("resuming from %s at epoch %d, step %d", path, run.epoch + 1, run.step)
 

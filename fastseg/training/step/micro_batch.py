@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.config import Config
+from fastseg.messages import count_of
 from fastseg.network.architecture import build_model
 from fastseg.runtime.device import Runtime, choose_runtime
 from fastseg.runtime.memory import free_memory
@@ -53,8 +54,8 @@ def fit_micro_batch(run: Run, backward: Callable[[int], Tensor], num_pairs: int)
         restore()
         run.micro_batch = (size + 1) // 2
         log.info(
-            "micro_batch: %d pairs do not fit in memory; the gradients of %d pairs at a time are accumulated",
-            *(size, run.micro_batch),
+            "micro_batch: %d pairs do not fit in memory; gradients are accumulated over %s at a time",
+            *(size, count_of(run.micro_batch, "pair")),
         )
 
 
