@@ -281,7 +281,7 @@ def test_the_command_takes_a_split_for_validation_alone(folder, cli):
     path = write_yolo(folder, "")
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("train")))
     status, out, _ = cli("import", "yolo", path, "--out", folder / "out")
-    assert (status, out) == (0, f"1 pairs in {folder / 'out'}/.\n")
+    assert (status, out) == (0, f"1 pair in {folder / 'out'}/.\n")
 
 
 def test_ignored_pixels_have_a_colour(folder):
