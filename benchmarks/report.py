@@ -54,8 +54,8 @@ def some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
 
 
 def integers(text: str) -> list[int]:
-    """The type of an argument: integers, separated by commas."""
-    return [int(value) for value in text.split(",")]
+    """The type of an argument: integers, separated by commas; none in an empty one."""
+    return [int(value) for value in text.split(",") if value]
 
 
 def run(main: Callable[[], int | None]) -> None:

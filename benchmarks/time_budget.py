@@ -2,6 +2,7 @@
 
     python benchmarks/time_budget.py --data data --budgets 60,120,300,600 --epochs 5,20,40,80
     taskset -c 0 python benchmarks/time_budget.py --data data --busy 1      beside another busy process
+    python benchmarks/time_budget.py --data data --budgets "" --epochs 20   the defaults
 
 Each run is the command `fastseg train`; its seconds are those of the process, Python and imports included. Then
 `fastseg evaluate`, which is not timed, scores the masks at the photos' own size.
@@ -43,6 +44,7 @@ def measure(folder: Path, out: Path, **fields: Any) -> dict[str, Any]:
         "refine": scores["refine"],
         "process_s": round(seconds, 2),
         "train_s": round(summary["seconds"], 2),
+        "refiner_s": round(summary["seconds_by_part"].get("outline refiner", 0.0), 2),
         "epochs": summary["epochs"],
     }
 
@@ -97,11 +99,11 @@ def main() -> None:
         budget = row.get("time_budget")
         over = f"{100 * (row['train_s'] / budget - 1):+.1f} %" if budget else ""
         setting = f"{budget} s" if budget else f"{row['num_epochs']} epochs"
-        times = [f"{row['process_s']:.1f}", f"{row['train_s']:.1f}", over]
+        times = [*(f"{row[name]:.1f}" for name in ("process_s", "train_s", "refiner_s")), over]
         scores = [f"{row['val_dice']:.4f}", f"{row['full_dice']:.4f}", f"{row['full_boundary_iou']:.3f}", row["refine"]]
         table.append([setting, *scores, str(row["epochs"]), *times])
-    names = ["Dice", "full-size Dice", "boundary IoU", "refined by", "epochs", "command, s", "train, s", "over"]
-    print_table(["", *names], table)
+    names = ["", "Dice", "full-size Dice", "boundary IoU", "refined by", "epochs"]
+    print_table([*names, "command, s", "train, s", "refiner, s", "over"], table)
     if options.picture:
         draw(rows, Path(options.picture))
     write_report("time_budget", {"busy": options.busy, "rows": rows}, options.json)
