@@ -54,7 +54,7 @@ def test_other_settings_are_refused_before_anything_is_written(photos, first, se
     fastseg.predict(first, photos, tmp_path / "out", **CPU)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = {"checkpoint": first, **CPU, **changes}
-    with pytest.raises(fastseg.ConfigError, match=r"^resume: .*first\.pt.*another out") as refused:
+    with pytest.raises(fastseg.ConfigError, match=r"^resume: .*another out") as refused:
         fastseg.predict(
             **{**other, "checkpoint": tmp_path / other["checkpoint"]}, images=photos, out=tmp_path / "out", resume=True
         )
@@ -109,16 +109,15 @@ def test_checksums_tell_weights_and_buffers_apart():
     """Also of dtypes that NumPy does not have, and of scalars."""
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)).to(torch.bfloat16)
-    sums = [checksum(network), checksum(network, None)]
+    sums = [checksum(network), checksum(network)]
     network[1].running_mean[2] += 1
     sums.append(checksum(network))
     network[1].num_batches_tracked += 1
     sums.append(checksum(network))
     sums.append(checksum(network.to(memory_format=torch.channels_last)))
-    sums.append(checksum(network, torch.nn.Linear(1, 1)))
     assert sums[0] == sums[1]
     assert sums[3] == sums[4]
-    assert len(set(sums)) == 4
+    assert len(set(sums)) == 3
 
 
 def test_settings_of_the_training_that_a_prediction_does_not_use_are_not_checked(photos, tmp_path):

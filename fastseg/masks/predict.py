@@ -140,8 +140,13 @@ def predict(
         rank = get_rank()
         runtime, config = choose_inference_runtime(trained, {"num_workers": 0, **changes})
         photos = find_photos([os.fspath(path) for path in paths], out, csv=csv, resume=resume)
-        weights = checksum(model, refiner)
-        made_with = {"checkpoint": os.fspath(checkpoint), "weights": weights, "refine": refine, "tta": tta}
+        refined = f"{refine} {checksum(refiner)}" if refiner else refine
+        made_with = {
+            "checkpoint": os.fspath(checkpoint),
+            "weights": checksum(model),
+            "refine": refined,
+            "tta": tta,
+        }
         if resume:
             refuse_other_settings(out, made_with)
         make_folders(photos, out, csv)

@@ -24,24 +24,26 @@ NAME = ".fastseg.json"  # in the output folder
 Settings = Mapping[str, Any]
 
 
-def checksum(*networks: nn.Module | None) -> str:
+def checksum(network: nn.Module) -> str:
     """Eight hexadecimal digits of the weights and buffers (CRC-32)."""
     value = 0
-    for network in networks:
-        for tensor in network.state_dict().values() if network else ():
-            if isinstance(tensor, Tensor):
-                value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
+    for tensor in network.state_dict().values():
+        if isinstance(tensor, Tensor):
+            value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, value)
     return f"{value:08x}"
 
 
 def refuse_other_settings(out: str, settings: Settings) -> None:
     """Raise a ConfigError if the masks in `out` were made with others."""
     found = _read(out)
-    if found is not None and _compared(found) != _compared(settings):
-        raise ConfigError(
-            f"resume: the masks in {out}/ were made with {_describe(found)}; got {_describe(settings)}. Leave it out "
-            "to write over them, or choose another out."
-        )
+    if found is None or _compared(found) == _compared(settings):
+        return
+    names = [name for name in settings if found.get(name) != settings[name]]
+    before, now = (", ".join(f"{name} {some.get(name)}" for name in names) for some in (found, settings))
+    raise ConfigError(
+        f"resume: the masks in {out}/ were made with {before}; got {now}. Leave it out to write over them, or choose "
+        "another out."
+    )
 
 
 def record_settings(out: str, settings: Settings, *, resume: bool) -> None:
@@ -81,7 +83,3 @@ def _read(out: str) -> dict[str, Any] | None:
 def _compared(settings: Settings) -> dict[str, Any]:
     """All but the checkpoint's path: a copy of it gives the same masks."""
     return {key: value for key, value in settings.items() if key != "checkpoint"}
-
-
-def _describe(settings: Settings) -> str:
-    return ", ".join(str(value) if key == "checkpoint" else f"{key} {value}" for key, value in settings.items())
