@@ -84,7 +84,7 @@ def test_an_own_network_trains_and_predicts(pairs_dir, tmp_path, factor):
 
 
 class Tied(nn.Module):
-    """Two convolutions that share their weights, which lie channels last; the size of the input must be known."""
+    """Two convolutions that share their weights, which lie channels last."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,16 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in out.glob("*_mask.png")}
 
 
-def stop_after(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network ends the command at its next photo but `number`."""
-    forward, calls = fastseg.UNet.forward, []
+def stop_after_a_mask(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network ends the command at its third photo, once a mask of another has been written."""
+    forward, calls, before = fastseg.UNet.forward, [], contents(out)
 
     def interrupt(network: fastseg.UNet, images: torch.Tensor) -> torch.Tensor:
         calls.append(images)
-        if len(calls) > number:
+        if len(calls) == 3:
+            deadline = time.monotonic() + 60
+            while contents(out) == before and time.monotonic() < deadline:
+                time.sleep(0.01)
             raise KeyboardInterrupt
         return forward(network, images)
 
@@ -54,7 +58,7 @@ def test_other_settings_are_refused_before_anything_is_written(photos, first, se
     fastseg.predict(first, photos, tmp_path / "out", **CPU)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     other = {"checkpoint": first, **CPU, **changes}
-    with pytest.raises(fastseg.ConfigError, match=r"^resume: .*another out") as refused:
+    with pytest.raises(fastseg.ConfigError, match=r"^resume: .*choose another folder for out") as refused:
         fastseg.predict(
             **{**other, "checkpoint": tmp_path / other["checkpoint"]}, images=photos, out=tmp_path / "out", resume=True
         )
@@ -85,7 +89,7 @@ def test_masks_that_an_interrupted_overwriting_has_not_reached_are_made_again(
     fastseg.predict(first, photos, tmp_path / "out", **CPU)
     assert not contents(tmp_path / "out").items() & contents(expected).items()
     with monkeypatch.context() as patch:
-        stop_after(2, patch)
+        stop_after_a_mask(tmp_path / "out", patch)
         with pytest.raises(KeyboardInterrupt):
             fastseg.predict(second, photos, tmp_path / "out", **CPU)
     written = len(contents(tmp_path / "out").items() & contents(expected).items())

@@ -162,6 +162,8 @@ def predict(
         barrier()  # before any rank writes a temporary file; and all begin to take batches at the same time
         started = time.perf_counter()
         clock["start-up"] = started - began
+        if resume:  # another process may have begun at the same time
+            refuse_other_settings(out, made_with)
         since = time_of_settings(out)
         cells = (config.image_height, config.image_width)
         options = OutputOptions(

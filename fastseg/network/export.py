@@ -111,16 +111,18 @@ def export(
     second = out.with_name(f"{out.stem}_refiner{out.suffix}")
     if refiner and format != "safetensors":
         parts[second] = _Part(refiner, partial(_make_refiner_inputs, segmenter, refiner))
-    with ExitStack() as stack:  # both files or none
-        temporaries = [stack.enter_context(atomic_write(path)) for path in parts]
+    with ExitStack() as stack:  # neither file is replaced if the other one cannot be made; `out` is the first
+        temporaries = {path: stack.enter_context(atomic_write(path)) for path in reversed(parts)}
         done = [
-            _export_part(part, format, temporary, path, network)
-            for temporary, (path, part) in zip(temporaries, parts.items(), strict=True)
+            _export_part(part, format, temporaries[path], path, network if part.module is segmenter else None)
+            for path, part in parts.items()
         ]
     if len(done) > 1:
         done[0]["refiner"] = {"file": second.name, **done[1]}
     elif not refiner and second.exists():
-        log.warning("%s: is of another network than %s, which has no outline refiner; remove it", second, out)
+        log.warning(
+            "%s: may be the outline refiner of an earlier %s, which has none now; if so, remove it", second, out
+        )
     return done[0]
 
 
@@ -158,7 +160,9 @@ def _write(part: _Part, format: str, temporary: Path, out: Path, network: nn.Mod
         raise
     except Exception as error:  # torch and the onnx packages raise many kinds if their versions do not match
         reason = str(error).strip().partition("\n")[0]
-        remedy = "Change its forward so that torch.export can trace it" if network else "Update them together"
+        remedy = "Update them together"
+        if network and format != "safetensors":
+            remedy = "Change the network's forward so that torch.export can trace it"
         raise FastsegError(
             f"{out}: torch {torch.__version__} and the installed packages cannot export this format "
             f"({type(error).__name__}: {reason}). {remedy}, or export to another format."

@@ -91,7 +91,8 @@ def choose_inference_runtime(trained: Config, changes: dict[str, Any]) -> tuple[
     """The device for a trained network, and its configuration there.
 
     Args:
-        trained: the configuration of the training. Its device and precision are of another machine, perhaps.
+        trained: the configuration of the training. Its device and precision may be of another machine; `compile` and
+            `micro_batch`, which are not used, might not fit another `batch_size`.
         changes: fields that differ. `batch_size` counts the photos of one process; 0 is the device's default.
 
     Raises:

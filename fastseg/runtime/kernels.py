@@ -8,7 +8,6 @@ file of its cache (https://github.com/numba/numba/issues/10434).
 import contextlib
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,8 +32,9 @@ def njit(**options: Any) -> Callable[[Function], Function]:
             try:
                 config.CACHE_DIR = folder()
                 dispatcher: Any = numba.njit(**options)(function)
-                if isinstance(dispatcher._cache, FunctionCache):
-                    _compile_without_cache_on_errors(dispatcher._cache)
+                cache = getattr(dispatcher, "_cache", None)  # none with NUMBA_DISABLE_JIT
+                if isinstance(cache, FunctionCache):
+                    _compile_without_cache_on_errors(cache)
                 return dispatcher
             except (OSError, RuntimeError):  # numba raises RuntimeError where it can write no cache
                 continue
@@ -49,18 +49,23 @@ def _compile_without_cache_on_errors(cache: Any) -> None:
     """Let a cache that cannot be read or written cost the time to compile, and no more."""
     save, load = cache.save_overload, cache.load_overload
 
+    def flush(error: Exception) -> None:
+        # An index must not name a file that an older version of the kernel has left.
+        log.debug("numba's cache of a kernel is emptied: %s", error)
+        with contextlib.suppress(OSError):
+            cache.flush()
+
     def save_overload(*arguments: Any) -> None:
         try:
             save(*arguments)
-        except OSError as error:
-            log.debug("a compiled kernel is not cached: %s", error)
+        except Exception as error:
+            flush(error)
 
     def load_overload(*arguments: Any) -> Any:
         try:
             return load(*arguments)
-        except (EOFError, OSError, pickle.UnpicklingError):
-            with contextlib.suppress(OSError):
-                cache.flush()
+        except Exception as error:  # a damaged pickle raises any kind
+            flush(error)
             return None
 
     cache.save_overload, cache.load_overload = save_overload, load_overload

@@ -67,7 +67,7 @@ class Budget:
     timed: dict[int, tuple[float, float]] = field(default_factory=dict)  # pixels of an image: recent seconds, steps
     mark: tuple[float, int] = (0.0, 0)  # seconds and steps of the run, from which the next steps are timed
     refiner_seconds: float | None = None  # reserved for the outline refiner; None: not decided
-    former_refiner_seconds: float = 0.0  # which a smaller budget reserved
+    former_refiner_seconds: float = 0.0  # which a smaller budget reserved, that is used up
 
     def position_at(self, step: int) -> float:
         """The position before a step of this call."""
@@ -112,10 +112,10 @@ def restore_budget(budget: Budget, state: dict[str, Any] | None, step: int) -> N
         if before == step:
             budget.mark = tuple(state["mark"])
             return
-    budget.former_refiner_seconds = state.get("refiner_seconds") or 0.0
     position = budget.decisions[-1].position_at(before)
-    if position >= 1:  # after the last save came the outline refiner and the pictures
-        budget.spent = max(budget.spent, state["seconds"])
+    if position >= 1 and budget.seconds > state["seconds"]:
+        budget.spent = max(budget.spent, state["seconds"])  # the outline refiner came after the last save
+        budget.former_refiner_seconds = state.get("refiner_seconds") or 0.0
     position *= min(state["seconds"] / budget.seconds, 1)
     budget.decisions.append(Decision(step, position, math.inf, step))
     budget.mark = (budget.spent, step)
@@ -166,11 +166,11 @@ def plan_steps(run: "Run") -> None:
         return
     decision = all_gather(_decide(run, budget, step, used_seconds(run)))[0]
     if budget.decisions[-1].steps == math.inf and decision.steps != math.inf:
-        left = format_duration(budget.seconds - used_seconds(run))
-        steps = count_of(int(decision.steps), "step")
-        log.info("time_budget: %s in the %s that are left, so far as is known", steps, left)
+        left, steps = budget.seconds - used_seconds(run), count_of(int(decision.steps), "step")
+        log.info("time_budget: %s in the %s that are left, so far as is known", steps, format_duration(left))
     elif decision.position > budget.position_at(step) and step == run.first_step:
-        log.info("time_budget: %s are left, too few to train longer; raise it", format_duration(seconds_left(run)))
+        left = max(budget.seconds - reserve_seconds(run) - used_seconds(run), 0.0)
+        log.info("time_budget: %s are left for the network, too little for a step; raise it", format_duration(left))
     budget.decisions.append(decision)
 
 

@@ -293,7 +293,8 @@ def _load_optimizer(run: Run, state: dict[str, Any]) -> None:
         now = getattr(run.config, name)
         if before != now and (name, run.config.recipe) != ("optimizer", "tutorial"):
             raise ConfigError(
-                f"{name}: is {before} in this run; got {now}. Choose another name, or pass load_model=false."
+                f"{name}: is {before} in this run; got {now}. Set it to {before}, choose another name, or pass "
+                "load_model=false."
             )
     # torch matches groups by their position, and an encoder with its own learning rate has groups of its own.
     optimizer = make_optimizer(run.config.replace(encoder_lr=saved.get("encoder_lr", 1.0)), run.model)

@@ -3,7 +3,6 @@
 A hidden file in the output folder says it, and by its time of change which of the masks there are older.
 """
 
-import contextlib
 import json
 import os
 import zlib
@@ -34,29 +33,30 @@ def checksum(network: nn.Module) -> str:
 
 
 def refuse_other_settings(out: str, settings: Settings) -> None:
-    """Raise a ConfigError if the masks in `out` were made with others."""
+    """Raise a ConfigError if the masks in `out` were made with others, or if that cannot be read."""
     found = _read(out)
     if found is None or _compared(found) == _compared(settings):
         return
     names = [name for name in settings if found.get(name) != settings[name]]
     before, now = (", ".join(f"{name} {some.get(name)}" for name in names) for some in (found, settings))
     raise ConfigError(
-        f"resume: the masks in {out}/ were made with {before}; got {now}. Leave it out to write over them, or choose "
-        "another out."
+        f"resume: the masks in {out}/ were made with {before}; got {now}. Leave out resume to overwrite them, or "
+        "choose another folder for out."
     )
 
 
 def record_settings(out: str, settings: Settings, *, resume: bool) -> None:
-    """Write down what the masks in `out` are made with from now on, unless the file says so already.
+    """Write down what the masks in `out` are made with from now on.
 
     Args:
-        resume: masks that are there without such a file, as those of older versions are, count as made with these.
+        resume: masks that are there count as made with these settings, also those of older versions, without such a
+            file. Else they are older than the file, and count as results only once they are overwritten.
 
     Raises:
         OutputError: the file cannot be written.
     """
     found = _read(out)
-    if found is not None and _compared(found) == _compared(settings):
+    if resume and found is not None and _compared(found) == _compared(settings):
         return
     with atomic_write(os.path.join(out, NAME)) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
@@ -73,11 +73,16 @@ def time_of_settings(out: str) -> int:
 
 
 def _read(out: str) -> dict[str, Any] | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(Path(out, NAME).read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    return None
+    path = Path(out, NAME)
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}). Make it readable, or choose another folder for out."
+        ) from None
+    return found if isinstance(found, dict) else None
 
 
 def _compared(settings: Settings) -> dict[str, Any]:

@@ -79,7 +79,9 @@ def fit_refiner(run: Run) -> None:
             log_scores(scores, int(refiner.scale), run.config)
     except DataError as error:  # the network is trained, which is worth more than its refiner
         reason = str(error).rstrip(".")
-        log.warning("no outline refiner: %s; once that is corrected, the same command trains it", reason)
+        log.warning(
+            "the outline refiner is not trained: %s; once that is corrected, the same command trains it", reason
+        )
         return
     finally:
         run.seconds["outline refiner"] += time.perf_counter() - run.refiner_start

@@ -88,8 +88,8 @@ def reserve_refiner_seconds(run: Run) -> None:
     budget.refiner_seconds = seconds if seconds > MIN_PART * whole else 0.0
     if not budget.refiner_seconds:
         log.info(
-            "outline refiner: left out; a third of the time_budget is %s, and its refiner_steps take %s",
-            *(format_duration(max(seconds, 0.0)), format_duration(whole)),
+            "outline refiner: left out; the time_budget leaves it %s, and its refiner_steps take %s",
+            *(format_duration(seconds), format_duration(whole)),
         )
 
 
