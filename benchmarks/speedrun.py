@@ -2,7 +2,7 @@
 
     python benchmarks/speedrun.py --data data,hard --seeds 5 --json speedrun.json
     python benchmarks/speedrun.py --data data,hard --seeds 2 --rows default,muon
-    python benchmarks/speedrun.py --base default --rows default,clip,linear          changes of today's recipe
+    python benchmarks/speedrun.py --base default --rows default,clip,cosine          changes of today's recipe
     python benchmarks/speedrun.py --rows "" --merge a.json,b.json      the table of several reports
 
 Each run is `fastseg.train` in a process of its own, with the base's optimizer and batches and the other defaults,
@@ -144,12 +144,11 @@ def warm_up(share: float, config: fastseg.Config, steps: int) -> Patches:
     return {"fastseg.training.recipe.WARM_UP": share}
 
 
-def schedule(start: float, config: fastseg.Config, steps: int) -> Patches:
-    """Linear: up to the peak in `start` of the steps, then down to zero."""
+def cosine(config: fastseg.Config, steps: int) -> Patches:
+    """The schedule of AdamW, two cosine arcs."""
 
     def rate(config: fastseg.Config, step: float, total_steps: float) -> float:
-        peak, share = recipe.PEAK * config.learning_rate, step / total_steps
-        return peak * (max(share, 1e-3) / start if share < start else (1 - share) / (1 - start))
+        return recipe.learning_rate(config.replace(optimizer="adamw"), step, total_steps)
 
     return {"fastseg.training.loop.learning_rate": rate}
 
@@ -192,7 +191,7 @@ ROWS = {
     "channels_24": Row("one and a half times the channels", work=DEFAULT_WORK * 1.5**2, channels=1.5),
     "peak_2": Row("twice the learning rate", {"learning_rate": 2 * fastseg.Config().learning_rate}),
     "warm_10": Row("the learning rate rises in 10 % of the steps", patch=partial(warm_up, 0.1)),
-    "linear": Row("a linear schedule, up in 25 % of the steps", patch=partial(schedule, 0.25)),
+    "cosine": Row("a learning rate of cosine arcs, as with AdamW", patch=cosine),
     "he": Row("weights from He's normal distribution", patch=fresh_unet),
 }
 

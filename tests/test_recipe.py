@@ -14,14 +14,16 @@ from fastseg.training.step.muon import MUON, norm_biases_of, orthogonalise
 from tests.test_training import config, same, weights
 
 
-def test_one_cycle_rises_to_its_peak_and_ends_at_zero():
-    settings = fastseg.Config(learning_rate=1e-4)
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_one_cycle_rises_to_its_peak_and_ends_at_zero(optimizer):
+    settings = fastseg.Config(learning_rate=1e-4, optimizer=optimizer)
     rates = [learning_rate(settings, step, 400) for step in range(401)]
     assert rates[0] == pytest.approx(1e-4)
     assert max(rates) == rates[100] == pytest.approx(3e-3)
     assert rates[400] == pytest.approx(0, abs=1e-9)
     assert np.all(np.diff(rates[:101]) > 0)
     assert np.all(np.diff(rates[100:]) < 0)
+    assert (np.ptp(np.diff(rates[:101])) < 1e-9) == (np.ptp(np.diff(rates[100:])) < 1e-9) == (optimizer == "muon")
     assert {learning_rate(settings.replace(recipe="tutorial"), step, 400) for step in range(400)} == {1e-4}
 
 

@@ -180,19 +180,22 @@ def update_ema(ema_model: nn.Module, model: nn.Module, decay: float, step: int) 
 
 
 def learning_rate(config: Config, step: float, total_steps: float) -> float:
-    """Learning rate of a step: constant in the tutorial recipe, otherwise one cycle of two cosine arcs.
+    """Learning rate of a step: constant in the tutorial recipe, otherwise one cycle, up and down again.
 
-    Step and total may be shares of the run, such as 0.5 and 1.
+    The rise and the fall are straight with Muon, and cosine arcs with AdamW. Step and total may be shares of the run,
+    such as 0.5 and 1.
 
     Source: Smith and Topin 2018, Super-Convergence (arXiv:1708.07120).
     """
     if config.recipe == "tutorial":
         return config.learning_rate
     peak, warm_up = PEAK * config.learning_rate, WARM_UP * total_steps
+    linear = config.optimizer == "muon"
     if step < warm_up:
-        rise = (1 - math.cos(math.pi * step / warm_up)) / 2
+        rise = step / warm_up if linear else (1 - math.cos(math.pi * step / warm_up)) / 2
         return config.learning_rate + (peak - config.learning_rate) * rise
-    return peak * (1 + math.cos(math.pi * (step - warm_up) / (total_steps - warm_up))) / 2
+    since, steps = step - warm_up, total_steps - warm_up
+    return peak * (1 - since / steps if linear else (1 + math.cos(math.pi * since / steps)) / 2)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
