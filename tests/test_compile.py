@@ -4,6 +4,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,7 +72,8 @@ def make_run(steps_s, *, num_epochs=10, time_budget=0, **changes):
         total_steps=100 * num_epochs,
         steps_done=100,
         first_step=0,
-        seconds={"steps": steps_s},
+        seconds={"steps": steps_s, "pictures": 0.0},
+        history=[],
         compiled="graphs",
         start_time=time.perf_counter(),
         budget=Budget(time_budget, decisions=[Decision(100, 0.1, 900, 1000)]) if time_budget else None,
@@ -95,14 +97,24 @@ def test_the_time_of_steps_follows_their_pixels(start, stop):
         (30, False, {}, True),
         (30, False, {"compile": "graphs"}, False),
         (30, False, {"time_budget": 60}, False),
+        (30, False, {"time_budget": 600}, True),
+        (30, False, {"time_budget": 600, "reserved": 400}, False),
+        (30, False, {"world_size": 2}, False),
+        (30, False, {"compilers": False}, False),
     ],
 )
 def test_a_run_compiles_after_an_epoch_if_that_saves_time(steps_s, cached, changes, compiles, tmp_path, monkeypatch):
     monkeypatch.setattr(compile, "USERS_INDUCTOR_CACHE", str(tmp_path))
+    changes = {"reserved": None, "world_size": 1, "compilers": True, **changes}
+    reserved, world_size, compilers = (changes.pop(name) for name in ("reserved", "world_size", "compilers"))
+    monkeypatch.setattr(compile, "_has_compilers", lambda: compilers)
     if cached:
         (tmp_path / "fxgraph/code").mkdir(parents=True)
     monkeypatch.setattr(compile, "_compile", lambda run: None)
     run = make_run(steps_s, **changes)
+    run.runtime = replace(run.runtime, world_size=world_size)
+    if run.budget:
+        run.budget.refiner_seconds = reserved
     compile_if_it_pays(run)
     assert run.compiled == ("on" if compiles else "graphs")
 

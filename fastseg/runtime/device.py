@@ -138,7 +138,8 @@ def _choose_dtype(precision: str, device: torch.device) -> torch.dtype:
             raise ConfigError(f"precision: {precision} has not been tried on mps. Use auto or fp32.")
         return torch.float32
     if precision == "auto":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        with torch.cuda.device(device):  # torch asks the current one
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

@@ -1,5 +1,6 @@
 """Out of memory: batches of a forward pass are halved until they fit, and what does not fit ends in one message."""
 
+import gc
 import logging
 import re
 import traceback
@@ -22,7 +23,12 @@ __all__ = [
 ]
 
 # torch raises OutOfMemoryError for its own allocations on a GPU alone
-MESSAGES = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+MESSAGES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "unable to find an engine to execute this computation",  # cuDNN: no algorithm had enough memory
+)
 UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB")  # each 1024 of the one before
 
 log = logging.getLogger(__name__)
@@ -38,6 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory(error: BaseException) -> None:
     """Free the tensors that a caught error keeps alive, and return unused GPU memory to the driver."""
     traceback.clear_frames(error.__traceback__)
+    gc.collect()  # CUDA graphs refer to themselves
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

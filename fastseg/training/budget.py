@@ -164,6 +164,7 @@ def plan_steps(run: "Run") -> None:
     budget, step = run.budget, run.steps_done
     if budget is None or step < budget.decisions[-1].until:
         return
+    run.loss_sum.item()  # waits for the device: the steps so far are timed
     decision = all_gather(_decide(run, budget, step, used_seconds(run)))[0]
     if budget.decisions[-1].steps == math.inf and decision.steps != math.inf:
         left, steps = budget.seconds - used_seconds(run), count_of(int(decision.steps), "step")

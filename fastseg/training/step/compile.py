@@ -11,8 +11,9 @@ import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -21,10 +22,9 @@ from torch import Tensor, nn
 from fastseg.config import Config
 from fastseg.errors import ConfigError
 from fastseg.runtime.device import Runtime
-from fastseg.runtime.distributed import any_rank
 from fastseg.runtime.files import user_cache
 from fastseg.runtime.out_of_memory import is_out_of_memory, release_memory
-from fastseg.training.budget import used_seconds
+from fastseg.training.budget import reserve_seconds, used_seconds
 from fastseg.training.recipe import small_share, training_size
 from fastseg.training.state import Run
 
@@ -107,29 +107,39 @@ def compile_model(run: Run) -> None:
 
 
 def compile_if_it_pays(run: Run) -> None:
-    """With `compile=auto` on a GPU, compile the network if the steps that remain win back the time; after an epoch.
+    """With `compile=auto` on one GPU, compile the network if the steps that remain win back the time; after an epoch.
 
-    The seconds that the run's own steps have taken tell how long the others will take.
+    The seconds that the run's own steps have taken tell how long the others will take. Several GPUs have batch norms
+    that communicate, which torch.compile is known to break (https://github.com/pytorch/pytorch/issues/107372).
     """
     config = run.config
     if config.compile != "auto" or run.compiled == "on" or run.runtime.device.type != "cuda":
         return
     if run.steps_done == run.first_step:  # only an epoch of an earlier call has been scored
         return
+    if run.runtime.world_size > 1 or not _has_compilers():
+        return
     if run.budget:
-        remaining_s = run.budget.seconds - used_seconds(run)
+        remaining_s = run.budget.seconds - used_seconds(run) - reserve_seconds(run)
     else:
         remaining_s = seconds_of_steps(run, run.steps_done, run.total_steps)
     sizes = len({run.size_of(run.steps_done), run.last_size})
     cached = any(_inductor_cache(config, run.runtime).glob("fxgraph/*"))
     compile_s = sizes * (COMPILE_WARM_S if cached else COMPILE_COLD_S)
-    if any_rank(COMPILED_SAVES * remaining_s > compile_s, run.runtime.device):
+    if COMPILED_SAVES * remaining_s > compile_s:
         log.info(
             "compile: on (takes about %.0f s and saves about %.0f %% of the %.0f s that remain)",
             *(compile_s, 100 * COMPILED_SAVES, remaining_s),
         )
         _compile(run)
         run.compiled = "on"
+
+
+def _has_compilers() -> bool:
+    """Whether torch.compile can make code for this GPU: it needs Triton, and Triton a C compiler."""
+    from torch.utils._triton import has_triton  # loads what a run without compiling does not need
+
+    return has_triton() and any(map(shutil.which, (os.environ.get("CC") or "gcc", "clang")))
 
 
 def seconds_of_steps(run: Run, start: int, stop: int) -> float:
@@ -156,6 +166,7 @@ def _compile(run: Run) -> None:
     torch.backends.cudnn.benchmark = True
     network = run.model if run.runtime.world_size == 1 else run.forward
     run.forward = torch.compile(network, dynamic=False)
+    gc.collect()  # graphs that are no longer used refer to themselves, and keep their GPU memory until then
     run.warm_sizes.clear()
 
 
@@ -200,12 +211,14 @@ def capture_graphs(model: nn.Module, runtime: Runtime, shapes: Iterable[tuple[in
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if warn is not None:  # older versions lack it, and do not warn
         warn(False)
-    with torch.cuda.device(runtime.device):
+    with torch.cuda.device(runtime.device), ExitStack() as stack:
+        # Capturing runs the network a few times, which changes the statistics of batch norm.
+        stack.callback(model.load_state_dict, before)
+        torch.cuda.graph.default_capture_stream = None  # may be one of another GPU, from an earlier training
         for shape in shapes:
             x = torch.zeros(shape, device=runtime.device).contiguous(memory_format=torch.channels_last)
             # Each graph must hold its casts of the weights, so autocast may not cache them. The copy shares its
             # tensors with the model; only its `forward` becomes the graph's, so that there can be one per shape.
             with runtime.autocast(cache=False):
                 graphs[shape] = torch.cuda.make_graphed_callables(copy.copy(model), (x,))  # type: ignore[assignment]
-    model.load_state_dict(before)  # capturing runs the network a few times, which changes the statistics of batch norm
     return lambda x: graphs[tuple(x.shape)](x)
