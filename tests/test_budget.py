@@ -185,7 +185,7 @@ def test_a_finished_run_has_used_its_budget():
 
 
 @pytest.mark.parametrize("seconds", [50.0, 200.0])
-def test_an_unfinished_run_with_another_budget_reserves_the_refiner_anew(seconds):
+def test_an_unfinished_run_with_another_budget_decides_again_what_the_refiner_gets(seconds):
     budget = Budget(seconds)
     restore_budget(budget, {**saved_budget(), "refiner_seconds": 30.0}, 25)
     assert (budget.spent, budget.former_refiner_seconds) == (25.0, 0.0)

@@ -35,9 +35,11 @@ def checksum(network: nn.Module) -> str:
 def refuse_other_settings(out: str, settings: Settings) -> None:
     """Raise a ConfigError if the masks in `out` were made with others, or if that cannot be read."""
     found = _read(out)
-    if found is None or _compared(found) == _compared(settings):
+    if found is None:
         return
     names = [name for name in settings if found.get(name) != settings[name]]
+    if names in ([], ["checkpoint"]):  # a copy of a checkpoint gives the same masks
+        return
     before, now = (", ".join(f"{name} {some.get(name)}" for name in names) for some in (found, settings))
     raise ConfigError(
         f"resume: the masks in {out}/ were made with {before}; got {now}. Leave out resume to overwrite them, or "
@@ -55,8 +57,7 @@ def record_settings(out: str, settings: Settings, *, resume: bool) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    found = _read(out)
-    if resume and found is not None and _compared(found) == _compared(settings):
+    if resume and _read(out) is not None:  # which `refuse_other_settings` compares
         return
     with atomic_write(os.path.join(out, NAME)) as temporary:
         temporary.write_text(json.dumps(settings, indent=2) + "\n")
@@ -83,8 +84,3 @@ def _read(out: str) -> dict[str, Any] | None:
             f"{path}: cannot be read ({error.strerror}). Make it readable, or choose another folder for out."
         ) from None
     return found if isinstance(found, dict) else None
-
-
-def _compared(settings: Settings) -> dict[str, Any]:
-    """All but the checkpoint's path: a copy of it gives the same masks."""
-    return {key: value for key, value in settings.items() if key != "checkpoint"}

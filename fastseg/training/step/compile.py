@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -211,14 +211,15 @@ def capture_graphs(model: nn.Module, runtime: Runtime, shapes: Iterable[tuple[in
     warn = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", None)
     if warn is not None:  # older versions lack it, and do not warn
         warn(False)
-    with torch.cuda.device(runtime.device), ExitStack() as stack:
-        # Capturing runs the network a few times, which changes the statistics of batch norm.
-        stack.callback(model.load_state_dict, before)
-        torch.cuda.graph.default_capture_stream = None  # may be one of another GPU, from an earlier training
-        for shape in shapes:
-            x = torch.zeros(shape, device=runtime.device).contiguous(memory_format=torch.channels_last)
-            # Each graph must hold its casts of the weights, so autocast may not cache them. The copy shares its
-            # tensors with the model; only its `forward` becomes the graph's, so that there can be one per shape.
-            with runtime.autocast(cache=False):
-                graphs[shape] = torch.cuda.make_graphed_callables(copy.copy(model), (x,))  # type: ignore[assignment]
+    try:
+        with torch.cuda.device(runtime.device):
+            torch.cuda.graph.default_capture_stream = None  # may be one of another GPU, from an earlier training
+            for shape in shapes:
+                x = torch.zeros(shape, device=runtime.device).contiguous(memory_format=torch.channels_last)
+                # Each graph must hold its casts of the weights, so autocast may not cache them. The copy shares its
+                # tensors with the model; only its `forward` becomes the graph's, so that there can be one per shape.
+                with runtime.autocast(cache=False):
+                    graphs[shape] = torch.cuda.make_graphed_callables(copy.copy(model), (x,))  # type: ignore[assignment]
+    finally:  # capturing runs the network a few times, which changes the statistics of batch norm
+        model.load_state_dict(before)
     return lambda x: graphs[tuple(x.shape)](x)
